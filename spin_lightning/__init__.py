@@ -1,0 +1,79 @@
+"""Self-play fine-tuning (SPIN, arXiv:2401.01335) of your own language model, on PyTorch Lightning.
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from spin_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from spin_lightning.callbacks import AtomicCheckpointIO, ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
+    from spin_lightning.data import SyntheticDataModule
+    from spin_lightning.generation import ResponseGenerator, TransformersGenerator
+    from spin_lightning.losses import (
+        AlphaSpinLoss,
+        DpopLoss,
+        IpoLoss,
+        LengthNormalizedLoss,
+        PairLoss,
+        SpaceLoss,
+        SpinLoss,
+        TSpinLoss,
+    )
+    from spin_lightning.module import SpinLightningModule
+    from spin_lightning.sft import SftLightningModule
+    from spin_lightning.types import UserError
+
+_HOMES = {
+    "callbacks": ("AtomicCheckpointIO", "ExportPolicy", "Health", "RunCheckpoint", "SelfPlay", "ShowAnswers"),
+    "data": ("SyntheticDataModule",),
+    "generation": ("ResponseGenerator", "TransformersGenerator"),
+    "losses": (
+        "AlphaSpinLoss",
+        "DpopLoss",
+        "IpoLoss",
+        "LengthNormalizedLoss",
+        "PairLoss",
+        "SpaceLoss",
+        "SpinLoss",
+        "TSpinLoss",
+    ),
+    "module": ("SpinLightningModule",),
+    "sft": ("SftLightningModule",),
+    "types": ("UserError",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AlphaSpinLoss",
+    "AtomicCheckpointIO",
+    "DpopLoss",
+    "ExportPolicy",
+    "Health",
+    "IpoLoss",
+    "LengthNormalizedLoss",
+    "PairLoss",
+    "ResponseGenerator",
+    "RunCheckpoint",
+    "SelfPlay",
+    "SftLightningModule",
+    "ShowAnswers",
+    "SpaceLoss",
+    "SpinLightningModule",
+    "SpinLoss",
+    "SyntheticDataModule",
+    "TSpinLoss",
+    "TransformersGenerator",
+    "UserError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'spin_lightning' has no attribute {name!r}")
+    return getattr(import_module(f"spin_lightning.{_HOME_OF[name]}"), name)

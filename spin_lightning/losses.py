@@ -1,0 +1,403 @@
+"""The losses of a pair: what the policy pays for a real and a generated response, given the opponent's log-probs.
+
+Pure functions of log-probs, without reduction or logging: ``loss(policy, opponent, beta)`` gives one loss a pair. All
+log-probs are sums over response tokens, in nats; all shapes are ``(B,)``. In the formulas ``y`` is the real response,
+``y'`` the generated one, ``p_t`` the opponent and ``r(y) = log p_theta(y) - log p_t(y)`` the log-ratio. A reward is
+what a loss compares, ``beta r`` unless its class says otherwise, and never carries a gradient. A setting that is out of
+range is a ``UserError`` when the loss is made; one that does not suit the game is a ``UserError`` in ``check``.
+
+What may surprise: the losses do not lead to one place. Each class names its fixed point, where exact play can rest.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spin_lightning.schedule import at_iteration, check_schedule
+from spin_lightning.types import PairLogProbs, PairLossOutput, UserError
+
+T = TypeVar("T")
+Link = Literal["logistic", "hinge", "exponential", "correlation"]
+
+#: The paper's ell, by name: each is decreasing and convex with ell'(0) < 0 (Assumption 5.1). Only logistic and
+#: exponential make the optimum a density ratio; exponential overflows float32 at margins below -88.
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logistic": lambda margin: -F.logsigmoid(margin),
+    "hinge": lambda margin: F.relu(1 - margin),
+    "exponential": lambda margin: torch.exp(-margin),
+    "correlation": lambda margin: 1 - margin,
+}
+
+
+def log_ratios(policy: PairLogProbs, opponent: PairLogProbs) -> tuple[Tensor, Tensor]:
+    """What the policy gained on the opponent, in nats: ``r(y)`` and ``r(y')``."""
+    return policy.real - opponent.real, policy.generated - opponent.generated
+
+
+def _output(losses: Tensor, real_rewards: Tensor, generated_rewards: Tensor) -> PairLossOutput:
+    return PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach())
+
+
+def _values(setting: T | list[T]) -> list[T]:
+    return setting if isinstance(setting, list) else [setting]
+
+
+def _require(
+    is_right: Callable[[float], bool], name: str, setting: float | list[float], expected: str, advice: str
+) -> None:
+    for value in _values(setting):
+        if not (math.isfinite(value) and is_right(value)):
+            raise UserError(f"model.loss.{name} must be {expected}, got {value!r}. {advice}")
+
+
+def _require_choice(name: str, value: str, choices: list[str]) -> None:
+    if value not in choices:
+        raise UserError(f"model.loss.{name} must be one of {choices}, got {value!r}. Choose one of them.")
+
+
+class PairLoss(nn.Module, ABC):
+    """A loss on pairs. Write your own as a subclass with :meth:`forward`; its list attributes are schedules."""
+
+    #: The loss wants ``initial``: log-probs of both responses under the opponent of iteration 0.
+    needs_initial_log_probs = False
+    #: The loss wants ``policy.initial_response``.
+    needs_initial_response = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.iteration = 0
+
+    @property
+    def learns_from_identical(self) -> bool:
+        """Whether a pair whose two responses are the same tokens can have a gradient in this iteration."""
+        return False
+
+    def now(self, setting: T | list[T]) -> T:
+        """A setting of this loss as it holds in the current iteration."""
+        return at_iteration(setting, self.iteration)
+
+    def check(self, beta: float | list[float], iterations: int) -> None:
+        """Refuse, before anything is loaded, settings that cannot work. Every public list attribute is a schedule.
+
+        Raises:
+            UserError: A list is too short or too long, or beta does not suit this loss.
+        """
+        for name, value in vars(self).items():
+            if not name.startswith("_"):
+                check_schedule(f"model.loss.{name}", value, iterations)
+
+    @abstractmethod
+    def forward(
+        self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
+    ) -> PairLossOutput:
+        """The loss of each pair.
+
+        Args:
+            policy: Log-probs under the policy, with gradient.
+            opponent: Log-probs under the frozen opponent, ``p_t``.
+            beta: Positive scale of the rewards, in this iteration.
+            initial: Log-probs under the opponent of iteration 0, if ``needs_initial_log_probs``.
+        """
+
+
+class SpinLoss(PairLoss):
+    """The loss of SPIN (Chen et al. 2024, arXiv:2401.01335, Eq. 4.7), where ``beta`` is written lambda.
+
+    With the margin ``m = beta [r(y) - r(y')]``: ``(1 - eps) ell(m) + eps ell(-m) - gamma log p_theta(y)``. Exactly
+    ``ell(0)`` at an iteration's first step (0.693147 for logistic), as long as gamma is 0.
+
+    Fixed point: the data's distribution. An exact logistic iteration without extras multiplies ``log(p_t / p_data)``
+    by ``1 - 1/beta``: it converges at once for ``beta = 1`` and diverges below 1/2. The term with gamma keeps the fixed
+    point and stabilises small betas where ``gamma > beta/2 - beta^2`` (0.04 for ``beta = 0.1``). Per token it tilts the
+    fixed point towards short responses, unless all real responses to a prompt are equally long.
+
+    Args:
+        link: The paper's ell. It ran logistic only.
+        label_smoothing: The share eps of pairs taken the wrong way round, in [0, 0.5). The logistic
+            term is then least at the margin ``ln((1 - eps) / eps)`` instead of at infinity.
+        nll_weight: The weight gamma of the real response's negative log-probability.
+        nll_per: Whether that term is summed over the sequence, or divided by its tokens (``real_lengths``).
+
+    Example:
+        >>> lengths = torch.tensor([4])
+        >>> opponent = PairLogProbs(torch.tensor([-8.0]), torch.tensor([-6.0]), lengths, lengths)
+        >>> policy = PairLogProbs(torch.tensor([-7.0]), torch.tensor([-9.0]), lengths, lengths)
+        >>> output = SpinLoss()(policy, opponent, beta=0.5)
+        >>> output.real_rewards, output.generated_rewards, output.losses
+        (tensor([0.5000]), tensor([-1.5000]), tensor([0.1269]))
+    """
+
+    def __init__(
+        self,
+        link: Link = "logistic",
+        label_smoothing: float | list[float] = 0.0,
+        nll_weight: float | list[float] = 0.0,
+        nll_per: Literal["sequence", "token"] = "sequence",
+    ) -> None:
+        super().__init__()
+        _require_choice("link", link, list(LINKS))
+        _require_choice("nll_per", nll_per, ["sequence", "token"])
+        advice = "At 0.5 real and generated weigh the same; 0 turns smoothing off."
+        _require(lambda value: 0 <= value < 0.5, "label_smoothing", label_smoothing, "in [0, 0.5)", advice)
+        advice = "0 turns the term off; 0.05 a sequence stabilises beta = 0.1."
+        _require(lambda value: value >= 0, "nll_weight", nll_weight, "0 or positive", advice)
+        self.link = link
+        self.label_smoothing = label_smoothing
+        self.nll_weight = nll_weight
+        self.nll_per = nll_per
+
+    @property
+    def learns_from_identical(self) -> bool:
+        """Only through the term on the real response alone: the margin of an identical pair is constant."""
+        return self.now(self.nll_weight) > 0
+
+    def forward(
+        self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
+    ) -> PairLossOutput:
+        ell, smoothing, nll_weight = LINKS[self.link], self.now(self.label_smoothing), self.now(self.nll_weight)
+        real, generated = log_ratios(policy, opponent)
+        margin = beta * (real - generated)
+        losses = ell(margin)
+        if smoothing:  # not a zero weight: zero times an infinite ell(-m) is not a number
+            losses = (1 - smoothing) * losses + smoothing * ell(-margin)
+        if nll_weight:
+            losses = losses - nll_weight * policy.real / (policy.real_lengths if self.nll_per == "token" else 1)
+        return _output(losses, beta * real, beta * generated)
+
+
+class AlphaSpinLoss(SpinLoss):
+    """SPIN against the reference ``p_t^(1 - alpha) p_0^alpha`` (alpha-SPIN, Alami et al. 2024, arXiv:2404.04291).
+
+    The generated responses still come from ``p_t``; only the log-ratios are taken to the reference (and so are the
+    rewards). It need not be normalised: the constant cancels in the margin.
+
+    Fixed point: ``p_data^(1 - w) p_0^w``, normalised, with ``w = alpha beta / (1 + alpha beta)``: biased to where
+    the game began. Exact logistic play contracts to it for ``beta > 1 / (2 - alpha)``.
+
+    Args:
+        alpha: Share of the opponent of iteration 0 in the reference, in [0, 1]. 0 is SPIN, and 0.1 our default.
+        link: As in SpinLoss.
+        label_smoothing: As in SpinLoss.
+        nll_weight: As in SpinLoss.
+        nll_per: As in SpinLoss.
+    """
+
+    needs_initial_log_probs = True
+
+    def __init__(
+        self,
+        alpha: float | list[float] = 0.1,
+        link: Link = "logistic",
+        label_smoothing: float | list[float] = 0.0,
+        nll_weight: float | list[float] = 0.0,
+        nll_per: Literal["sequence", "token"] = "sequence",
+    ) -> None:
+        super().__init__(link, label_smoothing, nll_weight, nll_per)
+        _require(lambda value: 0 <= value <= 1, "alpha", alpha, "in [0, 1]", "0 is SPIN; 1 always refers to the start.")
+        self.alpha = alpha
+
+    def forward(
+        self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
+    ) -> PairLossOutput:
+        if initial is None:
+            raise UserError(
+                "AlphaSpinLoss needs the log-probs of both responses under the opponent of iteration 0, got None. "
+                "Pass initial=..., which in iteration 0 is the opponent's own PairLogProbs."
+            )
+        reference = PairLogProbs(
+            torch.lerp(opponent.real, initial.real, self.now(self.alpha)),
+            torch.lerp(opponent.generated, initial.generated, self.now(self.alpha)),
+            opponent.real_lengths,
+            opponent.generated_lengths,
+        )
+        return super().forward(policy, reference, beta)
+
+
+class TSpinLoss(PairLoss):
+    """Triplet SPIN (arXiv:2601.08198): no reference model, and an anchor at the answer the first opponent gave.
+
+    ``ell(beta [log p_theta(y) - log p_theta(y')]) + b ell(beta [log p_theta(y') - log p_theta(y0)])``, ``y0 ~ p_0``.
+    ``beta`` takes the role of the paper's alpha, which is 1; ``b`` counts as 0 in iteration 0, where ``y0`` is itself a
+    generated response. Rewards are ``beta log p_theta``: an iteration starts at no known value of them or of the loss.
+
+    Fixed point: not the data's distribution but ``p_data^(1 / (1 + beta))``, normalised, for the first term and the
+    logistic link, to which exact play contracts only for ``beta > 1``. The anchor moves it.
+
+    Args:
+        link: The paper's ell, as in SpinLoss.
+        anchor_weight: The weight b of the second term from iteration 1 on. In a list the first value must be 0.
+    """
+
+    needs_initial_response = True
+
+    def __init__(self, link: Link = "logistic", anchor_weight: float | list[float] = 0.1) -> None:
+        super().__init__()
+        _require_choice("link", link, list(LINKS))
+        _require(lambda value: value >= 0, "anchor_weight", anchor_weight, "0 or positive", "0 drops the anchor.")
+        if isinstance(anchor_weight, list) and anchor_weight and anchor_weight[0] != 0:
+            raise UserError(
+                f"model.loss.anchor_weight must start with 0, got {anchor_weight!r}: in iteration 0 the anchor is "
+                f"itself a generated response. Use {[0.0, *anchor_weight[1:]]!r}."
+            )
+        self.link = link
+        self.anchor_weight = anchor_weight
+
+    @property
+    def learns_from_identical(self) -> bool:
+        """Where the anchor counts: it compares the generated response with a third one."""
+        return self._anchor_weight_now > 0
+
+    @property
+    def _anchor_weight_now(self) -> float:
+        return self.now(self.anchor_weight) if self.iteration > 0 else 0.0
+
+    def forward(
+        self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
+    ) -> PairLossOutput:
+        ell, anchor_weight = LINKS[self.link], self._anchor_weight_now
+        losses = ell(beta * (policy.real - policy.generated))
+        if anchor_weight:
+            if policy.initial_response is None:
+                raise UserError(
+                    "TSpinLoss needs the policy's log-probs of the answer that the opponent of iteration 0 gave, got "
+                    "policy.initial_response=None. Fill it in, or set model.loss.anchor_weight: 0."
+                )
+            losses = losses + anchor_weight * ell(beta * (policy.generated - policy.initial_response))
+        return _output(losses, beta * policy.real, beta * policy.generated)
+
+
+class SpaceLoss(PairLoss):
+    """Self-play by noise-contrastive estimation (SPACE, arXiv:2512.07175).
+
+    ``-log s_mu(r(y)) - mu log s_{1/mu}(-r(y'))`` with ``s_mu(x) = 1 / (1 + mu exp(-x))``: real and generated responses
+    are classified one by one, not against each other.
+
+    Fixed point: the data's distribution, which is also the exact best response to every opponent, whatever mu. This
+    needs ``beta = 1``: the classifier's logit is the log-ratio itself, not a multiple of it.
+
+    Args:
+        mu: How many generated responses a real one weighs against.
+
+    Example:
+        >>> same = PairLogProbs(torch.tensor([-7.0]), torch.tensor([-9.0]), torch.tensor([4]), torch.tensor([4]))
+        >>> SpaceLoss()(same, same, beta=1.0).losses  # 2 ln 2
+        tensor([1.3863])
+    """
+
+    def __init__(self, mu: float | list[float] = 1.0) -> None:
+        super().__init__()
+        _require(lambda value: value > 0, "mu", mu, "positive", "1 weighs real and generated alike.")
+        self.mu = mu
+
+    @property
+    def learns_from_identical(self) -> bool:
+        """Always: an identical pair pulls its log-ratio to 0, and dropping it would bias the optimum."""
+        return True
+
+    def check(self, beta: float | list[float], iterations: int) -> None:
+        super().check(beta, iterations)
+        for value in _values(beta):
+            if value != 1:
+                raise UserError(
+                    f"SpaceLoss needs model.beta: 1, got {value!r}: only then is the data's distribution its optimum. "
+                    "Set model.beta: 1, or use SpinLoss, which takes any beta."
+                )
+
+    def forward(
+        self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
+    ) -> PairLossOutput:
+        mu, (real, generated) = self.now(self.mu), log_ratios(policy, opponent)
+        real, generated = beta * real, beta * generated
+        losses = -F.logsigmoid(real - math.log(mu)) - mu * F.logsigmoid(math.log(mu) - generated)
+        return _output(losses, real, generated)
+
+
+class IpoLoss(PairLoss):
+    """A square that asks for a gap of a given size (IPO, Azar et al. 2023, arXiv:2310.12036).
+
+    ``(h - c)^2`` with ``h = r(y) - r(y')`` in nats and ``c = 1 / (2 beta)`` unless ``target`` says otherwise.
+
+    Fixed point: the data's distribution. An exact iteration is a bounded step: no two outcomes move apart by more than
+    ``2c`` nats. Close to the fixed point it multiplies ``log(p_t / p_data)`` by ``1 - c/2``, so it contracts for
+    ``beta > 1/8`` and lands for ``beta = 1/4``.
+
+    Args:
+        target: The gap c in nats, or null for ``1 / (2 beta)``. With a target beta only scales the rewards.
+    """
+
+    def __init__(self, target: float | list[float] | None = None) -> None:
+        super().__init__()
+        if target is not None:
+            _require(lambda value: value > 0, "target", target, "positive or null", "null is 1 / (2 beta) nats.")
+        self.target = target
+
+    def forward(
+        self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
+    ) -> PairLossOutput:
+        real, generated = log_ratios(policy, opponent)
+        target = 1 / (2 * beta) if self.target is None else self.now(self.target)
+        return _output((real - generated - target) ** 2, beta * real, beta * generated)
+
+
+class DpopLoss(PairLoss):
+    """SPIN's logistic loss with a penalty on real responses that became less likely (DPOP, arXiv:2402.13228).
+
+    ``-log sigmoid(beta [r(y) - r(y') - w max(0, -r(y))])``.
+
+    Fixed point: the data's distribution. The step towards it is no density ratio: it gives up contrast to keep real
+    responses from losing the probability that SPIN's optimum takes from them at small beta.
+
+    Args:
+        penalty_weight: The weight w; the paper's lambda, 50 in its largest runs. 0 is SPIN.
+    """
+
+    def __init__(self, penalty_weight: float | list[float] = 50.0) -> None:
+        super().__init__()
+        _require(lambda value: value >= 0, "penalty_weight", penalty_weight, "0 or positive", "0 is plain SPIN.")
+        self.penalty_weight = penalty_weight
+
+    @property
+    def learns_from_identical(self) -> bool:
+        """Through the penalty: it lifts a real response that fell, whatever the generated one is."""
+        return self.now(self.penalty_weight) > 0
+
+    def forward(
+        self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
+    ) -> PairLossOutput:
+        real, generated = log_ratios(policy, opponent)
+        # relu, not clamp: its gradient at 0 is 0, so an iteration's first step is SPIN's
+        penalty = self.now(self.penalty_weight) * F.relu(-real)
+        return _output(-F.logsigmoid(beta * (real - generated - penalty)), beta * real, beta * generated)
+
+
+class LengthNormalizedLoss(PairLoss):
+    """SPIN's logistic loss with each log-ratio divided by the tokens of its own response, so length alone wins nothing.
+
+    ``-log sigmoid(beta [r(y) / |y| - r(y') / |y'|])``, DPO's length-normalised form (Lambert et al. 2024,
+    arXiv:2411.15124). Rewards are the normalised ones, in nats a token times beta: scale beta up by a typical length.
+
+    Fixed point: the data's distribution. An exact iteration multiplies ``p_t(y)`` by
+    ``(C p_data(y) / p_t(y))^(|y| / beta)`` with the C that normalises, so long responses overshoot first: beta above
+    half the longest length contracts.
+
+    Example:
+        >>> opponent = PairLogProbs(torch.tensor([-8.0]), torch.tensor([-6.0]), torch.tensor([2]), torch.tensor([4]))
+        >>> policy = PairLogProbs(torch.tensor([-7.0]), torch.tensor([-8.0]), torch.tensor([2]), torch.tensor([4]))
+        >>> LengthNormalizedLoss()(policy, opponent, beta=2.0).losses
+        tensor([0.1269])
+    """
+
+    def forward(
+        self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
+    ) -> PairLossOutput:
+        real, generated = log_ratios(policy, opponent)
+        real = beta * real / policy.real_lengths
+        generated = beta * generated / policy.generated_lengths
+        return _output(-F.logsigmoid(real - generated), real, generated)
