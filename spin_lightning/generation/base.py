@@ -1,0 +1,78 @@
+"""What every generation backend promises: prompt ids in; token ids, finish reason and log-prob out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from spin_lightning.types import Response, UserError
+
+
+def seed_of(seed: int, iteration: int, prompt_id: int, answer: int) -> int:
+    """The seed of one answer: it depends on these four numbers alone, so any answer can be made again, anywhere.
+
+    Example:
+        >>> seed_of(0, 1, 2, 0) == seed_of(0, 1, 2, 0) != seed_of(0, 1, 2, 1)
+        True
+    """
+    digest = hashlib.sha256(f"{seed}/{iteration}/{prompt_id}/{answer}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class ResponseGenerator(ABC):
+    """Answers prompts with the opponent. Subclass it to bring a backend; turn it on by class path.
+
+    Args:
+        max_new_tokens: Cap on the response, terminator included. Real responses are cut at the same number.
+        temperature: 1 samples the opponent as it is, which the game assumes. Any other value moves its fixed point
+            to p_data ** temperature; 0 is greedy and drives the most likely answer to zero.
+        top_p: 1 samples the opponent as it is. Less cuts the tail, and the game then sees another opponent.
+        batch_size: Prompts answered together. Changes speed and memory, not the law of the answers.
+
+    Raises:
+        UserError: A setting is outside its range.
+    """
+
+    def __init__(
+        self, max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 32
+    ) -> None:
+        if max_new_tokens < 1 or batch_size < 1:
+            raise UserError(
+                f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens!r} and {batch_size!r}."
+            )
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"temperature must be 0 (greedy) or positive, got {temperature!r}. Self-play assumes 1.")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p must be in (0, 1], got {top_p!r}. Self-play assumes 1.")
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_p = top_p
+        self.batch_size = batch_size
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Everything that decides the law of the answers; the pair manifest keeps it. Extend it in a subclass."""
+        return {
+            "generator": f"{type(self).__module__}.{type(self).__qualname__}",
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+
+    @abstractmethod
+    def generate(
+        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+    ) -> Iterator[tuple[int, Response]]:
+        """Answer every prompt once, in any order, yielding ``(index, response)`` as answers are finished.
+
+        Args:
+            model: The opponent, in evaluation mode; gradients are off.
+            prompts: Token ids, one list a prompt.
+            seeds: One seed for each prompt. The same model, prompt and seed give the same answer, whatever else is in the batch
+                (up to rounding of the dtype).
+            terminator_id: The token that ends an answer. It is kept in the response.
+            pad_id: The id to pad with. It may equal the terminator.
+        """

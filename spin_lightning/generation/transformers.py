@@ -1,0 +1,92 @@
+"""Generation with ``transformers``: ordinary batched ``generate``, with a seed for every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from spin_lightning.generation.base import ResponseGenerator
+from spin_lightning.types import Response
+
+
+class SeededSampler(LogitsProcessor):
+    """Chooses each row's next token from that row's own random numbers, and keeps its log-prob.
+
+    One uniform number a token, looked up in the cumulative distribution. All other logits become -inf, so that
+    greedy decoding takes the choice.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], num_steps: int, temperature: float, top_p: float, device: torch.device
+    ) -> None:
+        rows = [torch.rand(num_steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.uniforms = torch.stack(rows, dim=1).to(device)  # (steps, B)
+        self.temperature, self.top_p = temperature, top_p
+        self.tokens: list[Tensor] = []
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        log_probs = scores.float().log_softmax(-1)
+        if self.temperature == 0:
+            chosen = log_probs.argmax(-1, keepdim=True)
+        else:
+            chosen = self._sample((log_probs / self.temperature).softmax(-1), self.uniforms[len(self.tokens)])
+        self.tokens.append(chosen.squeeze(1))
+        self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    def _sample(self, probs: Tensor, uniforms: Tensor) -> Tensor:
+        if self.top_p < 1:
+            ordered, order = probs.sort(dim=-1, descending=True)
+            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
+            probs = torch.zeros_like(probs).scatter_(1, order, ordered)
+        cumulative = probs.cumsum(-1)
+        # `right`: a token of probability zero is never taken, not even for a uniform number of exactly 0
+        index = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+        return torch.minimum(index, (probs > 0).int().cumsum(-1).argmax(-1, keepdim=True))
+
+
+class TransformersGenerator(ResponseGenerator):
+    """Batched ``generate`` of ``transformers``: works wherever the model does, no further package."""
+
+    @torch.no_grad()
+    def generate(
+        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+    ) -> Iterator[tuple[int, Response]]:
+        device = next(model.parameters()).device
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding in each batch
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=terminator_id, pad_token_id=pad_id
+        )
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            longest = len(prompts[indices[-1]])
+            # left padding: the next token of every row is at the same place
+            rows = [[pad_id] * (longest - len(prompts[index])) + prompts[index] for index in indices]
+            mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in indices]
+            sampler = SeededSampler(
+                [seeds[index] for index in indices], self.max_new_tokens, self.temperature, self.top_p, device
+            )
+            own_settings, model.generation_config = model.generation_config, GenerationConfig()  # ours alone decide
+            try:
+                model.generate(
+                    input_ids=torch.tensor(rows, device=device),
+                    attention_mask=torch.tensor(mask, device=device),
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([sampler]),
+                )
+            finally:
+                model.generation_config = own_settings
+            tokens = torch.stack(sampler.tokens, dim=1).tolist()
+            log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
+            for row, index in enumerate(indices):
+                stopped = terminator_id in tokens[row]
+                length = tokens[row].index(terminator_id) + 1 if stopped else len(tokens[row])
+                yield (
+                    index,
+                    Response(tokens[row][:length], "stop" if stopped else "length", sum(log_probs[row][:length])),
+                )

@@ -1,0 +1,67 @@
+"""The README of an exported policy, rendered from what the game recorded. Text in, text out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def render_model_card(summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Markdown with a hub header: what the model is, what made it, and what was measured.
+
+    Args:
+        summary: The iteration's summary.
+        manifest: The manifest of the iteration's pairs.
+    """
+    binding, pairs = manifest["binding"], summary["pairs"]
+    sampling = ", ".join(f"{name} {value}" for name, value in binding["sampling"].items())
+    metrics = "\n".join(
+        f"| {name} | {value:.4f} |"
+        for name, value in summary["epoch_metrics"].items()
+        if "chosen" not in name and "rejected" not in name
+    )
+    held_out = "not measured" if summary["val_nll"] is None else f"{summary['val_nll']:.4f} nats a response"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [spin, self-play, spin-lightning]
+---
+
+# Self-play fine-tuned policy, iteration {summary["iteration"]}
+
+Trained with `spin_lightning` {manifest["versions"]["spin_lightning"]} by self-play fine-tuning (SPIN, [arXiv:2401.01335](https://arxiv.org/abs/2401.01335)).
+
+| | |
+|---|---|
+| opponent | `{_code(_public(manifest["opponent"]))}` (weights sha256 `{binding["opponent_sha256"][:16]}`) |
+| pairs | {pairs["training_pairs"]} trained on, {pairs["training_pairs_dropped"]} identical ones dropped |
+| sampling | {sampling} |
+| seed | {binding["seed"]} |
+| beta | {summary["beta"]:g} |
+| updates | {summary["updates"]} |
+| loss, first and last step | {_number(summary["first_loss"])}, {_number(summary["last_loss"])} |
+| held-out NLL | {held_out} |
+
+Means over the last epoch's pairs, in nats:
+
+| metric | value |
+|---|---|
+{metrics}
+
+Versions: `{json.dumps(manifest["versions"])}`
+"""
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"
+
+
+def _public(name_or_path: str) -> str:
+    """A hub name or a name inside the run as it is; of any other path only its end, for a card may be published."""
+    parts = name_or_path.split("/")
+    return name_or_path if len(parts) <= 2 and not name_or_path.startswith(("/", ".", "~")) else parts[-1]
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "'").replace("|", "/")
