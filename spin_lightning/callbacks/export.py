@@ -1,0 +1,66 @@
+"""Exports the policy of a stage without a game, with a summary beside it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from spin_lightning.files import write_json
+from spin_lightning.models import save_model
+
+
+class ExportPolicy(L.Callback):
+    """Writes ``policy/`` (a Hugging Face folder, verified by reloading it) and ``summary.json`` when training ends.
+
+    Args:
+        output_dir: Folder of the run.
+    """
+
+    def __init__(self, output_dir: str = "runs/sft") -> None:
+        self.output_dir = Path(output_dir)
+        self._state: dict[str, Any] = {"seconds": 0.0}
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._state, "seconds": self._seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = dict(state)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        self._state["last_loss"] = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        self._state.setdefault("first_loss", self._state["last_loss"])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "val/nll" in trainer.callback_metrics:
+            self._state["val_nll"] = float(trainer.callback_metrics["val/nll"])
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A hook that Lightning also calls when it resumes and finds nothing left to train on."""
+        if trainer.fast_dev_run or (not self._started and (self.output_dir / "summary.json").exists()):  # type: ignore[attr-defined]
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = trainer.lightning_module
+        summary = {
+            "val_nll": None,
+            **self._state,
+            "updates": trainer.global_step,
+            "seconds": self._seconds(),
+        }
+        card = (
+            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [sft, spin-lightning]\n---\n\n# Supervised fine-tuned policy\n\n"
+            + "\n".join(f"- {name}: {value}" for name, value in summary.items())
+            + "\n"
+        )
+        save_model(module.policy, data.encoder.tokenizer, self.output_dir / "policy", card, data.encoder.terminator_id)
+        write_json(self.output_dir / "summary.json", summary)
+        print(f"the model is in {self.output_dir}/policy")
+
+    def _seconds(self) -> float:
+        return self._state["seconds"] + (time.monotonic() - self._started if self._started else 0.0)

@@ -1,0 +1,99 @@
+"""The command line: LightningCLI with the defaults and links of a game, and errors a person can read.
+
+``spin-lightning --help`` answers before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spin_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+OVERVIEW = f"""spin-lightning {__version__}: self-play fine-tuning (SPIN) of your own language model
+
+  spin-lightning fit --config FILE [--KEY VALUE ...]       play the game; the same command continues a killed run
+  spin-lightning sft --config FILE [--KEY VALUE ...]       supervised fine-tuning, the stage before it
+  spin-lightning validate --config FILE [--KEY VALUE ...]  held-out NLL of a model
+  spin-lightning demo [FOLDER]                             the whole game on a small real model, on CPU
+  spin-lightning lab [FOLDER]                              the game on a known language, measured exactly
+
+A first run on your own data (JSON, JSONL, CSV, Parquet or a hub name; messages, prompt/completion, alpaca, ShareGPT ...):
+
+  spin-lightning fit \\
+    --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
+    --data.train_data my_data.jsonl \\
+    --self_play.output_dir runs/mine
+
+What you will want to set:
+  --model.beta 1.0                    scale of the loss; one value, or a list with one value an iteration
+  --model.learning_rate 1e-5          peak of each iteration's schedule; one value or a list
+  --model.loss SpaceLoss              another loss; your own by its import path
+  --self_play.iterations 3            how many times the policy becomes the next opponent
+  --self_play.epochs 2                passes over the pairs in each iteration
+  --data.generator.max_new_tokens 256 cap on both answers
+  --data.answers_per_prompt 1         how many answers the opponent gives to each prompt
+  --trainer.precision bf16-mixed      or bf16-true (with float32 master weights)
+
+  spin-lightning fit --help           every setting
+  spin-lightning fit --print_config   all settings with their values, as a file to start from
+Commented examples are in the folder configs/.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line. What the user can mend ends with a sentence and exit code 2."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(OVERVIEW)
+        return
+    if args[0] == "--version":
+        print(__version__)
+        return
+    from spin_lightning.types import UserError
+
+    if args[0] in ("demo", "lab") and ((args[1:2] and args[1].startswith("-")) or (args[0] == "lab" and args[2:])):
+        wanted = "demo [FOLDER [MODEL [--KEY VALUE ...]]]" if args[0] == "demo" else "lab [FOLDER]"
+        print(f"usage: spin-lightning {wanted}", file=sys.stderr)
+        sys.exit(0 if {"-h", "--help"} & set(args) else 2)
+    try:
+        if args[0] == "demo":
+            from spin_lightning.demo.play import play
+
+            play(*args[1:])
+        elif args[0] == "lab":
+            from spin_lightning.lab.play import play as play_lab
+
+            play_lab(*args[1:])
+        else:
+            run(args)
+    except UserError as error:
+        print(f"spin-lightning: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(args: list[str]) -> LightningCLI | None:
+    """Run one of LightningCLI's subcommands, or ``sft``; errors are raised.
+
+    Returns:
+        The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over already.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from spin_lightning.stages import RunIsOver, SftCLI, SpinCLI
+
+    stage, args = (SftCLI, ["fit", *args[1:]]) if args[0] == "sft" else (SpinCLI, args)
+    try:
+        return stage(args=args)
+    except RunIsOver:
+        return None
+
+
+def config_folder() -> Path:
+    """Where the shipped configs are: in the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"

@@ -1,0 +1,91 @@
+"""What is measured on pairs and on held-out answers, under the names people know from preference training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from spin_lightning.types import PairLogProbs, PairLossOutput
+
+#: TRL's names for the same numbers, for dashboards that expect them.
+ALIASES = {
+    "rewards/real": "rewards/chosen",
+    "rewards/generated": "rewards/rejected",
+    "logps/real": "logps/chosen",
+    "logps/generated": "logps/rejected",
+}
+
+
+class RewardAccuracy(Metric):
+    """Share of pairs whose real response has the higher reward; a tie counts one half.
+
+    Example:
+        >>> accuracy = RewardAccuracy()
+        >>> accuracy.update(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0]))
+        >>> accuracy.compute()
+        tensor(0.5000)
+    """
+
+    full_state_update = False
+    wins: Tensor
+    pairs: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("wins", torch.tensor(0.0), dist_reduce_fx="sum", persistent=True)
+        self.add_state("pairs", torch.tensor(0.0), dist_reduce_fx="sum", persistent=True)
+
+    def update(self, real_rewards: Tensor, generated_rewards: Tensor) -> None:
+        self.wins += (real_rewards > generated_rewards).sum() + 0.5 * (real_rewards == generated_rewards).sum()
+        self.pairs += real_rewards.numel()
+
+    def compute(self) -> Tensor:
+        return self.wins / self.pairs
+
+
+class PairMetrics(nn.Module):
+    """Rewards, margins, accuracy and log-probs of the pairs seen in an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("rewards/real", "rewards/generated", "rewards/margins", "logps/real", "logps/generated")
+        means = {name: MeanMetric() for name in names}
+        self.means: Any = nn.ModuleDict(means)
+        self.accuracy: Any = RewardAccuracy()
+        for metric in means.values():
+            metric.persistent(mode=True)  # an epoch's mean survives a resume in the middle of it
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow the model to its device, but not to its dtype: sums that come from a checkpoint stay exact."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    @torch.no_grad()
+    def forward(self, output: PairLossOutput, policy: PairLogProbs) -> dict[str, Tensor]:
+        """Add a batch, and return this batch's own values."""
+        values = {
+            "rewards/real": output.real_rewards,
+            "rewards/generated": output.generated_rewards,
+            "rewards/margins": output.real_rewards - output.generated_rewards,
+            "logps/real": policy.real.detach(),
+            "logps/generated": policy.generated.detach(),
+        }
+        batch = {name: self.means[name](value) for name, value in values.items()}
+        batch["rewards/accuracies"] = self.accuracy(output.real_rewards, output.generated_rewards)
+        return with_aliases(batch)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The values over everything since the last reset."""
+        values = {name: metric.compute() for name, metric in self.means.items()}
+        return with_aliases({**values, "rewards/accuracies": self.accuracy.compute()})
+
+    def reset(self) -> None:
+        for metric in [*self.means.values(), self.accuracy]:
+            metric.reset()
+
+
+def with_aliases(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, also under TRL's names."""
+    return {**values, **{ALIASES[name]: value for name, value in values.items() if name in ALIASES}}

@@ -1,0 +1,168 @@
+"""What every stage trains: a causal language model with its optimiser, its schedule and its held-out NLL.
+
+``SpinLightningModule`` and ``SftLightningModule`` differ only in their training step. No data set, template or
+sampling here.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric
+
+from spin_lightning.log_probs import response_log_probs
+from spin_lightning.models import disable_dropout, load_policy, locate
+from spin_lightning.optim import Float32Master
+from spin_lightning.schedule import at_iteration
+from spin_lightning.types import SftBatch, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PolicyModule(L.LightningModule):
+    """A language model under training. Subclasses add ``training_step``."""
+
+    policy: PreTrainedModel
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        learning_rate: float | list[float],
+        optimizer: OptimizerCallable,
+        lr_schedule: Literal["linear", "cosine", "constant"],
+        warmup_ratio: float,
+        dropout: bool,
+        gradient_checkpointing: bool,
+        attn_implementation: str | None,
+        revision: str | None,
+        trust_remote_code: bool,
+    ) -> None:
+        super().__init__()
+        for rate in learning_rate if isinstance(learning_rate, list) else [learning_rate]:
+            if not rate > 0:
+                raise UserError(
+                    f"model.learning_rate must be positive, got {rate!r}. The paper used 5e-7 and 1e-7 for 7B."
+                )
+        if not 0 <= warmup_ratio < 1:
+            raise UserError(f"model.warmup_ratio must be in [0, 1), got {warmup_ratio!r}. The paper used 0.1.")
+        if lr_schedule not in ("linear", "cosine", "constant"):
+            raise UserError(f"model.lr_schedule must be one of ['linear', 'cosine', 'constant'], got {lr_schedule!r}.")
+        locate(model_name_or_path)
+        self.model_name_or_path = model_name_or_path
+        self.learning_rate = learning_rate
+        self.optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.warmup_ratio = warmup_ratio
+        self.dropout = dropout
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        #: Which iteration the schedules are at, and how many epochs it has. A callback sets them; SFT is one iteration.
+        self.iteration = 0
+        self.epochs_in_iteration: int | None = None
+        self.held_out_nll = MeanMetric()
+        self.held_out_nll_per_token = MeanMetric()
+
+    def configure_model(self) -> None:
+        if hasattr(self, "policy"):  # validate, or a second fit
+            return
+        self.policy = load_policy(
+            self.model_name_or_path,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation=self.attn_implementation,
+            dtype=torch.get_default_dtype(),  # which trainer.precision bf16-true sets to bfloat16 around this hook
+        )
+        if self.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not self.dropout:
+            disable_dropout(self.policy)
+        self.policy.train()  # from_pretrained returns evaluation mode, and Lightning leaves the mode alone
+
+    def on_fit_start(self) -> None:
+        self._measure_in_float32()
+
+    def on_validation_start(self) -> None:
+        self._measure_in_float32()
+
+    def _measure_in_float32(self) -> None:
+        """A precision of bf16-true converts every module, and a mean kept in bfloat16 is a coarse one."""
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.set_dtype(torch.float32)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype the matrix products run in, which bounds how closely two passes can agree."""
+        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
+        for name, dtype in (("bf16", torch.bfloat16), ("16", torch.float16), ("64", torch.float64)):
+            if precision.startswith(name):
+                return dtype
+        return next(self.policy.parameters()).dtype
+
+    def precision_context(self) -> AbstractContextManager[Any]:
+        """The numerics of a training step, for passes outside of one: scoring and generation."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser and one warm-up-and-decay schedule for one iteration."""
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        rate = at_iteration(self.learning_rate, self.iteration)
+        if parameters[0].dtype in (torch.bfloat16, torch.float16):
+            optimizer: torch.optim.Optimizer = Float32Master(parameters, self.optimizer)
+        else:
+            optimizer = self.optimizer(parameters)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_factor), "interval": "step", "name": "lr"},
+        }
+
+    @property
+    def steps_per_iteration(self) -> float:
+        """Optimiser steps of the current iteration; infinite until its training set exists."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if math.isinf(batches):
+            return math.inf
+        epochs = self.epochs_in_iteration or trainer.max_epochs or 1
+        if epochs < 0 and trainer.max_steps > 0:  # Lightning's -1: as many epochs as the steps take
+            return trainer.max_steps
+        steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+        return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+    def _lr_factor(self, step: int) -> float:
+        total = (
+            self.steps_per_iteration
+        )  # read late: an iteration's loader does not exist when its optimiser is first made
+        if math.isinf(total):
+            return 0.0
+        warmup = round(self.warmup_ratio * total)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[
+            self.lr_schedule
+        ]
+
+    def sft_log_probs(self, batch: SftBatch) -> Tensor:
+        """Log-probs of the responses of a batch, in nats, shape ``(B,)``."""
+        return response_log_probs(self.policy, batch.input_ids, batch.attention_mask, batch.response_mask)
+
+    def validation_step(self, batch: SftBatch, batch_idx: int) -> None:
+        """Held-out NLL of the real responses: it needs no generation."""
+        log_probs, lengths = self.sft_log_probs(batch), batch.response_mask.sum(1)
+        self.held_out_nll.update(-log_probs)
+        self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)
+        self.log("val/nll", self.held_out_nll, prog_bar=True, on_epoch=True, on_step=False, batch_size=len(batch))
+        self.log("val/nll_per_token", self.held_out_nll_per_token, on_epoch=True, on_step=False, batch_size=len(batch))

@@ -1,0 +1,81 @@
+"""Supervised fine-tuning on the same rows, encoding and loader: the stage before self-play, and its control."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from spin_lightning.policy import PolicyModule
+from spin_lightning.types import SftBatch, UserError
+
+
+class SftLightningModule(PolicyModule):
+    """Maximum likelihood on the real responses; the prompt is not scored.
+
+    Args:
+        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file.
+        learning_rate: Peak of the schedule.
+        optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
+        average: ``token`` divides a batch's NLL by its number of response tokens, as SFT does elsewhere;
+            ``response`` by its number of responses, the scale of the gradient self-play has at beta = 2.
+        lr_schedule: Shape of the decay after the warm-up.
+        warmup_ratio: Share of the steps that warm up.
+        dropout: Keep the model's dropout on.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
+        revision: Commit or tag of a hub model.
+        trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        learning_rate: float = 2e-5,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        average: Literal["token", "response"] = "token",
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_ratio: float = 0.1,
+        dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(
+            model_name_or_path,
+            learning_rate,
+            optimizer,
+            lr_schedule,
+            warmup_ratio,
+            dropout,
+            gradient_checkpointing,
+            attn_implementation,
+            revision,
+            trust_remote_code,
+        )
+        if average not in ("token", "response"):
+            raise UserError(f"model.average must be token or response, got {average!r}.")
+        self.average = average
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if getattr(self.trainer.datamodule, "game", None) is not None:  # type: ignore[attr-defined]
+            raise UserError(
+                "SftLightningModule has no opponent, so it takes no SelfPlay callback. Remove the callback."
+            )
+
+    def on_train_start(self) -> None:
+        if (
+            self.trainer.global_step == 0
+        ):  # the schedule made before the loader knew no length, and would waste the first step
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def training_step(self, batch: SftBatch, batch_idx: int) -> Tensor:
+        """Negative log-likelihood of the real responses."""
+        log_probs = self.sft_log_probs(batch)
+        loss = -log_probs.sum() / (batch.response_mask.sum() if self.average == "token" else len(batch))
+        self.log("loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss

@@ -1,0 +1,178 @@
+"""Small whole games for the tests: they play in well under a second, and remember what happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
+
+from spin_lightning import (
+    AtomicCheckpointIO,
+    Health,
+    ResponseGenerator,
+    RunCheckpoint,
+    SelfPlay,
+    SpinLightningModule,
+    SyntheticDataModule,
+    TransformersGenerator,
+)
+from spin_lightning.types import Response
+
+
+class Recorder(L.Callback):
+    """The loss, learning rate and pairs of every training batch, by the number of the batch in the whole run."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.rates: dict[int, float] = {}
+        self.pairs: list[tuple[int, list[int]]] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.number = trainer.fit_loop.epoch_loop.total_batch_idx
+        self.rates[self.number] = trainer.optimizers[0].param_groups[0]["lr"]
+        if hasattr(batch, "pair_ids"):
+            self.pairs.append((trainer.current_epoch, batch.pair_ids.tolist()))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        self.losses[self.number] = float(outputs["loss"]) * trainer.accumulate_grad_batches
+
+    def order_of(self, epoch: int) -> list[int]:
+        """The pairs of an epoch, in the order they were trained on."""
+        return [pair for number, pairs in self.pairs if number == epoch for pair in pairs]
+
+
+class Do(L.Callback):
+    """Calls functions at named hooks, Lightning's and the game's: ``Do(on_generation_end=print)``."""
+
+    def __init__(self, **actions: Callable[..., Any]) -> None:
+        for name, action in actions.items():
+            setattr(self, name, action)
+
+
+class DoLast(Do, Checkpoint):
+    """The same, after the run's checkpoint was written: Lightning puts checkpoint callbacks last, in their order."""
+
+
+class FakeGenerator(ResponseGenerator):
+    """Answers by a rule instead of a model: ``rule(prompt_ids, seed)`` gives the ids, without a terminator."""
+
+    def __init__(self, rule: Callable[[list[int], int], list[int]], max_new_tokens: int = 8) -> None:
+        super().__init__(max_new_tokens=max_new_tokens)
+        self.rule = rule
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+    ) -> Iterator[tuple[int, Response]]:
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            ids = [*self.rule(prompt, seed), terminator_id]
+            reason = "stop" if len(ids) <= self.max_new_tokens else "length"
+            yield index, Response(ids[: self.max_new_tokens], reason, -1.0)
+
+
+class CountingGenerator(TransformersGenerator):
+    """Counts its answers, and breaks down after a given number of them."""
+
+    answered = 0
+    breaks_after: int | None = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {**super().sampling, "generator": "counting"}
+
+    def generate(self, *args: Any) -> Iterator[tuple[int, Response]]:
+        for item in super().generate(*args):
+            if self.answered == self.breaks_after:
+                raise Stopped("in the middle of generation")
+            self.answered += 1
+            yield item
+
+
+class Stopped(Exception):
+    """What a test raises to stop a game somewhere."""
+
+
+class Game:
+    """One game as a user would write it, with small settings; ``play()`` plays or continues it."""
+
+    def __init__(
+        self,
+        model: str,
+        rows: str,
+        folder: Path | str,
+        *,
+        callbacks: Sequence[L.Callback] = (),
+        last: Sequence[DoLast] = (),
+        module: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        play: dict[str, Any] | None = None,
+        trainer: dict[str, Any] | None = None,
+        every_n_steps: int | None = 1,
+        health: Health | None = None,
+    ) -> None:
+        self.module = SpinLightningModule(model, **{"learning_rate": 1e-2, **(module or {})})
+        defaults: dict[str, Any] = {
+            "batch_size": 4,
+            "val_fraction": 0.2,
+            "generator": TransformersGenerator(max_new_tokens=5),
+        }
+        self.data = SyntheticDataModule(rows, **{**defaults, **(data or {})})
+        self.clock = SelfPlay(str(folder), **{"iterations": 2, "epochs": 2, "shard_size": 5, **(play or {})})
+        self.recorder = Recorder()
+        self.health = health or Health()
+        settings: dict[str, Any] = {
+            "accelerator": "cpu",
+            "max_epochs": self.clock.total_epochs,
+            "reload_dataloaders_every_n_epochs": 1,
+            "num_sanity_val_steps": -1,
+            "logger": False,
+            "plugins": [AtomicCheckpointIO()],
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "callbacks": [
+                *callbacks,
+                self.clock,
+                self.recorder,
+                RunCheckpoint(every_n_steps=every_n_steps),
+                *last,
+                self.health,
+            ],
+        }
+        self.trainer = L.Trainer(**{**settings, **(trainer or {})})
+
+    def play(self) -> Game:
+        self.trainer.fit(self.module, self.data, ckpt_path=self.clock.last_checkpoint)
+        return self
+
+    @property
+    def losses(self) -> list[float]:
+        return list(self.recorder.losses.values())
+
+    @property
+    def weights(self) -> bytes:
+        return weight_bits(self.module.policy)
+
+
+def weight_bits(model: nn.Module) -> bytes:
+    """All weights of a model as bytes, in the order of their names."""
+    tensors = (tensor for _, tensor in sorted(model.state_dict().items()))
+    return b"".join(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors)
+
+
+def without_seconds(value: Any) -> Any:
+    """A summary without its times, which no two runs share."""
+    if isinstance(value, dict):
+        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
