@@ -1,0 +1,1 @@
+"""A demo that needs no download: skills made by a program."""
