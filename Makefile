@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Any torch >= 2.10 works. This one is pinned because its CPU build is what a plain install finds where one is on disk.
+# Any torch >= 2.10 works; this is the version the project is tested with.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo lab test check install clean

@@ -53,7 +53,8 @@ class SyntheticDataModule(L.LightningDataModule):
         history: How many earlier iterations' pairs are trained on beside the new ones. The paper: 1.
         batch_size: Pairs (in SFT: rows) in a batch.
         num_workers: Processes that collate batches.
-        seed: Of the answers, of the order of the batches and of the held-out rows.
+        seed: Of the answers, of the order of the batches and of the held-out rows. The game has no other randomness, so
+            ``seed_everything`` does not change it.
         tokenizer_name_or_path: None takes the model's.
 
     Raises:
@@ -262,8 +263,13 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"served": self.served % len(self) if len(self) else 0}
+        return {"served": self.served % len(self) if len(self) else 0, "batch_size": self.batch_size or 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         assert isinstance(self.sampler, ResumableSampler) and self.batch_size
+        if state["served"] and state["batch_size"] != self.batch_size:
+            raise UserError(
+                f"the run stopped in the middle of an epoch with data.batch_size {state['batch_size']}, got {self.batch_size}: rows would "
+                "be trained on twice or never. Continue with the batch size the run began with."
+            )
         self.sampler.start = state["served"] * self.batch_size

@@ -114,7 +114,12 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, eos_id: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    eos_id: int,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a Hugging Face folder, reload it, and only then give it its name.
 
@@ -137,7 +142,7 @@ def save_model(
         model.generation_config = own_settings
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype)
+    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, trust_remote_code=trust_remote_code)
     if weights_hash(reloaded) != weights_hash(model):
         raise RuntimeError(
             f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was replaced."

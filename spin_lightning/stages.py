@@ -48,7 +48,7 @@ class SaveRunConfig(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             (folder,) = (
                 callback.output_dir for callback in trainer.callbacks if isinstance(callback, SelfPlay | ExportPolicy)
             )  # type: ignore[attr-defined]
@@ -123,6 +123,8 @@ class StageCLI(LightningCLI):
         if self.subcommand != "fit":
             return
         config = self.config["fit"]
+        if config.trainer.fast_dev_run:  # a trial neither continues a run nor minds one that is over
+            return
         output_dir = Path(config[self.run_key].output_dir)
         if self._is_over(output_dir, config):
             print(

@@ -536,7 +536,7 @@ def test_health_says_what_is_wrong_with_the_answers(changes: dict[str, float], s
     [
         ({"rewards/real": -0.2}, 9.0, r"finds the real answers less likely than the opponent did \(reward -0.200\)"),
         ({"rewards/accuracies": 0.97}, 9.0, "tells 97% of the pairs apart"),
-        ({}, 10.5, "held-out NLL is 10.500, worse than the 10.000 the game started from"),
+        ({}, 10.5, "held-out NLL is 10.500, worse than the 10.000 measured first"),
         ({}, 9.5, "held-out NLL rose from 9.000 to 9.500 in this iteration"),
         ({}, 8.5, "held-out NLL went from 9.000 to 8.500"),
         ({}, None, None),
@@ -816,3 +816,40 @@ def test_a_second_run_in_the_same_folder_is_told_who_is_there(model: str, rows: 
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="another process is at work in"):
         Game(model, rows, tmp_path / "run").play()
     Game(model, rows, tmp_path / "run").play()  # and plays once the other has gone
+
+
+def test_pairs_of_other_settings_are_not_mixed_in(model: str, rows: str, tmp_path: Path) -> None:
+    """A longer cap changes the real answers' ids: the earlier pairs no longer fit those of a later iteration."""
+    Game(model, rows, tmp_path / "run", play={"iterations": 1}).play()
+    longer = {"generator": FakeGenerator(lambda prompt, seed: [5, 6], max_new_tokens=2)}
+    with pytest.raises(UserError, match="made with other settings than this run has now; what differs: prompts_sha256"):
+        Game(model, rows, tmp_path / "run", data=longer).play()
+    with pytest.raises(UserError, match="what differs: shard_size"):
+        Game(model, rows, tmp_path / "run", play={"shard_size": 4}).play()
+
+
+def test_a_game_cut_short_is_not_over(model: str, rows: str, tmp_path: Path) -> None:
+    """As by ``max_time``: an epoch that did not reach its last batch is continued, not exported."""
+    whole = Game(model, rows, tmp_path / "whole").play()
+
+    def stop(trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == 7
+
+    Game(model, rows, tmp_path / "run", callbacks=[Do(on_train_batch_end=stop)]).play()
+    assert not (tmp_path / "run" / "game.json").exists()
+    assert not (tmp_path / "run" / "iteration_1" / "summary.json").exists()
+    assert Game(model, rows, tmp_path / "run").play().weights == whole.weights
+
+
+def test_another_batch_size_in_the_middle_of_an_epoch_is_refused(model: str, rows: str, tmp_path: Path) -> None:
+    def stop(trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 7
+
+    Game(model, rows, tmp_path / "run", callbacks=[Do(on_train_batch_end=stop)]).play()
+    with pytest.raises(UserError, match=r"in the middle of an epoch with data.batch_size 4, got 2"):
+        Game(model, rows, tmp_path / "run", data={"batch_size": 2}).play()
+
+
+def test_a_prompt_longer_than_the_model_s_context_is_refused(model: str, rows: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"but the model takes 512. Lower data.max_prompt_tokens"):
+        Game(model, rows, tmp_path / "run", data={"generator": TransformersGenerator(max_new_tokens=600)}).play()

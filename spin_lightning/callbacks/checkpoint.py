@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from spin_lightning.callbacks.progress import was_cut_short
 from spin_lightning.files import replacing
 from spin_lightning.types import UserError
 
@@ -70,6 +71,8 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if was_cut_short(trainer):  # the epoch is not over: the last checkpoint in it stays
+            return
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:

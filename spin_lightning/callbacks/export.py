@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 
+from spin_lightning.callbacks.progress import was_cut_short
 from spin_lightning.files import write_json
 from spin_lightning.models import save_model
 
@@ -45,6 +46,8 @@ class ExportPolicy(L.Callback):
         """A hook that Lightning also calls when it resumes and finds nothing left to train on."""
         if trainer.fast_dev_run or (not self._started and (self.output_dir / "summary.json").exists()):  # type: ignore[attr-defined]
             return
+        if was_cut_short(trainer):
+            return  # by max_time, say: the same command continues
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = trainer.lightning_module
         summary = {
@@ -58,7 +61,14 @@ class ExportPolicy(L.Callback):
             + "\n".join(f"- {name}: {value}" for name, value in summary.items())
             + "\n"
         )
-        save_model(module.policy, data.encoder.tokenizer, self.output_dir / "policy", card, data.encoder.terminator_id)
+        save_model(
+            module.policy,
+            data.encoder.tokenizer,
+            self.output_dir / "policy",
+            card,
+            data.encoder.terminator_id,
+            trust_remote_code=module.trust_remote_code,
+        )
         write_json(self.output_dir / "summary.json", summary)
         print(f"the model is in {self.output_dir}/policy")
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from spin_lightning.callbacks.progress import measured_everything
 from spin_lightning.pair_store import PairStore
 from spin_lightning.types import UserError
 
@@ -40,7 +41,9 @@ class Health(L.Callback):
         self.nll = list(state["nll"])
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0 and "val/nll" in trainer.callback_metrics:  # it runs on some resumes too
+        if (
+            trainer.global_step == 0 and measured_everything(trainer) and "val/nll" in trainer.callback_metrics
+        ):  # it runs on some resumes too
             self.nll = [float(trainer.callback_metrics["val/nll"])]
 
     def on_generation_end(
@@ -92,7 +95,7 @@ class Health(L.Callback):
         if nll is None:
             return
         if self.nll and nll > self.nll[0] * (1 + HARM_SHARE):
-            self._say(iteration, f"held-out NLL is {nll:.3f}, worse than the {self.nll[0]:.3f} the game started from")
+            self._say(iteration, f"held-out NLL is {nll:.3f}, worse than the {self.nll[0]:.3f} measured first")
             if self.stop == "harm":
                 trainer.datamodule.game.stop(f"harm: held-out NLL {nll:.3f} against {self.nll[0]:.3f} at the start")  # type: ignore[attr-defined]
         elif self.nll and nll > self.nll[-1]:

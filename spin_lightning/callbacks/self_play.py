@@ -25,6 +25,7 @@ import transformers
 from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from spin_lightning.callbacks.progress import measured_everything, was_cut_short
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import hold, read_json, sha256_of, write_json
 from spin_lightning.model_card import render_model_card
@@ -161,6 +162,8 @@ class SelfPlay(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._keep_time()
+        if was_cut_short(trainer) and not self.stopped_because:
+            return
         if self._is_first_epoch(trainer.current_epoch + 1):
             self._end(trainer.lightning_module)  # type: ignore[arg-type]
 
@@ -169,7 +172,12 @@ class SelfPlay(L.Callback):
         started = time.monotonic()
         module.opponent.become(module.policy)
         self._notify("on_iteration_start", iteration)
-        binding = self._binding(iteration, module)
+        self._refuse_long_prompts(module)
+        combined = set(range(max(0, iteration - self.trainer.datamodule.history), iteration))
+        for k in combined | ({0} if module.loss.needs_initial_response and iteration else set()):
+            earlier = PairStore(self.folder(k) / "pairs")
+            self._refuse_other_settings(earlier, module, ("prompts_sha256", "encoding_sha256", *_LAYOUT))
+        binding = self._binding(iteration, module, weights_hash(module.policy))
         store = PairStore(self.folder(iteration) / "pairs", binding)
         if not store.is_complete:
             self._make_pairs(iteration, module, store)
@@ -184,6 +192,9 @@ class SelfPlay(L.Callback):
                 f"the pairs in {store.folder} are not those that iteration {iteration} began with, so it cannot be continued. "
                 "Restore the folder, or use another self_play.output_dir."
             )
+        self._refuse_other_settings(
+            store, module, ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *_LAYOUT)
+        )
         if module.opponent.holds_weights:
             module.opponent.become(self._load(module, iteration - 1).to(module.device))
         self._clock["started"] = time.monotonic()
@@ -227,9 +238,26 @@ class SelfPlay(L.Callback):
         }
         data: SyntheticDataModule = self.trainer.datamodule
         card = render_model_card(summary, PairStore(folder / "pairs").manifest)  # type: ignore[arg-type]
-        save_model(module.policy, data.encoder.tokenizer, folder / "policy", card, data.encoder.terminator_id)
+        save_model(
+            module.policy,
+            data.encoder.tokenizer,
+            folder / "policy",
+            card,
+            data.encoder.terminator_id,
+            trust_remote_code=module.trust_remote_code,
+        )
         write_json(folder / "summary.json", summary)
         self._notify("on_iteration_end", iteration, summary)
+
+    def _refuse_long_prompts(self, module: SpinLightningModule) -> None:
+        data: SyntheticDataModule = self.trainer.datamodule
+        longest = max(len(prompt.prompt_ids) for prompt in data.prompts) + data.generator.max_new_tokens
+        limit = getattr(module.policy.config, "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"the longest prompt and its answer need {longest} tokens, but the model takes {limit}. "
+                "Lower data.max_prompt_tokens or data.generator.max_new_tokens."
+            )
 
     # --- making pairs ---------------------------------------------------------------------------------------------
 
@@ -269,11 +297,11 @@ class SelfPlay(L.Callback):
             statistics=describe_pairs(own_pairs(_read_all(store, names), iteration)),
         )
 
-    def _binding(self, iteration: int, module: SpinLightningModule) -> dict[str, Any]:
+    def _binding(self, iteration: int, module: SpinLightningModule, opponent_sha256: str) -> dict[str, Any]:
         data: SyntheticDataModule = self.trainer.datamodule
         return {
             "iteration": iteration,
-            "opponent_sha256": weights_hash(module.policy),
+            "opponent_sha256": opponent_sha256,
             "prompts_sha256": data.prompts_hash,
             "encoding_sha256": data.encoder.fingerprint,
             "sampling": data.generator.sampling,
@@ -286,12 +314,25 @@ class SelfPlay(L.Callback):
             "initial_responses": module.loss.needs_initial_response,
         }
 
+    def _refuse_other_settings(self, store: PairStore, module: SpinLightningModule, keys: tuple[str, ...]) -> None:
+        """Pairs are combined or continued only with what was made from the same rows, ids and settings."""
+        assert store.manifest is not None
+        made_by, binding = store.manifest["binding"], self._binding(-1, module, "")
+        if differing := [key for key in keys if made_by[key] != binding[key]]:
+            raise UserError(
+                f"the pairs in {store.folder} were made with other settings than this run has now; what differs: "
+                f"{', '.join(differing)}. Use the settings they were made with, or another self_play.output_dir."
+            )
+
     def _load(self, module: SpinLightningModule, iteration: int) -> Any:
         """The policy exported after an iteration; before the first one, the model the game started from."""
         dtype = next(module.policy.parameters()).dtype
         if iteration >= 0:
             return load_policy(
-                str(self.folder(iteration) / "policy"), dtype=dtype, attn_implementation=module.attn_implementation
+                str(self.folder(iteration) / "policy"),
+                trust_remote_code=module.trust_remote_code,
+                dtype=dtype,
+                attn_implementation=module.attn_implementation,
             )
         return load_policy(
             module.model_name_or_path,
@@ -331,6 +372,11 @@ class SelfPlay(L.Callback):
                     f"trainer.max_epochs must be {self.total_epochs}, the sum of self_play.epochs {self.epochs}, "
                     f"got {trainer.max_epochs}. Use Trainer(max_epochs=game.total_epochs)."
                 )
+        if trainer.check_val_every_n_epoch != 1:
+            raise UserError(
+                "trainer.check_val_every_n_epoch must be 1, so that each iteration has a held-out NLL of its own, "
+                f"got {trainer.check_val_every_n_epoch}."
+            )
         pl_module.check_schedules(self.iterations)
         if trainer.fast_dev_run:  # a trial: few prompts, and nothing that a real run would meet again
             data.prompts = data.prompts[: data.batch_size * int(trainer.fast_dev_run)]
@@ -352,7 +398,9 @@ class SelfPlay(L.Callback):
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The held-out NLL of the model the game starts from: what every iteration is compared with."""
-        if trainer.global_step == 0 and "val/nll" in trainer.callback_metrics:  # it runs on some resumes too
+        if (
+            trainer.global_step == 0 and measured_everything(trainer) and "val/nll" in trainer.callback_metrics
+        ):  # it runs on some resumes too
             start = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             for logger in trainer.loggers:
                 logger.log_metrics(start, step=0)
@@ -380,7 +428,7 @@ class SelfPlay(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The end of the game; a hook that Lightning also calls when it finds nothing left to train on."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or (was_cut_short(trainer) and not self.stopped_because):  # type: ignore[attr-defined]
             return
         if trainer.fit_loop.epoch_progress.current.processed >= self.total_epochs:  # type: ignore[attr-defined]
             self._end_if_missed(self.iterations - 1, trainer.lightning_module)  # type: ignore[arg-type]
@@ -423,6 +471,10 @@ class SelfPlay(L.Callback):
         for callback in self.trainer.callbacks:
             if (method := getattr(callback, hook, None)) is not None:
                 method(self.trainer, self.trainer.lightning_module, *args)
+
+
+#: Settings that decide how a store's shards are cut and which columns they have.
+_LAYOUT = ("answers_per_prompt", "shard_size", "initial_log_probs", "initial_responses")
 
 
 def _read_all(store: PairStore, names: list[str]) -> pa.Table:

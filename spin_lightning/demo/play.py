@@ -51,6 +51,9 @@ def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -
     started, root = time.monotonic(), Path(folder)
     base = model or smollm2()
     train, held_out = write_skills(root / "data", num_train=156)
+    known = (read_json(root / "results.json") or {}).get("base model", {}).get("model", base)
+    if known != base:
+        raise UserError(f"{root} holds the demo of {known!r}, got {base!r}. Give this demo another folder.")
     precision = [] if _has_bf16_units() else ["--trainer.precision", "32-true"]
     data = ["--data.train_data", str(train), "--data.val_data", str(held_out), *precision, *overrides]
     sft, spin = root / "sft", root / "spin"
@@ -192,11 +195,8 @@ def verdict(results: dict[str, Any]) -> str:
     direction = "improved" if spin["nll"] < start["nll"] else "did not improve"
     better, worse = ("self-play", "continued SFT") if spin["nll"] < control["nll"] else ("continued SFT", "self-play")
     times = _total(results, "SPIN") / max(_total(results, "control"), 1e-9)
-    agree = (
-        "on both measures"
-        if (spin["exact"] > control["exact"]) == (better == "self-play")
-        else "on held-out NLL, not on exact answers"
-    )
+    ahead, behind = (spin, control) if better == "self-play" else (control, spin)
+    agree = "on both measures" if ahead["exact"] > behind["exact"] else "on held-out NLL, not on exact answers"
     return (
         f"Self-play {direction} the SFT model: held-out NLL {start['nll']:.3f} -> {spin['nll']:.3f}, exact answers {start['exact']:.1%} -> {spin['exact']:.1%}. "
         f"At the same number of updates {better} did better than {worse} {agree} "
