@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -21,6 +22,8 @@ class SftLightningModule(PolicyModule):
         optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
         average: ``token`` divides a batch's NLL by its number of response tokens, as SFT does elsewhere;
             ``response`` by its number of responses, the scale of the gradient self-play has at beta = 2.
+        max_updates: End after this many optimiser steps, which the schedule then spans. Unlike ``trainer.max_steps``, which
+            Lightning does not resume exactly at an epoch's end. None: ``trainer.max_epochs`` decides.
         lr_schedule: Shape of the decay after the warm-up.
         warmup_ratio: Share of the steps that warm up.
         dropout: Keep the model's dropout on.
@@ -36,6 +39,7 @@ class SftLightningModule(PolicyModule):
         learning_rate: float = 2e-5,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         average: Literal["token", "response"] = "token",
+        max_updates: int | None = None,
         lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup_ratio: float = 0.1,
         dropout: bool = False,
@@ -58,7 +62,18 @@ class SftLightningModule(PolicyModule):
         )
         if average not in ("token", "response"):
             raise UserError(f"model.average must be token or response, got {average!r}.")
+        if max_updates is not None and max_updates < 1:
+            raise UserError(f"model.max_updates must be at least 1, got {max_updates!r}.")
         self.average = average
+        self.max_updates = max_updates
+
+    @property
+    def steps_per_iteration(self) -> float:
+        return min(super().steps_per_iteration, self.max_updates or math.inf)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.trainer.global_step == self.max_updates:
+            self.trainer.should_stop = True
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ from spin_lightning import (
     RunCheckpoint,
     SftLightningModule,
     SyntheticDataModule,
+    TransformersGenerator,
     TSpinLoss,
     UserError,
 )
@@ -440,3 +442,35 @@ def test_the_same_command_continues_after_sigkill(model: str, rows: str, tmp_pat
     assert (folder / "iteration_1/policy/model.safetensors").read_bytes() == (
         tmp_path / "whole/iteration_1/policy/model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+def test_sft_with_a_number_of_updates_resumes_from_every_step_and_epoch(
+    model: str, rows: str, tmp_path: Path, hook: str
+) -> None:
+    """8 updates of 3 batches an epoch: the end is in the middle of the third."""
+
+    def play(folder: Path, stop: int | None = None) -> list[int] | None:
+        module = SftLightningModule(model, 1e-2, max_updates=8)
+        data = SyntheticDataModule(
+            rows, batch_size=4, val_fraction=0.2, generator=TransformersGenerator(max_new_tokens=5)
+        )
+        last = DoLast(**{hook: lambda trainer, *_: stop_at(trainer, stop) if stop else None})
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=100,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[ExportPolicy(str(folder)), RunCheckpoint(str(folder / "checkpoints")), last],
+        )
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+        assert trainer.global_step == 8
+        return weight_bits(module)
+
+    whole = play(tmp_path / "whole")
+    for stop in range(1, 9):
+        with contextlib.suppress(Stopped):
+            play(tmp_path / str(stop), stop)
+        assert play(tmp_path / str(stop)) == whole, stop

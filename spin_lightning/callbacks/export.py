@@ -46,7 +46,7 @@ class ExportPolicy(L.Callback):
         """A hook that Lightning also calls when it resumes and finds nothing left to train on."""
         if trainer.fast_dev_run or (not self._started and (self.output_dir / "summary.json").exists()):  # type: ignore[attr-defined]
             return
-        if was_cut_short(trainer):
+        if was_cut_short(trainer) and trainer.global_step != getattr(trainer.lightning_module, "max_updates", None):
             return  # by max_time, say: the same command continues
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = trainer.lightning_module

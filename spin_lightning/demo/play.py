@@ -67,7 +67,7 @@ def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -
     iterations = read_json(spin / "game.json")["iterations"]
     for number, summary in enumerate(iterations):
         control = root / f"control_{number}"
-        steps = ["--trainer.max_steps", str(summary["updates"]), "--trainer.max_epochs", "1000"]
+        steps = ["--model.max_updates", str(summary["updates"]), "--trainer.max_epochs", "1000"]
         _run(
             "sft",
             "demo_sft.yaml",
