@@ -72,7 +72,10 @@ class SftLightningModule(PolicyModule):
         return min(super().steps_per_iteration, self.max_updates or math.inf)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        if self.trainer.global_step == self.max_updates:
+        self._stop_after_max_updates()
+
+    def _stop_after_max_updates(self) -> None:
+        if self.max_updates is not None and self.trainer.global_step >= self.max_updates:
             self.trainer.should_stop = True
 
     def on_fit_start(self) -> None:
@@ -83,6 +86,7 @@ class SftLightningModule(PolicyModule):
             )
 
     def on_train_start(self) -> None:
+        self._stop_after_max_updates()  # a kill may have left a run whose last step is done
         if (
             self.trainer.global_step == 0
         ):  # the schedule made before the loader knew no length, and would waste the first step
