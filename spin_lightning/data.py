@@ -148,15 +148,23 @@ class SyntheticDataModule(L.LightningDataModule):
                 f"all {len(rows)} prompts of {self.train_data} are longer than max_prompt_tokens={self.max_prompt_tokens}, "
                 "so nothing is left to train on. Raise data.max_prompt_tokens."
             )
-        longest = max(len(prompt.prompt_ids) for prompt in self.prompts) + self.generator.max_new_tokens
-        if longest > self.encoder.tokenizer.model_max_length:
-            raise UserError(
-                f"the longest prompt and its answer need {longest} tokens, but the model takes {self.encoder.tokenizer.model_max_length}. "
-                "Lower data.max_prompt_tokens or data.generator.max_new_tokens."
-            )
+        self.refuse_longer_than(self.encoder.tokenizer.model_max_length)
         if self.encoder.num_separate:
             print(
                 f"note: {self.encoder.num_separate} answers are encoded apart from their prompts, as the chat template writes past answers differently."
+            )
+
+    def refuse_longer_than(self, limit: float) -> None:
+        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens.
+
+        Raises:
+            UserError: The longest prompt and the longest answer do not fit.
+        """
+        longest = max(len(prompt.prompt_ids) for prompt in self.prompts) + self.generator.max_new_tokens
+        if longest > limit:
+            raise UserError(
+                f"the longest prompt and its answer need {longest} tokens, but the model takes {limit}. "
+                "Lower data.max_prompt_tokens or data.generator.max_new_tokens."
             )
 
     def _hold_out(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:

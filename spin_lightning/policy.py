@@ -142,9 +142,8 @@ class PolicyModule(L.LightningModule):
         return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
     def _lr_factor(self, step: int) -> float:
-        total = (
-            self.steps_per_iteration
-        )  # read late: an iteration's loader does not exist when its optimiser is first made
+        # read late: an iteration's loader does not exist when its optimiser is first made
+        total = self.steps_per_iteration
         if math.isinf(total):
             return 0.0
         warmup = round(self.warmup_ratio * total)

@@ -87,9 +87,8 @@ class SftLightningModule(PolicyModule):
 
     def on_train_start(self) -> None:
         self._stop_after_max_updates()  # a kill may have left a run whose last step is done
-        if (
-            self.trainer.global_step == 0
-        ):  # the schedule made before the loader knew no length, and would waste the first step
+        # the schedule that was made before the loader knew no length, and would waste the first step
+        if self.trainer.global_step == 0:
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     def training_step(self, batch: SftBatch, batch_idx: int) -> Tensor:

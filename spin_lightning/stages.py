@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import spin_lightning
 from spin_lightning.callbacks import AtomicCheckpointIO, ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
+from spin_lightning.callbacks.checkpoint import checkpoint_folder, last_checkpoint
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import read_json
 from spin_lightning.module import SpinLightningModule
@@ -31,10 +32,6 @@ from spin_lightning.types import UserError
 
 class RunIsOver(Exception):
     """The run this command would continue has ended, and its results are there."""
-
-
-def checkpoint_folder(output_dir: str) -> str:
-    return str(Path(output_dir) / "checkpoints")
 
 
 def total_epochs(iterations: int, epochs: int | list[int]) -> int:
@@ -93,9 +90,8 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         try:
-            self.config = parser.parse_args(
-                args
-            )  # Lightning's own also warns that `args` were given: here they always are
+            # Lightning's own also warns that `args` were given: here they always are
+            self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(f"{error}{self._did_you_mean(str(error))}") from error
 
@@ -132,10 +128,9 @@ class StageCLI(LightningCLI):
             )
             raise RunIsOver
         config.weights_only = True
-        checkpoint = output_dir / "checkpoints" / "last.ckpt"
-        if config.ckpt_path is None and checkpoint.exists():
+        if config.ckpt_path is None and (checkpoint := last_checkpoint(str(output_dir))):
             print(f"continuing the run in {output_dir} from {checkpoint}")
-            config.ckpt_path = str(checkpoint)
+            config.ckpt_path = checkpoint
 
     def _is_over(self, output_dir: Path, config: Any) -> bool:
         return (output_dir / self.over_file).exists()

@@ -14,6 +14,19 @@ from spin_lightning.callbacks.progress import was_cut_short
 from spin_lightning.files import replacing
 from spin_lightning.types import UserError
 
+LAST = "last.ckpt"
+
+
+def checkpoint_folder(output_dir: Path | str) -> str:
+    """Where the run in a folder keeps its checkpoint."""
+    return str(Path(output_dir) / "checkpoints")
+
+
+def last_checkpoint(output_dir: Path | str) -> str | None:
+    """The checkpoint that the run in a folder can be continued from, or None."""
+    path = Path(checkpoint_folder(output_dir)) / LAST
+    return str(path) if path.exists() else None
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, syncs it, and moves it there: a crash leaves the old one whole.
@@ -51,21 +64,19 @@ class RunCheckpoint(Checkpoint):
                 raise UserError(
                     "RunCheckpoint needs a dirpath where there is no SelfPlay callback. Give RunCheckpoint(dirpath=...)."
                 )
-            self.dirpath = str(game.output_dir / "checkpoints")
+            self.dirpath = checkpoint_folder(game.output_dir)
 
     @property
     def path(self) -> Path:
         assert self.dirpath is not None
-        return Path(self.dirpath) / "last.ckpt"
+        return Path(self.dirpath) / LAST
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.last_saved = trainer.global_step  # else a resumed run would save in the middle of an accumulation
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        if (
-            trainer.is_last_batch
-        ):  # saved at the epoch's end: a checkpoint here would skip validation and export on a resume
+        if trainer.is_last_batch:  # saved at the epoch's end; here it would skip validation and export on a resume
             return
         if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self.last_saved:
             self._save(trainer)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 
-from spin_lightning.callbacks.progress import measured_everything
+from spin_lightning.callbacks.progress import starting_metrics
 from spin_lightning.pair_store import PairStore
 from spin_lightning.types import UserError
 
@@ -41,10 +41,8 @@ class Health(L.Callback):
         self.nll = list(state["nll"])
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if (
-            trainer.global_step == 0 and measured_everything(trainer) and "val/nll" in trainer.callback_metrics
-        ):  # it runs on some resumes too
-            self.nll = [float(trainer.callback_metrics["val/nll"])]
+        if start := starting_metrics(trainer):
+            self.nll = [start["val/nll"]]
 
     def on_generation_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]

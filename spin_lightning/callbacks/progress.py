@@ -10,7 +10,12 @@ def was_cut_short(trainer: Any) -> bool:
     return bool(trainer.should_stop and not trainer.is_last_batch)
 
 
-def measured_everything(trainer: Any) -> bool:
-    """Whether the sanity check went over all held-out rows, so that its NLL is one to compare with."""
+def starting_metrics(trainer: Any) -> dict[str, float]:
+    """Held-out metrics of the model a run starts from, after the sanity check.
+
+    Empty where there are none to compare with: on a resume, or if the check did not go over all held-out rows.
+    """
     data = trainer.datamodule
-    return bool(trainer.num_sanity_val_steps * data.batch_size >= len(data.val_prompts))
+    if trainer.global_step or trainer.num_sanity_val_steps * data.batch_size < len(data.val_prompts):
+        return {}
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -11,6 +11,7 @@ Any callback may define the game's hooks; they are called where they exist:
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import time
@@ -25,7 +26,8 @@ import transformers
 from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from spin_lightning.callbacks.progress import measured_everything, was_cut_short
+from spin_lightning.callbacks.checkpoint import last_checkpoint
+from spin_lightning.callbacks.progress import starting_metrics, was_cut_short
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import hold, read_json, sha256_of, write_json
 from spin_lightning.model_card import render_model_card
@@ -33,7 +35,7 @@ from spin_lightning.models import load_policy, save_model, weights_hash
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
 from spin_lightning.pairs import PairMaker, own_pairs
-from spin_lightning.schedule import check_schedule
+from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.types import UserError
 from spin_lightning.version import __version__
 
@@ -96,8 +98,7 @@ class SelfPlay(L.Callback):
     @property
     def last_checkpoint(self) -> str | None:
         """The checkpoint to continue from, or None for a new game: ``trainer.fit(..., ckpt_path=game.last_checkpoint)``."""
-        path = self.output_dir / "checkpoints" / "last.ckpt"
-        return str(path) if path.exists() else None
+        return last_checkpoint(self.output_dir)
 
     def folder(self, iteration: int) -> Path:
         return self.output_dir / f"iteration_{iteration}"
@@ -140,9 +141,8 @@ class SelfPlay(L.Callback):
             else:
                 self._continue(iteration, module)
             self.iteration = iteration
-            if (
-                self.stopped_because and not is_first_load
-            ):  # at the first one Lightning's loop has not begun, and sees should_stop
+            # at the first load Lightning's loop has not begun, and sees should_stop
+            if self.stopped_because and not is_first_load:
                 raise StopIteration(self.stopped_because)
         assert self._pairs is not None
         return self._pairs
@@ -172,12 +172,14 @@ class SelfPlay(L.Callback):
         started = time.monotonic()
         module.opponent.become(module.policy)
         self._notify("on_iteration_start", iteration)
-        self._refuse_long_prompts(module)
-        combined = set(range(max(0, iteration - self.trainer.datamodule.history), iteration))
+        data: SyntheticDataModule = self.trainer.datamodule
+        data.refuse_longer_than(getattr(module.policy.config, "max_position_embeddings", math.inf))
+        settings = self._settings(module)
+        combined = set(range(max(0, iteration - data.history), iteration))
         for k in combined | ({0} if module.loss.needs_initial_response and iteration else set()):
             earlier = PairStore(self.folder(k) / "pairs")
-            self._refuse_other_settings(earlier, module, ("prompts_sha256", "encoding_sha256", *_LAYOUT))
-        binding = self._binding(iteration, module, weights_hash(module.policy))
+            _refuse_other_settings(earlier, settings, ("prompts_sha256", "encoding_sha256", *_LAYOUT))
+        binding = {"iteration": iteration, "opponent_sha256": weights_hash(module.policy), **settings}
         store = PairStore(self.folder(iteration) / "pairs", binding)
         if not store.is_complete:
             self._make_pairs(iteration, module, store)
@@ -192,9 +194,8 @@ class SelfPlay(L.Callback):
                 f"the pairs in {store.folder} are not those that iteration {iteration} began with, so it cannot be continued. "
                 "Restore the folder, or use another self_play.output_dir."
             )
-        self._refuse_other_settings(
-            store, module, ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *_LAYOUT)
-        )
+        given = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *_LAYOUT)
+        _refuse_other_settings(store, self._settings(module), given)
         if module.opponent.holds_weights:
             module.opponent.become(self._load(module, iteration - 1).to(module.device))
         self._clock["started"] = time.monotonic()
@@ -202,12 +203,12 @@ class SelfPlay(L.Callback):
 
     def _use(self, iteration: int, module: SpinLightningModule, store: PairStore) -> None:
         """Load the training set, leaving out pairs that cannot teach this loss anything."""
-        table = store.read([*TRAINING_COLUMNS, "iteration"])
+        table = store.read(TRAINING_COLUMNS)
         assert store.manifest is not None
         self._report = {**store.manifest["statistics"], "training_pairs": table.num_rows}
         if not module.loss.learns_from_identical:
             table = table.filter(pa.array(~identical(table)))
-        self._pairs = table.select(TRAINING_COLUMNS)
+        self._pairs = table
         self._report["training_pairs_dropped"] = self._report["training_pairs"] - table.num_rows
         self._report["training_pairs"] = table.num_rows
         self._log_report(iteration)
@@ -224,15 +225,15 @@ class SelfPlay(L.Callback):
     def _end(self, module: SpinLightningModule) -> None:
         """Export the policy: a model people can use, and the next opponent."""
         folder, iteration = self.folder(self.iteration), self.iteration
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        nll = self.trainer.callback_metrics.get("val/nll")
         summary = {
             "iteration": iteration,
-            "beta": module.beta[iteration] if isinstance(module.beta, list) else module.beta,
+            "beta": at_iteration(module.beta, iteration),
             "first_loss": self._clock.get("first_loss"),
             "last_loss": self._clock.get("last_loss"),
             "updates": self.trainer.global_step - self._clock["first_step"],
             "seconds": self._clock["seconds"],
-            "val_nll": metrics.get("val/nll"),
+            "val_nll": None if nll is None else float(nll),
             "epoch_metrics": {name: float(value) for name, value in module.metrics.compute().items()},
             "pairs": self._report,
         }
@@ -248,16 +249,6 @@ class SelfPlay(L.Callback):
         )
         write_json(folder / "summary.json", summary)
         self._notify("on_iteration_end", iteration, summary)
-
-    def _refuse_long_prompts(self, module: SpinLightningModule) -> None:
-        data: SyntheticDataModule = self.trainer.datamodule
-        longest = max(len(prompt.prompt_ids) for prompt in data.prompts) + data.generator.max_new_tokens
-        limit = getattr(module.policy.config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
-            raise UserError(
-                f"the longest prompt and its answer need {longest} tokens, but the model takes {limit}. "
-                "Lower data.max_prompt_tokens or data.generator.max_new_tokens."
-            )
 
     # --- making pairs ---------------------------------------------------------------------------------------------
 
@@ -297,11 +288,10 @@ class SelfPlay(L.Callback):
             statistics=describe_pairs(own_pairs(_read_all(store, names), iteration)),
         )
 
-    def _binding(self, iteration: int, module: SpinLightningModule, opponent_sha256: str) -> dict[str, Any]:
+    def _settings(self, module: SpinLightningModule) -> dict[str, Any]:
+        """What pairs depend on beside the opponent: the same in every iteration of a game. Hashes all prompts."""
         data: SyntheticDataModule = self.trainer.datamodule
         return {
-            "iteration": iteration,
-            "opponent_sha256": opponent_sha256,
             "prompts_sha256": data.prompts_hash,
             "encoding_sha256": data.encoder.fingerprint,
             "sampling": data.generator.sampling,
@@ -313,16 +303,6 @@ class SelfPlay(L.Callback):
             "initial_log_probs": module.loss.needs_initial_log_probs,
             "initial_responses": module.loss.needs_initial_response,
         }
-
-    def _refuse_other_settings(self, store: PairStore, module: SpinLightningModule, keys: tuple[str, ...]) -> None:
-        """Pairs are combined or continued only with what was made from the same rows, ids and settings."""
-        assert store.manifest is not None
-        made_by, binding = store.manifest["binding"], self._binding(-1, module, "")
-        if differing := [key for key in keys if made_by[key] != binding[key]]:
-            raise UserError(
-                f"the pairs in {store.folder} were made with other settings than this run has now; what differs: "
-                f"{', '.join(differing)}. Use the settings they were made with, or another self_play.output_dir."
-            )
 
     def _load(self, module: SpinLightningModule, iteration: int) -> Any:
         """The policy exported after an iteration; before the first one, the model the game started from."""
@@ -398,10 +378,7 @@ class SelfPlay(L.Callback):
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The held-out NLL of the model the game starts from: what every iteration is compared with."""
-        if (
-            trainer.global_step == 0 and measured_everything(trainer) and "val/nll" in trainer.callback_metrics
-        ):  # it runs on some resumes too
-            start = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if start := starting_metrics(trainer):
             for logger in trainer.loggers:
                 logger.log_metrics(start, step=0)
             write_json(self.output_dir / "start.json", start)
@@ -475,6 +452,17 @@ class SelfPlay(L.Callback):
 
 #: Settings that decide how a store's shards are cut and which columns they have.
 _LAYOUT = ("answers_per_prompt", "shard_size", "initial_log_probs", "initial_responses")
+
+
+def _refuse_other_settings(store: PairStore, settings: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Pairs are combined or continued only with what was made from the same rows, ids and settings."""
+    assert store.manifest is not None
+    made_by = store.manifest["binding"]
+    if differing := [key for key in keys if made_by[key] != settings[key]]:
+        raise UserError(
+            f"the pairs in {store.folder} were made with other settings than this run has now; what differs: "
+            f"{', '.join(differing)}. Use the settings they were made with, or another self_play.output_dir."
+        )
 
 
 def _read_all(store: PairStore, names: list[str]) -> pa.Table:
