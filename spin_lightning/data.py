@@ -11,14 +11,16 @@ import itertools
 import random
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import lightning as L
 import pyarrow as pa
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm.auto import tqdm
 
-from spin_lightning.encoding import Encoder, collate_pairs, collate_prompts
+from spin_lightning.batches import collate_pairs, collate_prompts
+from spin_lightning.encoding import Encoder
 from spin_lightning.files import sha256_of
 from spin_lightning.formats import load_rows
 from spin_lightning.generation import ResponseGenerator, TransformersGenerator
@@ -52,6 +54,10 @@ class SyntheticDataModule(L.LightningDataModule):
         answers_per_prompt: K, how many answers the opponent gives to each prompt in each iteration.
         history: How many earlier iterations' pairs are trained on beside the new ones. The paper: 1.
         batch_size: Pairs (in SFT: rows) in a batch.
+        micro_batch_tokens: Tokens in one forward and backward pass. A batch with more takes several passes whose gradients add up:
+            the same gradient in less memory. Raise it on a GPU until its memory is used.
+        keep_prompts_together: Put all pairs of a prompt next to each other, so that a batch computes the prompt and its real response
+            once. Pays with ``answers_per_prompt`` above 1; costs variety, as a batch then holds fewer prompts: raise ``batch_size`` with it.
         num_workers: Processes that collate batches.
         seed: Of the answers, of the order of the batches and of the held-out rows. The game has no other randomness, so
             ``seed_everything`` does not change it.
@@ -80,6 +86,8 @@ class SyntheticDataModule(L.LightningDataModule):
         answers_per_prompt: int = 1,
         history: int = 1,
         batch_size: int = 8,
+        micro_batch_tokens: int = 4096,
+        keep_prompts_together: bool = False,
         num_workers: int = 0,
         seed: int = 0,
         tokenizer_name_or_path: str | None = None,
@@ -89,6 +97,7 @@ class SyntheticDataModule(L.LightningDataModule):
             ("answers_per_prompt", answers_per_prompt, 1),
             ("history", history, 0),
             ("batch_size", batch_size, 1),
+            ("micro_batch_tokens", micro_batch_tokens, 1),
             ("max_prompt_tokens", max_prompt_tokens, 1),
         ):
             if value < least:
@@ -111,6 +120,8 @@ class SyntheticDataModule(L.LightningDataModule):
         self.answers_per_prompt = answers_per_prompt
         self.history = history
         self.batch_size = batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.keep_prompts_together = keep_prompts_together
         self.num_workers = num_workers
         self.seed = seed
         self.tokenizer_name_or_path = tokenizer_name_or_path
@@ -212,22 +223,24 @@ class SyntheticDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Pairs of the iteration the next epoch belongs to; without a game, the real responses."""
         if self.game is None:
-            return self._loader(self.prompts, collate_prompts)
-        return self._loader(PairDataset(self.game.ensure_iteration()), collate_pairs)
+            return self._loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
+        table = self.game.ensure_iteration()
+        prompt_ids = table["prompt_id"].to_pylist() if table.num_rows else []
+        return self._loader(PairDataset(table), prompt_ids, collate_pairs)
 
     def val_dataloader(self) -> list[Any] | DataLoader[Prompt]:
         if not self.val_prompts:
             return []
-        collate = partial(collate_prompts, pad_id=self.encoder.pad_id)
+        collate = partial(collate_prompts, max_tokens=self.micro_batch_tokens)
         return DataLoader(self.val_prompts, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
-    def _loader(self, rows: Any, collate: Any) -> ResumableLoader:
+    def _loader(self, rows: Any, prompt_ids: list[int], collate: Any) -> ResumableLoader:
         return ResumableLoader(
             rows,
-            sampler=ResumableSampler(rows, num_replicas=1, rank=0, seed=self.seed),
+            sampler=ResumableSampler(prompt_ids, self.seed, self.keep_prompts_together),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            collate_fn=partial(collate, pad_id=self.encoder.pad_id),
+            collate_fn=partial(collate, max_tokens=self.micro_batch_tokens),
         )
 
 
@@ -249,13 +262,26 @@ class ResumableSampler(DistributedSampler[Any]):
     """An order that is a pure function of (seed, epoch), and can begin in its middle.
 
     Being a ``DistributedSampler``, it is told the epoch by Lightning, and neither replaced nor wrapped.
+
+    Args:
+        prompt_ids: The prompt of every row.
+        seed: Of the order.
+        keeps_prompts_together: Shuffle prompts instead of rows; the rows of one prompt follow each other.
     """
 
     start = 0
 
+    def __init__(self, prompt_ids: list[int], seed: int, keeps_prompts_together: bool) -> None:
+        super().__init__(cast(Any, prompt_ids), num_replicas=1, rank=0, seed=seed)
+        self.groups: dict[int, list[int]] = {}
+        for index, prompt_id in enumerate(prompt_ids):
+            self.groups.setdefault(prompt_id if keeps_prompts_together else index, []).append(index)
+
     def __iter__(self) -> Iterator[Any]:
         start, self.start = self.start, 0
-        return itertools.islice(super().__iter__(), start, None)
+        groups = list(self.groups.values())
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        return itertools.islice((index for group in order for index in groups[group]), start, None)
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -1,4 +1,4 @@
-"""Conversations to token ids: one renderer for generation and training, and the batches made from them.
+"""Conversations to token ids: one renderer for generation and training.
 
 A prompt's ids are rendered once and used everywhere. Control tokens that stand in somebody's text are encoded as
 text, so no content can open or close a turn. A response carries exactly one terminator, and only if it ended.
@@ -7,15 +7,12 @@ text, so no content can open or close a turn. A response carries exactly one ter
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from spin_lightning.files import sha256_of
-from spin_lightning.types import FinishReason, Message, PairBatch, PairLogProbs, Prompt, Row, SftBatch, UserError
+from spin_lightning.types import FinishReason, Message, Prompt, Row, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,45 +158,3 @@ class Encoder:
                 "has no eos_token. Set the tokenizer's eos_token, or give a data.prompt_template that ends answers."
             )
         return int(self.tokenizer.eos_token_id)
-
-
-def pad_sequences(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> SftBatch:
-    """Right padded rows of prompt and response; masks come from lengths, so pad may equal the terminator.
-
-    Example:
-        >>> pad_sequences([[5, 6], [7]], [[8], [9, 2]], pad_id=2).response_mask.int()
-        tensor([[0, 0, 1],
-                [0, 1, 1]], dtype=torch.int32)
-    """
-    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    input_ids = torch.full((len(rows), max(map(len, rows))), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    response_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        attention_mask[i, : len(row)] = 1
-        response_mask[i, len(prompt) : len(row)] = True
-    return SftBatch(input_ids, attention_mask, response_mask)
-
-
-def collate_prompts(prompts: Sequence[Prompt], pad_id: int) -> SftBatch:
-    """Prompts with their real responses: what SFT trains on and what the held-out NLL is measured on."""
-    return pad_sequences([prompt.prompt_ids for prompt in prompts], [prompt.real_ids for prompt in prompts], pad_id)
-
-
-def collate_pairs(pairs: Sequence[Mapping[str, Any]], pad_id: int) -> PairBatch:
-    """Pairs, as the pair store's columns name them, to one batch: all real rows, all generated, all initial."""
-    sides = ["real_ids", "generated_ids"] + (["initial_ids"] if pairs[0]["initial_ids"] is not None else [])
-    prompts = [pair["prompt_ids"] for _ in sides for pair in pairs]
-    rows = pad_sequences(prompts, [pair[side] for side in sides for pair in pairs], pad_id)
-    lengths = [torch.tensor([len(pair[side]) for pair in pairs]) for side in ("real_ids", "generated_ids")]
-
-    def stored(player: str) -> PairLogProbs:
-        real, generated = (
-            torch.tensor([pair[f"{player}_{side}_log_prob"] for pair in pairs]) for side in ("real", "generated")
-        )
-        return PairLogProbs(real, generated, *lengths)
-
-    initial = stored("initial") if pairs[0]["initial_real_log_prob"] is not None else None
-    pair_ids: Tensor = torch.tensor([pair["pair_id"] for pair in pairs])
-    return PairBatch(rows.input_ids, rows.attention_mask, rows.response_mask, stored("opponent"), initial, pair_ids)

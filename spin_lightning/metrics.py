@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,17 +64,19 @@ class PairMetrics(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
-    def forward(self, output: PairLossOutput, policy: PairLogProbs) -> dict[str, Tensor]:
-        """Add a batch, and return this batch's own values."""
+    def forward(self, parts: Sequence[tuple[PairLossOutput, PairLogProbs]]) -> dict[str, Tensor]:
+        """Add a batch, given in parts, and return this batch's own values."""
+        real = torch.cat([output.real_rewards for output, _ in parts])
+        generated = torch.cat([output.generated_rewards for output, _ in parts])
         values = {
-            "rewards/real": output.real_rewards,
-            "rewards/generated": output.generated_rewards,
-            "rewards/margins": output.real_rewards - output.generated_rewards,
-            "logps/real": policy.real.detach(),
-            "logps/generated": policy.generated.detach(),
+            "rewards/real": real,
+            "rewards/generated": generated,
+            "rewards/margins": real - generated,
+            "logps/real": torch.cat([policy.real.detach() for _, policy in parts]),
+            "logps/generated": torch.cat([policy.generated.detach() for _, policy in parts]),
         }
         batch = {name: self.means[name](value) for name, value in values.items()}
-        batch["rewards/accuracies"] = self.accuracy(output.real_rewards, output.generated_rewards)
+        batch["rewards/accuracies"] = self.accuracy(real, generated)
         return with_aliases(batch)
 
     def compute(self) -> dict[str, Tensor]:

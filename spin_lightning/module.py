@@ -121,17 +121,24 @@ class SpinLightningModule(PolicyModule):
         """The policy's log-probs of a batch."""
         return pair_log_probs(self.policy, batch)
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """The SPIN loss of one batch of pairs (Eq. 4.7)."""
+    def training_step(self, batch: list[PairBatch], batch_idx: int) -> Tensor:
+        """The SPIN loss of one batch of pairs (Eq. 4.7): the mean over its pairs, in one pass or several."""
         beta = at_iteration(self.beta, self.iteration)
-        policy = self.pair_log_probs(batch)
-        if self._gate_is_due:
-            check_gate(self.loss, beta, batch, policy, self.compute_dtype, self.iteration, self._recompute(batch))
-            self._gate_is_due = False
-        output = self.loss(policy, self.opponent.log_probs(batch), beta, batch.initial)
-        loss = output.losses.mean()
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch))
-        self.log_dict(self.metrics(output, policy), batch_size=len(batch))
+        num_pairs = sum(map(len, batch))
+        seen = []
+
+        def loss_of(part: PairBatch) -> Tensor:
+            policy = self.pair_log_probs(part)
+            if self._gate_is_due:
+                check_gate(self.loss, beta, part, policy, self.compute_dtype, self.iteration, self._recompute(part))
+                self._gate_is_due = False
+            output = self.loss(policy, self.opponent.log_probs(part), beta, part.initial)
+            seen.append((output, policy))
+            return output.losses.sum() / num_pairs
+
+        loss = self.sum_in_passes(loss_of, batch)
+        self.log("loss", loss, prog_bar=True, batch_size=num_pairs)
+        self.log_dict(self.metrics(seen), batch_size=num_pairs)
         return loss
 
     def on_train_epoch_start(self) -> None:

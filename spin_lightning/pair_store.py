@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-TRAINING_COLUMNS = [name for name in SCHEMA.names if name.endswith(("_ids", "_log_prob"))]
+TRAINING_COLUMNS = ["prompt_id", *(name for name in SCHEMA.names if name.endswith(("_ids", "_log_prob")))]
 
 
 class PairStore:

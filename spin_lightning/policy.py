@@ -7,6 +7,7 @@ sampling here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,9 +20,9 @@ from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.models import disable_dropout, load_policy, locate
-from spin_lightning.optim import Float32Master
+from spin_lightning.optim import Float32Master, fused, sum_in_passes
 from spin_lightning.schedule import at_iteration
-from spin_lightning.types import SftBatch, UserError
+from spin_lightning.types import ResponseBatch, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,9 +119,9 @@ class PolicyModule(L.LightningModule):
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         rate = at_iteration(self.learning_rate, self.iteration)
         if parameters[0].dtype in (torch.bfloat16, torch.float16):
-            optimizer: torch.optim.Optimizer = Float32Master(parameters, self.optimizer)
+            optimizer: torch.optim.Optimizer = Float32Master(parameters, lambda weights: fused(self.optimizer(weights)))
         else:
-            optimizer = self.optimizer(parameters)
+            optimizer = fused(self.optimizer(parameters))
         for group in optimizer.param_groups:
             group["lr"] = rate
         return {
@@ -154,14 +155,18 @@ class PolicyModule(L.LightningModule):
             self.lr_schedule
         ]
 
-    def sft_log_probs(self, batch: SftBatch) -> Tensor:
-        """Log-probs of the responses of a batch, in nats, shape ``(B,)``."""
-        return response_log_probs(self.policy, batch.input_ids, batch.attention_mask, batch.response_mask)
+    def sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
+        """The sum of the losses of a batch's parts, one part in memory at a time."""
+        if self.compute_dtype is torch.float16:  # its gradients have to be scaled before they are taken
+            return torch.stack([loss_of(part) for part in parts]).sum()
+        return sum_in_passes(loss_of, parts, [weight for weight in self.policy.parameters() if weight.requires_grad])
 
-    def validation_step(self, batch: SftBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: list[ResponseBatch], batch_idx: int) -> None:
         """Held-out NLL of the real responses: it needs no generation."""
-        log_probs, lengths = self.sft_log_probs(batch), batch.response_mask.sum(1)
-        self.held_out_nll.update(-log_probs)
-        self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)
-        self.log("val/nll", self.held_out_nll, prog_bar=True, on_epoch=True, on_step=False, batch_size=len(batch))
-        self.log("val/nll_per_token", self.held_out_nll_per_token, on_epoch=True, on_step=False, batch_size=len(batch))
+        for part in batch:
+            log_probs, lengths = response_log_probs(self.policy, part), part.response_lengths
+            self.held_out_nll.update(-log_probs)
+            self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)
+        size = sum(map(len, batch))
+        self.log("val/nll", self.held_out_nll, prog_bar=True, on_epoch=True, on_step=False, batch_size=size)
+        self.log("val/nll_per_token", self.held_out_nll_per_token, on_epoch=True, on_step=False, batch_size=size)

@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from spin_lightning.log_probs import response_log_probs
 from spin_lightning.policy import PolicyModule
-from spin_lightning.types import SftBatch, UserError
+from spin_lightning.types import ResponseBatch, UserError
 
 
 class SftLightningModule(PolicyModule):
@@ -91,9 +92,10 @@ class SftLightningModule(PolicyModule):
         if self.trainer.global_step == 0:
             self.trainer.strategy.setup_optimizers(self.trainer)
 
-    def training_step(self, batch: SftBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[ResponseBatch], batch_idx: int) -> Tensor:
         """Negative log-likelihood of the real responses."""
-        log_probs = self.sft_log_probs(batch)
-        loss = -log_probs.sum() / (batch.response_mask.sum() if self.average == "token" else len(batch))
-        self.log("loss", loss, prog_bar=True, batch_size=len(batch))
+        size = sum(map(len, batch))
+        divisor = sum(int(part.response_lengths.sum()) for part in batch) if self.average == "token" else size
+        loss = self.sum_in_passes(lambda part: -response_log_probs(self.policy, part).sum() / divisor, batch)
+        self.log("loss", loss, prog_bar=True, batch_size=size)
         return loss

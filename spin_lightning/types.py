@@ -5,8 +5,8 @@ Records only. Whatever computes, reads or writes lives in the module that owns i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
@@ -93,37 +93,54 @@ class PairLossOutput:
 
 
 @dataclass
-class PairBatch:
-    """One batch of pairs, right padded. Rows of the token tensors: all real, all generated, then (if the loss
-    asks for them) all initial responses.
+class ResponseBatch:
+    """Prompts and their responses, end to end in one row: no padding, and each prompt once for all its responses.
 
     Attributes:
-        input_ids: Prompt and response ids, shape ``(R, T)`` with ``R`` = 2B or 3B.
-        attention_mask: 1 on every real token, shape ``(R, T)``.
-        response_mask: True on the tokens that are scored, shape ``(R, T)``, unshifted.
+        input_ids: Every prompt followed by its responses, shape ``(T,)``.
+        position_ids: From 0 at each prompt's start; every response continues those of its prompt, shape ``(T,)``.
+        scored: Places of the response tokens, in order, shape ``(N,)``.
+        predictors: For each of them the place before it in its own sequence, whose logits predict it, shape ``(N,)``.
+        response_index: Which response each of them belongs to, shape ``(N,)``.
+        response_lengths: Tokens of each response, shape ``(R,)``.
+        lengths: For each prompt its length and then those of its responses: the same layout as plain numbers.
+        block_masks: What FlexAttention made of the layout, by sliding window. A cache.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    scored: Tensor
+    predictors: Tensor
+    response_index: Tensor
+    response_lengths: Tensor
+    lengths: tuple[tuple[int, ...], ...]
+    block_masks: dict[int | None, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.response_lengths)
+
+
+@dataclass
+class PairBatch:
+    """Pairs that are computed in one pass: a training batch is a list of these.
+
+    Attributes:
+        responses: All distinct responses of the pairs, each prompt once.
+        real: Which of the responses is each pair's real one, shape ``(B,)``.
+        generated: The same for the generated one, shape ``(B,)``.
+        initial_response: The same for the answer of iteration 0, or None.
         opponent: Stored opponent log-probs, each ``(B,)``.
         initial: Stored log-probs of the opponent of iteration 0, or None.
         pair_ids: Position of each pair in the iteration's training set, shape ``(B,)``.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor
+    responses: ResponseBatch
+    real: Tensor
+    generated: Tensor
+    initial_response: Tensor | None
     opponent: PairLogProbs
     initial: PairLogProbs | None
     pair_ids: Tensor
 
     def __len__(self) -> int:
         return len(self.pair_ids)
-
-
-@dataclass
-class SftBatch:
-    """One batch of prompts with their real responses, right padded; fields as in :class:`PairBatch`."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor
-
-    def __len__(self) -> int:
-        return len(self.input_ids)

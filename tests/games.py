@@ -38,8 +38,8 @@ class Recorder(L.Callback):
     ) -> None:
         self.number = trainer.fit_loop.epoch_loop.total_batch_idx
         self.rates[self.number] = trainer.optimizers[0].param_groups[0]["lr"]
-        if hasattr(batch, "pair_ids"):
-            self.pairs.append((trainer.current_epoch, batch.pair_ids.tolist()))
+        if hasattr(batch[0], "pair_ids"):
+            self.pairs.append((trainer.current_epoch, [pair for part in batch for pair in part.pair_ids.tolist()]))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
         self.losses[self.number] = float(outputs["loss"]) * trainer.accumulate_grad_batches

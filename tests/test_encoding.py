@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import CHATML, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spin_lightning.encoding import PROMPT_TEMPLATES, Encoder, collate_pairs, collate_prompts, pad_sequences
+from spin_lightning.batches import collate_prompts
+from spin_lightning.encoding import PROMPT_TEMPLATES, Encoder
 from spin_lightning.models import load_tokenizer
 from spin_lightning.types import Prompt, Row, UserError
 
@@ -305,8 +305,8 @@ def test_generation_and_training_see_the_same_prompt_ids(family: Family, system:
     generated_from = encoder.prompt_ids(messages("Hi there", system))
     for answer in ("", "x", " x", "\nx", "x\n\n", "a longer answer", "ü"):
         prompt = encoder.encode(0, Row(messages("Hi there", system), answer), max_response_tokens=100)
-        batch = collate_prompts([prompt], encoder.pad_id)
-        trained_on = batch.input_ids[0][~batch.response_mask[0]].tolist()
+        (batch,) = collate_prompts([prompt], 1000)
+        trained_on = batch.input_ids[: batch.scored[0]].tolist()
         assert prompt.prompt_ids == trained_on == generated_from
 
 
@@ -374,11 +374,9 @@ def test_batch_scores_and_attends_the_terminator_when_pad_is_the_terminator(fami
     encoder = Encoder(tokenizer, family.prompt_template)
     assert encoder.pad_id == encoder.terminator_id
     prompts = [encoder.encode(i, Row(messages("Hi"), answer), 100) for i, answer in enumerate(["a", "a longer answer"])]
-    batch = collate_prompts(prompts, encoder.pad_id)
-    for row, prompt in enumerate(prompts):
-        length = len(prompt.prompt_ids) + len(prompt.real_ids)
-        assert batch.input_ids[row][batch.response_mask[row]].tolist() == prompt.real_ids
-        assert batch.attention_mask[row].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
+    (batch,) = collate_prompts(prompts, 1000)
+    assert batch.input_ids[batch.scored].tolist() == [token for prompt in prompts for token in prompt.real_ids]
+    assert len(batch.input_ids) == sum(len(prompt.prompt_ids) + len(prompt.real_ids) for prompt in prompts)
 
 
 # --- Control tokens in text -----------------------------------------------------------------------------------------
@@ -653,43 +651,6 @@ def test_no_prefix_space_sneaks_into_responses(scheme: str, template: str, answe
     assert encoder.decode(prompt.real_ids).strip() == "42"
     assert encoder.num_separate == (template == "Q: {prompt}\nA:")
     assert prompt.prompt_ids == encoder.prompt_ids(messages("6*7"))
-
-
-# --- Batches --------------------------------------------------------------------------------------------------------
-
-
-def test_pairs_become_real_rows_then_generated_rows_then_initial_rows() -> None:
-    pairs = [
-        {
-            "pair_id": 7 + i, "prompt_ids": [1] * (i + 1), "real_ids": [2, 9],
-            "generated_ids": [3, 3, 9][: 3 - i], "initial_ids": [4],
-            "opponent_real_log_prob": -1.0 - i, "opponent_generated_log_prob": -3.0 - i,
-            "initial_real_log_prob": -5.0 - i, "initial_generated_log_prob": -7.0 - i,
-        }
-        for i in range(2)
-    ]  # fmt: skip
-    batch = collate_pairs(pairs, pad_id=9)
-    assert batch.input_ids.tolist() == [
-        [1, 2, 9, 9], [1, 1, 2, 9],
-        [1, 3, 3, 9], [1, 1, 3, 3],
-        [1, 4, 9, 9], [1, 1, 4, 9],
-    ]  # fmt: skip
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1] * 4, [1] * 4, [1] * 4, [1, 1, 0, 0], [1, 1, 1, 0]]
-    assert batch.response_mask.int().tolist() == [
-        [0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0]
-    ]  # fmt: skip
-    assert batch.opponent.real.tolist() == [-1.0, -2.0] and batch.opponent.generated.tolist() == [-3.0, -4.0]
-    assert batch.initial is not None
-    assert batch.initial.real.tolist() == [-5.0, -6.0] and batch.initial.generated.tolist() == [-7.0, -8.0]
-    assert batch.opponent.real_lengths.tolist() == [2, 2] and batch.opponent.generated_lengths.tolist() == [3, 2]
-    assert batch.pair_ids.tolist() == [7, 8] and len(batch) == 2
-
-
-def test_padding_is_on_the_right_and_never_scored() -> None:
-    batch = pad_sequences([[5, 6], [7]], [[8], [9, 2, 2]], pad_id=2)
-    assert batch.input_ids.tolist() == [[5, 6, 8, 2], [7, 9, 2, 2]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert torch.equal(batch.response_mask, torch.tensor([[0, 0, 1, 0], [0, 1, 1, 1]], dtype=torch.bool))
 
 
 # --- A real tokenizer -----------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from spin_lightning import (
     TransformersGenerator,
     TSpinLoss,
     UserError,
+    log_probs,
 )
 from spin_lightning.callbacks.samples import side_by_side
 from spin_lightning.data import ResumableLoader
@@ -429,14 +430,46 @@ def test_data_order_is_a_function_of_seed_and_epoch_and_shows_each_pair_once(
     assert epochs[0] != epochs[1] and epochs[2] != epochs[3]
     torch.rand(7)  # the global state of chance plays no part
     data = plain.data
-    loader = data._loader(list(range(8)), lambda batch, pad_id: batch)
+    loader = data._loader(list(range(8)), list(range(8)), lambda batch, max_tokens: batch)
     loader.sampler.set_epoch(1)
     assert [index for batch in loader for index in batch] == epochs[1]
     other = SyntheticDataModule(rows, seed=1, batch_size=4, tokenizer_name_or_path=model)
     other.setup()
-    order = other._loader(list(range(8)), lambda batch, pad_id: batch)
+    order = other._loader(list(range(8)), list(range(8)), lambda batch, max_tokens: batch)
     assert isinstance(order, ResumableLoader)
     assert [index for batch in order for index in batch] != epochs[0]
+
+
+# --- the fast path ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answers_per_prompt", [1, 3])
+def test_batches_in_several_passes_train_the_same(
+    model: str, rows: str, tmp_path: Path, answers_per_prompt: int
+) -> None:
+    data = {"answers_per_prompt": answers_per_prompt, "keep_prompts_together": answers_per_prompt > 1}
+    whole, cut = (
+        Game(model, rows, tmp_path / str(tokens), data={**data, "micro_batch_tokens": tokens}).play()
+        for tokens in (10_000, 60)
+    )
+    assert cut.losses == pytest.approx(whole.losses, abs=1e-4)
+    assert cut.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    for a, b in zip(whole.module.policy.parameters(), cut.module.policy.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-3
+
+
+def test_fifty_steps_of_the_fast_path_are_those_of_the_plain_one(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared prompts, packed, head in chunks, two passes a step; against padded rows and whole logits in one pass."""
+    settings: dict[str, Any] = {"play": {"iterations": 1, "epochs": 17}, "module": {"learning_rate": 3e-3}}
+    data = {"answers_per_prompt": 2, "batch_size": 6}
+    fast = Game(model, rows, tmp_path / "fast", data={**data, "micro_batch_tokens": 100}, **settings).play()
+    monkeypatch.setattr(log_probs, "way_through", lambda model: log_probs._plain)
+    plain = Game(model, rows, tmp_path / "plain", data={**data, "micro_batch_tokens": 10**6}, **settings).play()
+    assert len(fast.losses) == len(plain.losses) >= 50
+    assert fast.losses == pytest.approx(plain.losses, abs=2e-3)
+    assert min(plain.losses) < 0.5  # and something was learned
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from helpers import tiny_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from spin_lightning.encoding import pad_sequences
+from spin_lightning.batches import pack
 from spin_lightning.generation import ResponseGenerator, TransformersGenerator, seed_of
 from spin_lightning.generation.transformers import SeededSampler
 from spin_lightning.log_probs import response_log_probs
@@ -260,8 +260,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
 )
 def test_log_prob_is_that_of_the_untouched_distribution(model: PreTrainedModel, sampling: dict[str, float]) -> None:
     responses = answers(model, batch_size=3, **sampling)
-    batch = pad_sequences(PROMPTS, [response.ids for response in responses], PAD)
-    scored = response_log_probs(model, batch.input_ids, batch.attention_mask, batch.response_mask)
+    scored = response_log_probs(model, pack([(p, [r.ids]) for p, r in zip(PROMPTS, responses, strict=True)]))
     assert [response.log_prob for response in responses] == pytest.approx(scored.tolist(), abs=2e-4)
 
 

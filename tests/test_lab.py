@@ -21,8 +21,9 @@ from spin_lightning import (
     TransformersGenerator,
     UserError,
 )
+from spin_lightning.batches import pack
 from spin_lightning.callbacks import ExportPolicy
-from spin_lightning.encoding import Encoder, pad_sequences
+from spin_lightning.encoding import Encoder
 from spin_lightning.lab.arms import Arm, Point, Result, Scale, Settings
 from spin_lightning.lab.language import (
     Distance,
@@ -112,8 +113,9 @@ def test_an_answer_is_its_digits_and_one_terminator():
     row = language.rows(["3120"], seed=0)[0]["messages"]
     assert encoder.decode(encoder.prompt_ids(row[:1])) == "<ask>3120<answer>"
     distance = ExactDistance(language, ["3120"], encoder)
-    assert distance.batch.response_mask.sum(1).tolist() == [language.response_tokens] * 3
-    assert distance.batch.input_ids[:, -1].tolist() == [encoder.terminator_id] * 3
+    (batch,) = distance.batches
+    assert batch.response_lengths.tolist() == [language.response_tokens] * 3
+    assert batch.input_ids[batch.scored].view(3, -1)[:, -1].tolist() == [encoder.terminator_id] * 3
 
 
 # --- exact distances --------------------------------------------------------------------------------------------------
@@ -131,14 +133,8 @@ def test_distances_agree_with_brute_force_over_all_answers():
     kl, total_variation, validity = 0.0, 0.0, 0.0
     for prompt in prompts:
         ids = encoder.prompt_ids([{"role": "user", "content": prompt}])
-        rows = pad_sequences([ids] * len(strings), strings, encoder.pad_id)
         with torch.no_grad():
-            q = (
-                response_log_probs(model, rows.input_ids, rows.attention_mask, rows.response_mask)
-                .double()
-                .exp()
-                .tolist()
-            )
+            q = response_log_probs(model, pack([(ids, strings)])).double().exp().tolist()
         law = {encoder.decode(string): 0.0 for string in strings} | language.answers(prompt)
         p = [law[encoder.decode(string)] for string in strings]
         kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a) / 3

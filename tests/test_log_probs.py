@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_model
 from torch import Tensor, nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-from spin_lightning.encoding import collate_pairs, pad_sequences
+from spin_lightning import head, log_probs
+from spin_lightning.batches import collate_pairs, pack
 from spin_lightning.log_probs import pair_log_probs, response_log_probs
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 29,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -38,41 +55,94 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-MODELS = {
+SLIDING = ["sliding_attention", "full_attention"]
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "llama-tied-eager": lambda: LlamaForCausalLM(
+        LlamaConfig(**SHAPE, tie_word_embeddings=True, attn_implementation="eager")
+    ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SHAPE, head_dim=8, sliding_window=4, use_sliding_window=True, layer_types=SLIDING)
+    ),
     "gemma2": lambda: Gemma2ForCausalLM(
         Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=1.5, attn_logit_softcapping=1.0, sliding_window=4)
     ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SHAPE, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, layer_types=SLIDING)
+    ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)),
+    "cohere-scaled-logits": lambda: CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.3)),
+    "cohere2-no-positions": lambda: Cohere2ForCausalLM(Cohere2Config(**SHAPE, sliding_window=4, layer_types=SLIDING)),
+    "granite-divided-logits": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)),
+    "phi-biased-head": lambda: PhiForCausalLM(PhiConfig(**{**SHAPE, "num_key_value_heads": 2})),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=29, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
     ),
+    "bloom-alibi": lambda: BloomForCausalLM(BloomConfig(vocab_size=29, hidden_size=16, n_layer=2, n_head=2)),
 }
-PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
-RESPONSES = [[14, 15, 16, 2], [17, 2], [18], [19, 20, 21, 22, 23, 24, 25, 26, 2]]
+SEPARATE = {"bloom-alibi"}  # the others share prompts
+SHAPED_HEAD = {"gemma2", "cohere-scaled-logits", "cohere2-no-positions", "granite-divided-logits", "phi-biased-head"}
+#: Two prompts with several responses, two with one.
+GROUPS = [
+    ([1, 2, 3], [[14, 15, 16, 2], [3, 5], [20]]),
+    ([4], [[17, 2]]),
+    ([5, 6, 7, 8, 9, 10, 11], [[18], [19, 20, 21, 22, 23, 24, 25, 26, 2]]),
+    ([12, 13], [[19, 20, 21, 22, 23, 24, 25, 26, 2]]),
+]
+ROWS = [(prompt, response) for prompt, responses in GROUPS for response in responses]
+
+
+def spread_out(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # far from uniform, so that every mistake shows
+            if parameter.ndim == 2:
+                parameter.mul_(20.0)
+            elif name.endswith("lm_head.bias"):
+                parameter.normal_()
+    return model
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    made: PreTrainedModel = MODELS[request.param]()
-    with torch.no_grad():
-        for parameter in made.parameters():  # far from uniform, so that every mistake shows
-            if parameter.ndim == 2:
-                parameter.mul_(20.0)
+    made = spread_out(MODELS[name]())
     # Gemma 2's own softmax runs in float32, where the mask of a float64 model turns padding into NaN
-    return made.eval() if request.param == "gemma2" else made.double().eval()
+    return made.eval() if name == "gemma2" else made.double().eval()
 
 
 @pytest.fixture(scope="module")
 def reference(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights as they come: nothing of this package has touched its attention."""
     return copy.deepcopy(model).double()
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}[found.dtype]
+def rounding(model: nn.Module) -> float:
+    """Of the model's dtype, or of the float32 in which some take their softmax or normalise whatever their own dtype is."""
+    if next(model.parameters()).dtype is torch.float32:
+        return 1e-4
+    config = getattr(model, "config", None)
+    is_eager = config is not None and str(config._attn_implementation).startswith("eager")
+    return 1e-5 if is_eager or config.model_type == "bloom" else 1e-9
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    tolerance = tolerance or {torch.float64: 1e-9, torch.float32: 1e-4}[found.dtype]
     torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def assert_gradients_close(found: list[Tensor], expected: list[Tensor], model: nn.Module) -> None:
+    normalises_in_float32 = not any(isinstance(module, nn.LayerNorm) for module in model.modules())
+    for a, b in zip(found, expected, strict=True):
+        if normalises_in_float32 or rounding(model) > 1e-9:
+            assert (a.double() - b.double()).norm() <= (1e-3 if a.dtype is torch.float32 else 1e-5) * b.norm() + 1e-6
+        else:
+            assert_close(a, b)
 
 
 def slow_log_prob(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
@@ -84,71 +154,339 @@ def slow_log_prob(model: nn.Module, prompt: list[int], response: list[int]) -> T
     return total
 
 
-def fast_log_probs(model: nn.Module, prompts: list, responses: list, pad_id: int = 2) -> Tensor:
-    batch = pad_sequences(prompts, responses, pad_id)
-    return response_log_probs(model, batch.input_ids, batch.attention_mask, batch.response_mask)
+def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(value, list(model.parameters())))
+
+
+def is_shared(model: nn.Module) -> bool:
+    return getattr(log_probs.way_through(model), "func", None) is log_probs._shared
+
+
+# --- The numbers, on every architecture -----------------------------------------------------------------------------
 
 
 def test_equals_the_slow_sum_of_one_row_at_a_time(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     with torch.no_grad():
-        fast = fast_log_probs(model, PROMPTS, RESPONSES)
-        slow = torch.stack([slow_log_prob(reference, *pair) for pair in zip(PROMPTS, RESPONSES, strict=True)])
+        fast = response_log_probs(model, pack(GROUPS))
+        slow = torch.stack([slow_log_prob(reference, *row) for row in ROWS])
     assert fast.dtype == model.dtype
-    assert_close(fast, slow)
-    assert len(set(slow.tolist())) == 4 and slow.max() < -0.5  # a test of something
-
-
-def test_soft_capping_and_sliding_window_are_at_work() -> None:
-    """The comparison above means nothing for these two if the settings never bite."""
-    torch.manual_seed(0)
-    for name, off in (("gemma2", {"final_logit_softcapping": None}), ("mistral", {"sliding_window": None})):
-        torch.manual_seed(0)
-        capped = MODELS[name]().double().eval()
-        with torch.no_grad():
-            for parameter in capped.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(20.0)
-        free = type(capped)(type(capped.config)(**{**capped.config.to_dict(), **off})).double().eval()
-        free.load_state_dict(capped.state_dict())
-        with torch.no_grad():
-            a, b = (fast_log_probs(each, PROMPTS[2:], RESPONSES[2:]) for each in (capped, free))
-        assert (a - b).abs().max() > 1e-3, name
+    assert_close(fast, slow, rounding(model))
+    assert len(set(slow.tolist())) == len(ROWS) and slow.max() < -0.5  # a test of something
 
 
 def test_gradient_equals_that_of_the_slow_sum(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    weights = torch.tensor([0.3, -1.1, 0.7, 2.0], dtype=torch.float64)
-    fast = torch.autograd.grad((weights * fast_log_probs(model, PROMPTS, RESPONSES)).sum(), list(model.parameters()))
-    rows = zip(weights, PROMPTS, RESPONSES, strict=True)
-    slow = torch.autograd.grad(
-        sum(w * slow_log_prob(reference, p, r) for w, p, r in rows), list(reference.parameters())
-    )
-    for a, b in zip(fast, slow, strict=True):
-        assert_close(a, b)
+    weights = torch.tensor([0.3, -1.1, 0.7, 2.0, -0.4, 1.3, 0.9], dtype=torch.float64)
+    fast = gradients((weights * response_log_probs(model, pack(GROUPS))).sum(), model)
+    slow_sum = torch.stack([w * slow_log_prob(reference, *row) for w, row in zip(weights, ROWS, strict=True)]).sum()
+    slow = gradients(slow_sum, reference)
+    assert_gradients_close(fast, slow, model)
     assert sum(float(gradient.abs().sum()) for gradient in slow) > 1
 
 
-@torch.no_grad()
-def test_padding_changes_nothing(model: PreTrainedModel) -> None:
-    alone = torch.cat([fast_log_probs(model, [p], [r]) for p, r in zip(PROMPTS, RESPONSES, strict=True)])
-    for pad_id in (0, 2, 28):
-        assert_close(fast_log_probs(model, PROMPTS, RESPONSES, pad_id), alone)
-    batch = pad_sequences(PROMPTS, RESPONSES, 0)
-    wider = [torch.cat([tensor, torch.zeros(4, 7, dtype=tensor.dtype)], dim=1) for tensor in vars(batch).values()]
-    assert_close(response_log_probs(model, *wider), alone)
+def test_every_architecture_takes_the_way_it_should(name: str, model: PreTrainedModel) -> None:
+    assert is_shared(model) == (name not in SEPARATE)
+    assert head.is_linear(model) == (name not in SHAPED_HEAD)
+
+
+def test_every_way_gives_the_same_numbers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    expected = gradients(response_log_probs(model, pack(GROUPS)).sum(), model)
+    batch = pack(GROUPS)
+    reference = copy.deepcopy(reference).to(model.dtype)
+    for way in (log_probs._plain, lambda model, batch: log_probs._separate(model, batch, head.is_linear(model))):
+        values = way(reference, batch)
+        assert_close(values, log_probs.way_through(model)(model, batch), rounding(model))
+        assert_gradients_close(expected, gradients(values.sum(), reference), model)
+
+
+def test_soft_capping_and_sliding_window_are_at_work() -> None:
+    """The comparisons above mean nothing for these if the settings never bite."""
+    for name, off in (
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("mistral", {"sliding_window": None}),
+        ("cohere-scaled-logits", {"logit_scale": 1.0}),
+    ):
+        torch.manual_seed(0)
+        limited = spread_out(MODELS[name]()).eval()
+        free = type(limited)(type(limited.config)(**{**limited.config.to_dict(), **off})).eval()
+        free.load_state_dict(limited.state_dict())
+        with torch.no_grad():
+            a, b = (response_log_probs(each, pack(GROUPS[2:])) for each in (limited, free))
+        assert (a - b).abs().max() > 1e-3, name
 
 
 @torch.no_grad()
-def test_row_without_response_gives_exactly_zero(model: PreTrainedModel) -> None:
-    values = fast_log_probs(model, [*PROMPTS, [3, 4]], [*RESPONSES, []])
-    assert values[-1] == 0
-    assert_close(values[:-1], fast_log_probs(model, PROMPTS, RESPONSES))
-    assert fast_log_probs(model, [[3, 4], [5]], [[], []]).tolist() == [0, 0]
+def test_responses_do_not_see_each_other(model: PreTrainedModel) -> None:
+    prompt, (first, second, third) = GROUPS[0]
+    alone = torch.cat([response_log_probs(model, pack([(prompt, [each])])) for each in (first, second, third)])
+    for others in ([second, third], [[9] * 7, [10]], [[28] * 20]):
+        together = response_log_probs(model, pack([([7] * 9, [[8]]), (prompt, [first, *others])]))
+        assert_close(together[1], alone[0], rounding(model))
+    reordered = response_log_probs(model, pack([(prompt, [third, first, second])]))
+    assert_close(reordered, alone[[2, 0, 1]], rounding(model))
 
 
-def test_row_without_response_has_no_gradient(model: PreTrainedModel) -> None:
-    values = fast_log_probs(model, [[3, 4], [5]], [[], [6]])
-    gradients = torch.autograd.grad(values[0], list(model.parameters()), allow_unused=True)
-    assert all(gradient is None or not gradient.any() for gradient in gradients)
+@torch.no_grad()
+def test_response_without_tokens_gives_exactly_zero(model: PreTrainedModel) -> None:
+    values = response_log_probs(model, pack([*GROUPS, ([3, 4], [[], [5]])]))
+    assert values[-2] == 0
+    assert_close(values[:-2], response_log_probs(model, pack(GROUPS)), rounding(model))
+    assert response_log_probs(model, pack([([3, 4], [[]]), ([5], [[]])])).tolist() == [0, 0]
+
+
+@torch.no_grad()
+def test_nothing_predicts_the_first_token_after_an_empty_prompt(model: PreTrainedModel) -> None:
+    with_prompt = response_log_probs(model, pack([([7], [[8, 9, 2]])]))
+    without = response_log_probs(model, pack([([], [[7, 8, 9, 2]]), ([1], [[2]])]))
+    assert_close(without[:1], with_prompt)
+
+
+# --- What the model is asked for ------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_share_prompts_is_told_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    model = spread_out(MODELS["bloom-alibi"]())
+    response_log_probs(model, pack(GROUPS))
+    response_log_probs(model, pack(GROUPS))
+    printed = capsys.readouterr().out
+    assert printed.count("BloomForCausalLM cannot share a prompt between its responses") == 1
+    response_log_probs(tiny_model(32), pack(GROUPS))
+    assert capsys.readouterr().out == ""
+
+
+def test_layers_that_are_not_attention_are_refused_before_they_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(32)
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    assert not is_shared(model)
+    assert "layers of kind linear_attention have no place for a shared prompt" in capsys.readouterr().out
+    assert model.config._attn_implementation == "sdpa"
+
+
+class SeesEverything(LlamaForCausalLM):
+    """Ignores what it is told about its responses: a wrong answer, and no error."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.register_forward_pre_hook(self._forget, with_kwargs=True)
+
+    @staticmethod
+    def _forget(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.pop("layout", None) is not None:
+            kwargs["attention_mask"] = None
+            kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
+        return args, kwargs
+
+
+def test_a_way_that_gives_other_numbers_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = spread_out(SeesEverything(LlamaConfig(**SHAPE)))
+    found = response_log_probs(model, pack(GROUPS))
+    assert not is_shared(model) and "log-probs would differ by" in capsys.readouterr().out
+    slow = torch.stack([slow_log_prob(model, *row) for row in ROWS])
+    assert_close(found, slow, 1e-4)
+
+
+def test_a_model_keeps_its_own_attention_for_everything_else() -> None:
+    for implementation in ("sdpa", "eager"):
+        model = spread_out(LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation=implementation))).eval()
+        ids, mask = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        before = model(ids, attention_mask=mask).logits
+        generated = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        response_log_probs(model, pack(GROUPS))
+        assert is_shared(model)
+        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+        again = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert torch.equal(generated, again)
+        assert "shared_prompt" not in str(model.config.to_dict())
+
+
+def test_a_copy_of_a_model_is_as_good_as_the_model() -> None:
+    model = tiny_model(32)
+    expected = response_log_probs(model, pack(GROUPS))
+    assert torch.equal(response_log_probs(copy.deepcopy(model), pack(GROUPS)), expected)
+
+
+def test_only_the_places_that_predict_a_response_token_reach_the_head() -> None:
+    asked = []
+    model = tiny_model(32).eval()
+    model.lm_head = Recorded(model.lm_head, asked)
+    response_log_probs(model, pack([([1] * 10, [[3, 4], [6]]), ([1] * 12, [[5]])]))
+    assert asked[-1] == 4  # of 26
+
+
+class Recorded(nn.Linear):
+    """A head that is more than a matrix: it keeps count, and it has a low-rank adapter."""
+
+    def __init__(self, head: nn.Linear, asked: list[int]) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False, dtype=head.weight.dtype)
+        self.weight = head.weight
+        self.down = nn.Parameter(torch.randn(2, head.in_features, dtype=head.weight.dtype))
+        self.up = nn.Parameter(torch.randn(head.out_features, 2, dtype=head.weight.dtype))
+        self.asked = asked
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.asked.append(hidden.shape[-2])
+        return super().forward(hidden) + hidden @ self.down.mT @ self.up.mT
+
+
+def test_an_adapter_on_the_head_counts_and_learns() -> None:
+    model = tiny_model(32).double().eval()
+    model.lm_head = Recorded(model.lm_head, [])
+    fast = gradients(response_log_probs(model, pack(GROUPS)).sum(), model)
+    slow = gradients(torch.stack([slow_log_prob(model, *row) for row in ROWS]).sum(), model)
+    assert_gradients_close(fast, slow, model)
+    assert model.lm_head.up.grad is None and float(slow[-1].abs().sum()) > 1e-3
+
+
+# --- The head -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-eager", "gemma2", "phi-biased-head"])
+@pytest.mark.parametrize("tokens", [1, 3, 7, 100])
+def test_the_budget_for_logits_changes_no_number(name: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    model = spread_out(MODELS[name]()).double().eval()
+    hidden = torch.randn(10, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(29, (10,))
+    weights = torch.randn(10, dtype=torch.float64)
+    found = head.token_log_probs(
+        model, hidden, targets, is_linear=head.is_linear(model), budget=tokens * 29 * hidden.dtype.itemsize
+    )
+    expected = head.logits_of(model)(hidden).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert_close(found, expected)
+    inputs = [hidden, *model.lm_head.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(weights @ found, inputs), torch.autograd.grad(weights @ expected, inputs), strict=True
+    ):
+        assert_close(a, b)
+
+
+def test_logits_never_exceed_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(29)
+    seen = []
+    matmul = torch.mm
+
+    def recorded(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        result = matmul(a, b, out=out) if out is not None else matmul(a, b)
+        seen.append(result.shape)
+        return result
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    hidden = torch.randn(10, 16, requires_grad=True)
+    head.token_log_probs(model, hidden, torch.arange(10), is_linear=True, budget=4 * 29 * 4).sum().backward()
+    wide = [shape[0] for shape in seen if shape[1] == 29]
+    assert wide == [4, 4, 2] * 2  # forward, and again backward
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_bfloat16_logits_are_summed_in_float32(scale: float) -> None:
+    """Against float64 on the same rounded inputs: only the rounding of the logits themselves may show."""
+    torch.manual_seed(0)
+    model = tiny_model(1000).bfloat16()
+    hidden = (scale * torch.randn(50, 16)).bfloat16().requires_grad_()
+    targets = torch.randint(1000, (50,))
+    found = head.token_log_probs(model, hidden, targets, is_linear=True)
+    assert found.dtype is torch.float32
+    logits = hidden.double() @ model.lm_head.weight.double().mT
+    expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert ((found - expected).abs() <= 2**-8 * logits.abs().amax(1) + 1e-3).all()
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    (exact,) = torch.autograd.grad(expected.sum(), hidden)
+    assert (gradient - exact).norm() <= 0.02 * exact.norm()
+
+
+# --- Precision, checkpointing, dropout ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma3"])
+def test_bfloat16_is_as_close_to_float64_as_separate_rows_in_bfloat16_are(name: str) -> None:
+    torch.manual_seed(0)
+    exact = MODELS[name]().double().eval()
+    rounded = copy.deepcopy(exact).bfloat16()
+    groups = [(list(range(20)), [list(range(3, 28)), list(range(9, 20)), [4] * 17]) for _ in range(3)]
+    batch = pack(groups)
+    expected = gradients(response_log_probs(exact, batch).sum(), exact)
+
+    def error(way: Callable[..., Tensor]) -> float:
+        found = gradients(way(rounded, batch).sum(), rounded)
+        return float(
+            sum((a.double() - b).norm() ** 2 for a, b in zip(found, expected, strict=True))
+            / sum(b.norm() ** 2 for b in expected)
+        )
+
+    assert is_shared(rounded)
+    assert error(log_probs.way_through(rounded)) <= 2 * error(log_probs._plain) + 1e-6
+
+
+def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
+    model = tiny_model(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = response_log_probs(model, pack(GROUPS))
+    assert value.dtype is torch.float32 and is_shared(model)
+    exact = response_log_probs(model, pack(GROUPS))
+    assert 0 < float((value - exact).detach().abs().max()) < 1.0
+    found, expected = gradients(value.sum(), model), gradients(exact.sum(), model)
+    assert all(gradient.dtype is torch.float32 for gradient in found)
+    assert sum((a - b).norm() for a, b in zip(found, expected, strict=True)) < 0.1 * sum(b.norm() for b in expected)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model = tiny_model(32).train()
+    expected = gradients(response_log_probs(model, pack(GROUPS)).sum(), model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients(response_log_probs(model, pack(GROUPS)).sum(), model)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_dropout_of_attention_weights_keeps_their_mean() -> None:
+    model = tiny_model(32, attention_dropout=0.3).double().train()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        exact = response_log_probs(model.eval(), pack(GROUPS))
+        assert is_shared(model)
+        model.train()
+        draws = torch.stack([response_log_probs(model, pack(GROUPS)) for _ in range(20)])
+    assert draws.std(0).min() > 0.01
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 9, 8)
+    from spin_lightning.shared_prompt import _plain_attention
+
+    plain = _plain_attention(query, key, key, 0.3, 0.0, 4, None)
+    mean = torch.stack([_plain_attention(query, key, key, 0.3, 0.5, 4, None) for _ in range(4000)]).mean(0)
+    assert_close(mean, plain, 0.1)
+    assert exact.isfinite().all()
+
+
+def test_flex_attention_gets_the_same_mask() -> None:
+    """What a GPU runs, compared entry by entry with the segments that a CPU runs."""
+    from spin_lightning.shared_prompt import _mask, block_mask, segments
+
+    batch = pack(GROUPS)
+    size = len(batch.input_ids)
+    for window in (None, 1, 3, 4, 100):
+        expected = torch.zeros(size, size, dtype=torch.bool)
+        for queries, places in segments(batch):
+            keys = [place for part in places for place in range(part.start, part.stop)]
+            expected[queries.start : queries.stop, keys] = _mask(queries.stop - queries.start, len(keys), window)
+        index = torch.arange(size)
+        mask = block_mask(batch, window, torch.device("cpu"))
+        found = mask.mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index[None])
+        assert torch.equal(found, expected)
+        assert block_mask(batch, window, torch.device("cpu")) is mask
+
+
+@torch.no_grad()
+def test_flash_attention_gets_sequences_end_to_end() -> None:
+    """The layout its variable-length kernel takes, run here through torch's own attention, which knows it too."""
+    model = spread_out(MODELS["llama"]()).double().eval()
+    batch = pack(GROUPS)
+    places, predictors = log_probs._end_to_end(batch)
+    output = model(
+        input_ids=batch.input_ids[places][None], position_ids=batch.position_ids[places][None], use_cache=False
+    )
+    values = output.logits[0, predictors].log_softmax(-1).gather(1, batch.input_ids[batch.scored][:, None]).squeeze(1)
+    assert_close(values, log_probs._plain(model, batch))
+
+
+# --- By hand --------------------------------------------------------------------------------------------------------
 
 
 class Memoryless(nn.Module):
@@ -166,7 +504,7 @@ class Memoryless(nn.Module):
 
 def test_sum_over_tokens_in_nats_by_hand() -> None:
     """Token probabilities 1/2, 1/4, 1/4: a sum, not a mean, and natural logarithms."""
-    values = fast_log_probs(Memoryless([0.5, 0.25, 0.25]), [[0], [0, 0]], [[0, 0, 1], [2]], pad_id=0)
+    values = response_log_probs(Memoryless([0.5, 0.25, 0.25]), pack([([0], [[0, 0, 1]]), ([0, 0], [[2]])]))
     assert values.tolist() == pytest.approx([-math.log(2 * 2 * 4), -math.log(4)], rel=1e-6)
 
 
@@ -179,42 +517,49 @@ def test_sum_over_tokens_in_nats_by_hand() -> None:
         (torch.float16, torch.float32),
     ],
 )
-def test_half_precision_logits_are_summed_in_float32(dtype: torch.dtype, expected: torch.dtype) -> None:
-    values = fast_log_probs(Memoryless([0.5, 0.25, 0.25], dtype), [[0]], [[0] * 300], pad_id=0)
+def test_half_precision_token_log_probs_are_summed_in_float32(dtype: torch.dtype, expected: torch.dtype) -> None:
+    values = response_log_probs(Memoryless([0.5, 0.25, 0.25], dtype), pack([([0], [[0] * 300])]))
     assert values.dtype == expected
     # in bfloat16 the sum of 300 terms would stall; only the rounding of the logits themselves may show
     assert values.item() == pytest.approx(-300 * math.log(2), rel=2e-3)
 
 
-def test_only_the_logits_that_are_needed_are_computed() -> None:
-    asked = []
-    model = tiny_model(32).eval()
-    model.lm_head.register_forward_hook(lambda _module, args, _output: asked.append(args[0].shape[1]))
-    fast_log_probs(model, [[1] * 10, [1] * 12], [[3, 4], [5]])
-    assert asked == [4]  # of 13 places: from 9, just before the first scored token, to the last
-
-
 @torch.no_grad()
+@pytest.mark.parametrize("max_tokens", [1, 17, 1000])
 def test_pair_log_probs_keeps_real_generated_and_initial_apart(
-    model: PreTrainedModel, reference: PreTrainedModel
+    model: PreTrainedModel, reference: PreTrainedModel, max_tokens: int
 ) -> None:
-    sides = {"real_ids": RESPONSES[:2], "generated_ids": RESPONSES[2:], "initial_ids": [[3, 3, 3], [7]]}
+    prompts = [[1, 2, 3], [4]]
+    sides = {
+        "real_ids": [[14, 15, 16, 2], [17, 2]],
+        "generated_ids": [[18], [19, 20, 21, 22, 23, 24, 25, 26, 2]],
+        "initial_ids": [[3, 3, 3], [7]],
+    }
     scores = {f"{player}_{side}_log_prob": 0.0 for player in ("opponent", "initial") for side in ("real", "generated")}
     pairs = [
-        {"pair_id": i, "prompt_ids": PROMPTS[i], **{side: ids[i] for side, ids in sides.items()}, **scores}
+        {
+            "pair_id": i,
+            "prompt_id": i,
+            "prompt_ids": prompts[i],
+            **{side: ids[i] for side, ids in sides.items()},
+            **scores,
+        }
         for i in range(2)
     ]
     expected = {
-        side: torch.stack([slow_log_prob(reference, PROMPTS[i], ids[i]) for i in range(2)])
+        side: torch.stack([slow_log_prob(reference, prompts[i], ids[i]) for i in range(2)])
         for side, ids in sides.items()
     }
-    found = pair_log_probs(model, collate_pairs(pairs, pad_id=0))
-    assert_close(found.real, expected["real_ids"])
-    assert_close(found.generated, expected["generated_ids"])
-    assert found.initial_response is not None
-    assert_close(found.initial_response, expected["initial_ids"])
-    assert found.real_lengths.tolist() == [4, 2] and found.generated_lengths.tolist() == [1, 9]
+    parts = collate_pairs(pairs, max_tokens)
+    assert len(parts) == (1 if max_tokens == 1000 else 2)
+    found = [pair_log_probs(model, part) for part in parts]
+    assert torch.cat([part.pair_ids for part in parts]).tolist() == [0, 1]
+    assert_close(torch.cat([part.real for part in found]), expected["real_ids"], rounding(model))
+    assert_close(torch.cat([part.generated for part in found]), expected["generated_ids"], rounding(model))
+    assert_close(torch.cat([part.initial_response for part in found]), expected["initial_ids"], rounding(model))
+    assert torch.cat([part.real_lengths for part in found]).tolist() == [4, 2]
+    assert torch.cat([part.generated_lengths for part in found]).tolist() == [1, 9]
 
-    without = pair_log_probs(model, collate_pairs([{**pair, "initial_ids": None} for pair in pairs], pad_id=0))
-    assert without.initial_response is None
-    assert_close(without.generated, expected["generated_ids"])
+    (without,) = collate_pairs([{**pair, "initial_ids": None} for pair in pairs], 1000)
+    assert pair_log_probs(model, without).initial_response is None
+    assert_close(pair_log_probs(model, without).generated, expected["generated_ids"], rounding(model))

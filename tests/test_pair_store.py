@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -16,13 +17,14 @@ from helpers import byte_tokenizer, tiny_model
 from transformers import PreTrainedModel
 
 from spin_lightning import pairs as pairs_module
-from spin_lightning.encoding import Encoder, pad_sequences
+from spin_lightning.batches import pack
+from spin_lightning.encoding import Encoder
 from spin_lightning.files import sha256_of
 from spin_lightning.generation import TransformersGenerator, seed_of
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.pair_store import SCHEMA, TRAINING_COLUMNS, PairStore, describe_pairs, identical
 from spin_lightning.pairs import PairMaker, own_pairs
-from spin_lightning.types import Prompt, Row, UserError
+from spin_lightning.types import Prompt, ResponseBatch, Row, UserError
 
 BINDING = {"iteration": 0, "opponent_sha256": "ab", "sampling": {"temperature": 1.0, "top_p": 1.0}, "seed": 3}
 
@@ -224,7 +226,7 @@ def maker(
         "generator": TransformersGenerator(max_new_tokens=CAP, batch_size=3),
         "answers_per_prompt": 2,
         "seed": 11,
-        "batch_size": 2,
+        "micro_batch_tokens": 100,
         "shard_size": 3,
         "opponent_sha256": f"opponent {iteration}",
         "numerics": contextlib.nullcontext,
@@ -241,8 +243,7 @@ def made(folder: Path, making: PairMaker, earlier: dict[int, PairStore] | None =
 
 @torch.no_grad()
 def rescore(model: PreTrainedModel, row: dict[str, Any], side: str) -> float:
-    batch = pad_sequences([row["prompt_ids"]], [row[side]], pad_id=0)
-    return response_log_probs(model.eval(), batch.input_ids, batch.attention_mask, batch.response_mask).item()
+    return response_log_probs(model.eval(), pack([(row["prompt_ids"], [row[side]])])).item()
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +297,9 @@ def test_answers_and_their_scores_do_not_depend_on_shards_or_batches(
 ) -> None:
     rows = store.read().to_pylist()
     generator = TransformersGenerator(max_new_tokens=CAP, batch_size=16)
-    for number, changes in enumerate([{"shard_size": 8}, {"shard_size": 1, "batch_size": 7}, {"generator": generator}]):
+    for number, changes in enumerate(
+        [{"shard_size": 8}, {"shard_size": 1, "micro_batch_tokens": 20}, {"generator": generator}]
+    ):
         other = made(tmp_path / str(number), maker(encoder, prompts, players[0], **changes)).read().to_pylist()
         for a, b in zip(rows, other, strict=True):
             assert {key: a[key] for key in a if "log_prob" not in key} == {
@@ -331,12 +334,16 @@ def test_real_answers_are_scored_once_a_prompt(
 ) -> None:
     scored: Counter[tuple[int, ...]] = Counter()
 
-    def counting(model: Any, input_ids: Any, attention_mask: Any, response_mask: Any) -> Any:
-        for ids, mask in zip(input_ids, attention_mask, strict=True):
-            scored[tuple(ids[mask.bool()].tolist())] += 1
-        return response_log_probs(model, input_ids, attention_mask, response_mask)
+    def counting(model: Any, batch: ResponseBatch) -> Any:
+        start = 0
+        for lengths in batch.lengths:
+            prompt, *responses = batch.input_ids[start : start + sum(lengths)].split(lengths)
+            scored.update((*prompt.tolist(), *response.tolist()) for response in responses)
+            start += sum(lengths)
+        return response_log_probs(model, batch)
 
     monkeypatch.setattr(pairs_module, "response_log_probs", counting)
+    monkeypatch.setattr(pairs_module, "SAMPLER_TOLERANCE", -1.0)
     first = made(tmp_path / "0", maker(encoder, prompts, players[0], answers_per_prompt=3))
     assert [scored[(*prompt.prompt_ids, *prompt.real_ids)] for prompt in prompts] == [1] * 8
     assert sum(scored.values()) == 8 + 24
@@ -351,6 +358,33 @@ def test_real_answers_are_scored_once_a_prompt(
     for row in rows:
         by_prompt.setdefault(row["prompt_id"], set()).add(row["opponent_real_log_prob"])
     assert all(len(values) == 1 for values in by_prompt.values())
+
+
+@pytest.mark.parametrize("error", [0.0, 5e-5, 2e-4])
+def test_sampled_log_probs_are_taken_where_a_scoring_pass_agrees(
+    tmp_path: Path,
+    encoder: Encoder,
+    prompts: list[Prompt],
+    players: list[PreTrainedModel],
+    monkeypatch: Any,
+    error: float,
+) -> None:
+    """``error`` in nats a token on the first prompts' answers, as rounding makes it."""
+
+    class Rounding(TransformersGenerator):
+        def generate(self, *args: Any) -> Any:
+            for index, response in super().generate(*args):
+                off = error * len(response.ids)
+                yield index, dataclasses.replace(response, log_prob=response.log_prob + off)
+
+    monkeypatch.setattr(pairs_module, "NUM_COMPARED", 2)
+    making = maker(encoder, prompts, players[0], generator=Rounding(max_new_tokens=CAP, batch_size=3))
+    for row in made(tmp_path, making).read().to_pylist():
+        is_compared = row["prompt_id"] % making.shard_size < 2
+        is_sampled = row["opponent_generated_log_prob"] == row["generated_log_prob"]
+        assert is_sampled == (error < 1e-4 and not is_compared) or (error == 0 and is_compared)
+        expected = rescore(players[0], row, "generated_ids") + error * len(row["generated_ids"]) * is_sampled
+        assert row["opponent_generated_log_prob"] == pytest.approx(expected, abs=2e-4)
 
 
 def test_history_rows_keep_their_answers_and_are_scored_by_the_current_opponent(
@@ -404,7 +438,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("calls", [1, 9, 20, 31])
+@pytest.mark.parametrize("calls", [1, 9, 17, 24])
 def test_interrupted_making_continues_to_the_same_pairs(
     tmp_path: Path, encoder: Encoder, prompts: list[Prompt], players: list[PreTrainedModel], calls: int
 ) -> None:
@@ -443,7 +477,7 @@ def test_model_is_in_evaluation_mode_while_it_plays_and_back_afterwards(
 
 def test_training_reads_ids_and_log_probs_only() -> None:
     assert sorted(TRAINING_COLUMNS) == sorted([
-        "prompt_ids", "real_ids", "generated_ids", "initial_ids", "generated_log_prob", "opponent_real_log_prob",
+        "prompt_id", "prompt_ids", "real_ids", "generated_ids", "initial_ids", "generated_log_prob", "opponent_real_log_prob",
         "opponent_generated_log_prob", "initial_real_log_prob", "initial_generated_log_prob",
     ])  # fmt: skip
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from spin_lightning import losses
-from spin_lightning.encoding import Encoder, collate_pairs
+from spin_lightning.batches import collate_pairs
+from spin_lightning.encoding import Encoder
 from spin_lightning.files import read_json, replacing, sha256_of, write_json
 from spin_lightning.gate import TOLERANCE, check_gate
 from spin_lightning.log_probs import pair_log_probs
@@ -42,6 +43,7 @@ def scored_batch(model: nn.Module, initial: nn.Module | None = None) -> PairBatc
     pairs: list[dict[str, Any]] = [
         {
             "pair_id": i,
+            "prompt_id": i,
             "prompt_ids": ids(4 + i),
             "real_ids": ids(3 + i),
             "generated_ids": ids(7 - 2 * i),
@@ -53,7 +55,7 @@ def scored_batch(model: nn.Module, initial: nn.Module | None = None) -> PairBatc
         row |= {
             f"{player}_{side}_log_prob": 0.0 for player in ("opponent", "initial") for side in ("real", "generated")
         }
-    batch = collate_pairs(pairs, pad_id=0)
+    (batch,) = collate_pairs(pairs, max_tokens=1000)
     was_training = model.training
     with torch.no_grad():
         batch.opponent = pair_log_probs(model.eval(), batch)
@@ -301,8 +303,8 @@ def output_of(real: list[float], generated: list[float]) -> tuple[PairLossOutput
 
 def test_means_weigh_every_pair_alike_however_it_was_batched() -> None:
     metrics = PairMetrics()
-    first = metrics(*output_of([1.0, 2.0, 3.0], [0.0, 2.0, 5.0]))
-    second = metrics(*output_of([10.0], [2.0]))
+    first = metrics([output_of([1.0, 2.0, 3.0], [0.0, 2.0, 5.0])])
+    second = metrics([output_of([10.0], [2.0])])
     assert float(first["rewards/real"]) == 2.0 and float(second["rewards/real"]) == 10.0  # a batch's own values
     assert float(first["rewards/accuracies"]) == 0.5 and float(second["rewards/accuracies"]) == 1.0
     expected = {
@@ -317,7 +319,7 @@ def test_means_weigh_every_pair_alike_however_it_was_batched() -> None:
     assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
     assert not any(value.requires_grad for value in found.values())
     metrics.reset()
-    metrics(*output_of([1.0], [3.0]))
+    metrics([output_of([1.0], [3.0])])
     assert float(metrics.compute()["rewards/margins"]) == -2.0 and float(metrics.compute()["rewards/accuracies"]) == 0.0
 
 
@@ -325,11 +327,11 @@ def test_an_epochs_means_survive_a_checkpoint(tmp_path: Path) -> None:
     whole, before, after = PairMetrics(), PairMetrics(), PairMetrics()
     batches = [output_of([1.0, 2.0, 3.0], [0.0, 2.0, 5.0]), output_of([10.0], [2.0])]
     for batch in batches:
-        whole(*batch)
-    before(*batches[0])
+        whole([batch])
+    before([batches[0]])
     torch.save(before.state_dict(), tmp_path / "state.pt")
     after.load_state_dict(torch.load(tmp_path / "state.pt"), strict=True)
-    after(*batches[1])
+    after([batches[1]])
     assert {name: float(value) for name, value in after.compute().items()} == {
         name: float(value) for name, value in whole.compute().items()
     }

@@ -271,7 +271,7 @@ class SelfPlay(L.Callback):
             iteration=iteration,
             answers_per_prompt=data.answers_per_prompt,
             seed=data.seed,
-            batch_size=data.batch_size,
+            micro_batch_tokens=data.micro_batch_tokens,
             opponent_sha256=store.manifest["binding"]["opponent_sha256"],
             numerics=module.precision_context,
             poll=self._poll,

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from spin_lightning.batches import collate_prompts
 from spin_lightning.callbacks.samples import side_by_side
 from spin_lightning.cli import config_folder, run
 from spin_lightning.demo.skills import is_exact, write_skills
-from spin_lightning.encoding import Encoder, collate_prompts
+from spin_lightning.encoding import Encoder
 from spin_lightning.files import read_json, write_json
 from spin_lightning.formats import load_rows
 from spin_lightning.generation import TransformersGenerator
@@ -111,10 +112,7 @@ def measure(model_name_or_path: str, rows_file: Path, batch_size: int = 65) -> d
     model = load_policy(model_name_or_path, dtype=torch.bfloat16 if _has_bf16_units() else torch.float32).eval()
     rows = load_rows(str(rows_file)).rows
     prompts = [encoder.encode(number, row, MAX_NEW_TOKENS) for number, row in enumerate(rows)]
-    nll = 0.0
-    for first in range(0, len(prompts), batch_size):
-        batch = collate_prompts(prompts[first : first + batch_size], encoder.pad_id)
-        nll -= float(response_log_probs(model, batch.input_ids, batch.attention_mask, batch.response_mask).sum())
+    nll = -sum(float(response_log_probs(model, batch).sum()) for batch in collate_prompts(prompts, max_tokens=4096))
     greedy = TransformersGenerator(MAX_NEW_TOKENS, temperature=0.0, batch_size=batch_size)
     answered = greedy.generate(
         model, [prompt.prompt_ids for prompt in prompts], [0] * len(prompts), encoder.terminator_id, encoder.pad_id

@@ -19,10 +19,12 @@ from random import Random
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from spin_lightning.encoding import Encoder, pad_sequences
+from spin_lightning.batches import pack
+from spin_lightning.encoding import Encoder
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.types import Row, UserError
 
@@ -204,18 +206,19 @@ class ExactDistance:
     """
 
     def __init__(self, language: Language, prompts: Sequence[str], encoder: Encoder) -> None:
-        prompt_ids, answer_ids, owners, law = [], [], [], []
+        groups, owners, law = [], [], []
         for index, prompt in enumerate(prompts):
+            answers = []
             for answer, probability in language.answers(prompt).items():
                 row = encoder.encode(
                     index, Row(({"role": "user", "content": prompt},), answer), language.response_tokens
                 )
-                prompt_ids.append(row.prompt_ids)
-                answer_ids.append(row.real_ids)
+                answers.append(row.real_ids)
                 owners.append(index)
                 law.append(probability)
+            groups.append((row.prompt_ids, answers))
         self.num_prompts = len(prompts)
-        self.batch = pad_sequences(prompt_ids, answer_ids, encoder.pad_id)
+        self.batches = [pack(groups[start : start + 1024]) for start in range(0, len(groups), 1024)]
         self.owners = torch.tensor(owners)
         self.p_data = torch.tensor(law, dtype=torch.float64)
 
@@ -224,11 +227,9 @@ class ExactDistance:
         """Log-probs of all scored answers, prompt after prompt, in nats, float64, shape ``(A,)``."""
         was_training = model.training
         model.eval()
-        parts = zip(
-            *(t.split(4096) for t in (self.batch.input_ids, self.batch.attention_mask, self.batch.response_mask)),
-            strict=True,
-        )
-        values = [response_log_probs(model, *(part.to(model.device) for part in row)).double().cpu() for row in parts]
+        values = [
+            response_log_probs(model, move_data_to_device(batch, model.device)).double().cpu() for batch in self.batches
+        ]
         model.train(was_training)
         return torch.cat(values)
 

@@ -86,7 +86,9 @@ class Watch(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        self.tokens["trained"] += int(batch.attention_mask.sum())
+        self.tokens["trained"] += sum(
+            len(part.input_ids) for part in (getattr(each, "responses", each) for each in batch)
+        )
         if trainer.global_step in self.after:
             self._measure(pl_module, trainer.global_step)
 

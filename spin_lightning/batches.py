@@ -1,0 +1,171 @@
+"""Batches by tokens: prompts with all their responses laid end to end, cut into passes of about equal size.
+
+Pairs that share a prompt share its tokens, and those of every response they have in common. The order of a batch's
+rows decides nothing but the order of its sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from spin_lightning.types import PairBatch, PairLogProbs, Prompt, ResponseBatch
+
+Ids = Sequence[int]
+
+
+def pack(groups: Sequence[tuple[Ids, Sequence[Ids]]]) -> ResponseBatch:
+    """Prompts, each with its responses, in one row without padding.
+
+    A response to an empty prompt is scored from its second token on: nothing predicts the first.
+
+    Example:
+        >>> batch = pack([([5, 6], [[7, 2], [8]]), ([9], [[2]])])
+        >>> batch.input_ids.tolist(), batch.position_ids.tolist()
+        ([5, 6, 7, 2, 8, 9, 2], [0, 1, 2, 3, 2, 0, 1])
+        >>> batch.scored.tolist(), batch.predictors.tolist(), batch.response_index.tolist()
+        ([2, 3, 4, 6], [1, 2, 1, 5], [0, 0, 1, 2])
+    """
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    scored: list[int] = []
+    predictors: list[int] = []
+    response_index: list[int] = []
+    response_lengths: list[int] = []
+    for prompt, responses in groups:
+        input_ids += prompt
+        position_ids += range(len(prompt))
+        last_of_prompt = len(input_ids) - 1
+        for response in responses:
+            start = len(input_ids)
+            input_ids += response
+            position_ids += range(len(prompt), len(prompt) + len(response))
+            places = range(start, len(input_ids))
+            before = [last_of_prompt, *places[:-1]][: len(places)]
+            skip = 0 if prompt else 1
+            scored += places[skip:]
+            predictors += before[skip:]
+            response_index += [len(response_lengths)] * len(places[skip:])
+            response_lengths.append(len(response))
+    return ResponseBatch(
+        torch.tensor(input_ids),
+        torch.tensor(position_ids),
+        torch.tensor(scored, dtype=torch.long),
+        torch.tensor(predictors, dtype=torch.long),
+        torch.tensor(response_index, dtype=torch.long),
+        torch.tensor(response_lengths),
+        tuple((len(prompt), *map(len, responses)) for prompt, responses in groups),
+    )
+
+
+def pack_rows(
+    rows: Sequence[Mapping[str, Any]], sides: Sequence[str], max_tokens: int
+) -> list[tuple[list[int], ResponseBatch, torch.Tensor]]:
+    """Rows of ids, grouped by prompt and cut into passes of at most ``max_tokens`` where their length allows.
+
+    Args:
+        rows: Each with ``prompt_id``, ``prompt_ids`` and the columns named in ``sides``.
+        sides: The columns that hold the responses.
+        max_tokens: Tokens in one pass. A row that is longer by itself gets a pass of its own.
+
+    Returns:
+        For each pass: which rows are in it; their batch; and for every row and side the index of its response in the
+        batch, shape ``(rows, sides)``.
+    """
+    groups: list[_Group] = []
+    open_groups: dict[int, _Group] = {}
+    for index, row in enumerate(rows):
+        group = open_groups.get(row["prompt_id"])
+        if group is None or group.tokens + group.extra(row, sides) > max_tokens:
+            group = open_groups[row["prompt_id"]] = _Group(row["prompt_ids"])
+            groups.append(group)
+        group.add(index, row, sides)
+    return [_join(part) for part in _balance(groups, max_tokens)]
+
+
+class _Group:
+    """Rows of one prompt, and the distinct responses among them."""
+
+    def __init__(self, prompt_ids: Ids) -> None:
+        self.prompt_ids = prompt_ids
+        self.responses: dict[tuple[int, ...], int] = {}
+        self.rows: list[int] = []
+        self.indices: list[list[int]] = []
+        self.tokens = len(prompt_ids)
+
+    def extra(self, row: Mapping[str, Any], sides: Sequence[str]) -> int:
+        return sum(len(ids) for ids in {tuple(row[side]) for side in sides} - self.responses.keys())
+
+    def add(self, index: int, row: Mapping[str, Any], sides: Sequence[str]) -> None:
+        self.tokens += self.extra(row, sides)
+        self.rows.append(index)
+        self.indices.append([self.responses.setdefault(tuple(row[side]), len(self.responses)) for side in sides])
+
+
+def _balance(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
+    """As few parts as keep within the limit, of about equal size: the longest groups first, each to the lightest part."""
+    if not groups:
+        return []
+    order = sorted(range(len(groups)), key=lambda index: -groups[index].tokens)
+    fewest = math.ceil(sum(group.tokens for group in groups) / max_tokens)
+    for count in range(min(fewest, len(groups)), len(groups) + 1):
+        parts: list[list[int]] = [[] for _ in range(count)]
+        loads = [0] * count
+        for index in order:
+            lightest = loads.index(min(loads))
+            parts[lightest].append(index)
+            loads[lightest] += groups[index].tokens
+        if max(loads) <= max_tokens or count == len(groups):
+            break
+    return [[groups[index] for index in part] for part in sorted(map(sorted, parts))]
+
+
+def _join(groups: list[_Group]) -> tuple[list[int], ResponseBatch, torch.Tensor]:
+    offsets = [0, *accumulate(len(group.responses) for group in groups)]
+    rows = [row for group in groups for row in group.rows]
+    indices = [
+        [offset + i for i in row] for offset, group in zip(offsets, groups, strict=False) for row in group.indices
+    ]
+    batch = pack([(group.prompt_ids, list(group.responses)) for group in groups])
+    return rows, batch, torch.tensor(indices)
+
+
+def collate_prompts(prompts: Sequence[Prompt], max_tokens: int) -> list[ResponseBatch]:
+    """Prompts with their real responses: what SFT trains on and what the held-out NLL is measured on."""
+    rows = [
+        {"prompt_id": number, "prompt_ids": prompt.prompt_ids, "real_ids": prompt.real_ids}
+        for number, prompt in enumerate(prompts)
+    ]
+    return [batch for _, batch, _ in pack_rows(rows, ["real_ids"], max_tokens)]
+
+
+def collate_pairs(pairs: Sequence[Mapping[str, Any]], max_tokens: int) -> list[PairBatch]:
+    """Pairs, as the pair store's columns name them, in as many passes as ``max_tokens`` asks for."""
+    sides = ["real_ids", "generated_ids"] + (["initial_ids"] if pairs[0]["initial_ids"] is not None else [])
+    return [
+        _pair_batch([pairs[row] for row in rows], batch, *indices.unbind(1))
+        for rows, batch, indices in pack_rows(pairs, sides, max_tokens)
+    ]
+
+
+def _pair_batch(
+    pairs: list[Mapping[str, Any]],
+    responses: ResponseBatch,
+    real: torch.Tensor,
+    generated: torch.Tensor,
+    initial_response: torch.Tensor | None = None,
+) -> PairBatch:
+    def stored(player: str) -> PairLogProbs:
+        of_real, of_generated = (
+            torch.tensor([pair[f"{player}_{side}_log_prob"] for pair in pairs]) for side in ("real", "generated")
+        )
+        lengths = responses.response_lengths
+        return PairLogProbs(of_real, of_generated, lengths[real], lengths[generated])
+
+    initial = stored("initial") if pairs[0]["initial_real_log_prob"] is not None else None
+    pair_ids = torch.tensor([pair["pair_id"] for pair in pairs])
+    return PairBatch(responses, real, generated, initial_response, stored("opponent"), initial, pair_ids)

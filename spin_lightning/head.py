@@ -1,0 +1,163 @@
+"""From hidden states to the log-probs of given tokens, without ever holding the logits of all of them.
+
+A chunk of tokens at a time meets the vocabulary, under a budget of bytes. Logits come from the model's own code, so
+scaling, soft-capping, biases and adapters on the head are what the model makes of them; a head that is one matrix and
+nothing else takes a shorter way through the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+#: Bytes of logits, in the dtype of the computation, that may exist at a time.
+LOGITS_BUDGET = 256 * 2**20
+#: Bytes of float32 scratch in which a CPU turns logits to log-probs: small enough to stay in its cache.
+CACHE_BUDGET = 2 * 2**20
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a causal language model below its head."""
+    decoder: nn.Module = _causal(model).get_decoder()
+    return decoder
+
+
+def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What a model's own forward pass does after its decoder: hidden states ``(N, H)`` to logits ``(N, V)``.
+
+    Raises:
+        ValueError: The decoder is not a direct part of the model.
+    """
+    causal, decoder = _causal(model), decoder_of(model)
+    names = [name for name, child in causal.named_children() if child is decoder]
+    if len(names) != 1:
+        raise ValueError("the decoder is not a direct part of the model")
+    headless = copy.copy(causal)  # shares every weight
+    headless._modules = {**causal._modules, names[0]: _GivenHiddenStates()}
+    return lambda hidden: headless(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+
+def token_log_probs(
+    model: nn.Module, hidden: Tensor, targets: Tensor, *, is_linear: bool, budget: int = LOGITS_BUDGET
+) -> Tensor:
+    """Log-probability of each target token given the hidden state that predicts it, in nats.
+
+    Args:
+        model: Whose head to use.
+        hidden: Shape ``(N, H)``.
+        targets: Token ids, shape ``(N,)``.
+        is_linear: Whether the head is one matrix and nothing comes after it (see :func:`is_linear`).
+        budget: Bytes of logits that may exist at a time; with more tokens they are computed again in the backward pass.
+
+    Returns:
+        Shape ``(N,)``, float32 (float64 for float64 hidden states).
+    """
+    head = _causal(model).get_output_embeddings()
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    chunk = max(1, budget // (head.weight.shape[0] * dtype.itemsize))
+    if is_linear:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _LinearHead.apply(hidden.to(dtype), head.weight.to(dtype), targets, chunk)
+    logits = logits_of(model)
+
+    def log_probs(hidden: Tensor, targets: Tensor) -> Tensor:
+        scores = logits(hidden)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return scores.gather(1, targets[:, None]).squeeze(1) - scores.logsumexp(1)
+
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(log_probs, *piece, use_reentrant=False) for piece in pieces])
+
+
+@torch.no_grad()
+def is_linear(model: nn.Module) -> bool:
+    """Whether a model's logits are its hidden states times one matrix: no bias, scaling, capping or adapter."""
+    head = _causal(model).get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
+        return False
+    try:
+        logits = logits_of(model)
+    except ValueError:
+        return False
+    hidden = torch.randn(3, head.in_features, generator=torch.Generator().manual_seed(0)).to(head.weight) * 10
+    return torch.equal(logits(hidden), F.linear(hidden, head.weight))
+
+
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class _GivenHiddenStates(nn.Module):
+    def forward(self, *args: Any, inputs_embeds: Tensor, **settings: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+
+
+class _LinearHead(torch.autograd.Function):
+    """Where all logits fit the budget they are kept, and become their own gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        log_probs, log_sums = torch.empty(2, len(targets), dtype=wide, device=hidden.device)
+        logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
+        scratch = _scratch(logits, wide)
+        for part in _slices(len(targets), chunk):
+            torch.mm(hidden[part], weight.mT, out=logits[: part.stop - part.start])
+            for rows in _slices(part.stop - part.start, len(scratch)):
+                places = slice(part.start + rows.start, part.start + rows.stop)
+                scores = scratch[: rows.stop - rows.start].copy_(logits[rows])
+                chosen = scores.gather(1, targets[places, None])
+                largest = scores.amax(1, keepdim=True)
+                log_sum = scores.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest)
+                log_sums[places] = log_sum.squeeze(1)
+                log_probs[places] = (chosen - log_sum).squeeze(1)
+        ctx.save_for_backward(hidden, weight, targets, log_sums)
+        ctx.chunk = chunk
+        ctx.logits = logits if len(targets) <= chunk and any(ctx.needs_input_grad) else None
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, targets, log_sums = ctx.saved_tensors
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = None
+        kept, ctx.logits = ctx.logits, None
+        logits = kept if kept is not None else hidden.new_empty(min(ctx.chunk, len(targets)), len(weight))
+        scratch = _scratch(logits, log_sums.dtype)
+        for part in _slices(len(targets), ctx.chunk):
+            grad_logits = logits[: part.stop - part.start]
+            if kept is None:
+                torch.mm(hidden[part], weight.mT, out=grad_logits)
+            for rows in _slices(part.stop - part.start, len(scratch)):  # (one-hot - softmax) x what came from above
+                places = slice(part.start + rows.start, part.start + rows.stop)
+                from_above = grad_output[places, None]
+                grad = torch.sub(grad_logits[rows], log_sums[places, None], out=scratch[: rows.stop - rows.start])
+                grad.exp_().mul_(-from_above).scatter_add_(1, targets[places, None], from_above)
+                grad_logits[rows] = grad
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if needs_weight:
+                product = grad_logits.mT @ hidden[part]
+                grad_weight = product if grad_weight is None else grad_weight.to(log_sums.dtype).add_(product)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scratch(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A few rows in a wider dtype; on a CPU few enough to stay in its cache."""
+    rows = len(logits) if logits.device.type != "cpu" else max(1, CACHE_BUDGET // (dtype.itemsize * logits.shape[1]))
+    return logits.new_empty(min(len(logits), rows), logits.shape[1], dtype=dtype)
