@@ -11,9 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spin_lightning.log_probs import TOLERANCE
 from spin_lightning.losses import PairLoss
 from spin_lightning.types import PairBatch, PairLogProbs, UserError
+
+#: Largest |log-ratio| allowed, in nats per response token. Rounding of the dtype is well below; dropout well above.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 def check_gate(
@@ -32,7 +34,7 @@ def check_gate(
         beta: Its scale in this iteration.
         batch: The first batch, with the stored opponent log-probs.
         policy: The policy's log-probs of that batch, before any update.
-        dtype: The dtype of the computation, which sets the tolerance: rounding is well below it, dropout well above.
+        dtype: The dtype of the computation, which sets the tolerance.
         iteration: For the message.
         recompute: Gives the policy's log-probs again, as in training (False) or in evaluation mode (True).
 

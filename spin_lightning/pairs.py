@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from spin_lightning.batches import pack_rows
 from spin_lightning.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator, seed_of
-from spin_lightning.log_probs import response_log_probs
+from spin_lightning.log_probs import response_log_probs, way_through
 from spin_lightning.pair_store import PairStore
 from spin_lightning.types import Prompt
 
@@ -76,6 +76,7 @@ class PairMaker:
                 total=total, desc=f"iteration {self.iteration}: answers", unit="answer", disable=all(done)
             ) as progress,
         ):
+            way_through(self.model)  # before the first answer, so that all are computed alike
             for start, is_done in zip(starts, done, strict=True):
                 prompts = self.prompts[start : start + self.shard_size]
                 if is_done:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
+from spin_lightning.allocator import keep_freed_memory
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.models import disable_dropout, load_policy, locate
 from spin_lightning.optim import Float32Master, fused, sum_in_passes
@@ -91,6 +92,8 @@ class PolicyModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._measure_in_float32()
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def on_validation_start(self) -> None:
         self._measure_in_float32()

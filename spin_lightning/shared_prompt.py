@@ -43,9 +43,8 @@ def share_prompts(model: nn.Module) -> None:
     config._attn_implementation = own + SUFFIX
 
 
-def hidden_states(model: nn.Module, decoder: nn.Module, batch: ResponseBatch) -> Tensor:
-    """Last hidden states of a batch's tokens, shape ``(T, H)``."""
-    share_prompts(model)
+def hidden_states(decoder: nn.Module, batch: ResponseBatch) -> Tensor:
+    """Last hidden states of a batch's tokens, shape ``(T, H)``. After :func:`share_prompts`."""
     # a mask of four dimensions is passed on as it is, so none is built; the layout takes its place
     no_mask = torch.empty(1, 1, 1, 1, device=batch.input_ids.device)
     output = decoder(
