@@ -13,7 +13,7 @@ from spin_lightning.version import __version__
 if TYPE_CHECKING:
     from spin_lightning.callbacks import AtomicCheckpointIO, ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
     from spin_lightning.data import SyntheticDataModule
-    from spin_lightning.generation import ResponseGenerator, TransformersGenerator
+    from spin_lightning.generation import ContinuousGenerator, ResponseGenerator, TransformersGenerator
     from spin_lightning.losses import (
         AlphaSpinLoss,
         DpopLoss,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "callbacks": ("AtomicCheckpointIO", "ExportPolicy", "Health", "RunCheckpoint", "SelfPlay", "ShowAnswers"),
     "data": ("SyntheticDataModule",),
-    "generation": ("ResponseGenerator", "TransformersGenerator"),
+    "generation": ("ContinuousGenerator", "ResponseGenerator", "TransformersGenerator"),
     "losses": (
         "AlphaSpinLoss",
         "DpopLoss",
@@ -51,6 +51,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AlphaSpinLoss",
     "AtomicCheckpointIO",
+    "ContinuousGenerator",
     "DpopLoss",
     "ExportPolicy",
     "Health",

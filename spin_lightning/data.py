@@ -23,7 +23,7 @@ from spin_lightning.batches import collate_pairs, collate_prompts
 from spin_lightning.encoding import Encoder
 from spin_lightning.files import sha256_of
 from spin_lightning.formats import load_rows
-from spin_lightning.generation import ResponseGenerator, TransformersGenerator
+from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
 from spin_lightning.models import load_tokenizer
 from spin_lightning.types import Prompt, Row, UserError
 
@@ -86,7 +86,7 @@ class SyntheticDataModule(L.LightningDataModule):
         answers_per_prompt: int = 1,
         history: int = 1,
         batch_size: int = 8,
-        micro_batch_tokens: int = 4096,
+        micro_batch_tokens: int = 2048,
         keep_prompts_together: bool = False,
         num_workers: int = 0,
         seed: int = 0,
@@ -116,7 +116,7 @@ class SyntheticDataModule(L.LightningDataModule):
         self.max_rows = max_rows
         self.prompt_template = prompt_template
         self.max_prompt_tokens = max_prompt_tokens
-        self.generator = generator if generator is not None else TransformersGenerator()
+        self.generator = generator if generator is not None else ContinuousGenerator()
         self.answers_per_prompt = answers_per_prompt
         self.history = history
         self.batch_size = batch_size

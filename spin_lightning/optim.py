@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Weights whose gradients are in float32 at a time.
+WEIGHTS_AT_A_TIME = 2**25
+
 
 class Float32Master(torch.optim.Optimizer):
     """Steps a float32 copy of the weights, then rounds it into the model's own.
 
     In pure bfloat16 an update below 1/256 of a weight is rounded away, and at the learning rates of self-play nearly all
-    are. The copy costs 4 bytes a weight beside the optimiser's own state.
+    are. The copy costs 4 bytes a weight beside the optimiser's own state. A step uses the gradients up.
 
     Args:
         parameters: The model's trainable weights, in bfloat16 or float16.
@@ -24,6 +27,12 @@ class Float32Master(torch.optim.Optimizer):
         model_weights = list(parameters)
         self.master_weights = [weight.detach().float().clone().requires_grad_() for weight in model_weights]
         self.inner = make_optimizer(self.master_weights)
+        pairs = list(zip(model_weights, self.master_weights, strict=True))
+        # torch's own optimisers treat each weight by itself, so float32 gradients of a few at a time are enough
+        is_by_weight = (
+            type(self.inner).__module__.startswith("torch.optim.") and type(self.inner) is not torch.optim.LBFGS
+        )
+        self._parts = _by_size(pairs, WEIGHTS_AT_A_TIME) if is_by_weight else [pairs]
         super().__init__(model_weights, dict(self.inner.defaults))
 
     @torch.no_grad()
@@ -33,14 +42,16 @@ class Float32Master(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         (group,) = self.param_groups
-        for weight, master in zip(group["params"], self.master_weights, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.float()
         for inner_group in self.inner.param_groups:
             inner_group["lr"] = group["lr"]
-        self.inner.step()
-        for weight, master in zip(group["params"], self.master_weights, strict=True):
-            weight.copy_(master)
-            master.grad = None
+        for part in self._parts:
+            for weight, master in part:
+                master.grad = None if weight.grad is None else weight.grad.float()
+                weight.grad = None
+            self.inner.step()
+            for weight, master in part:
+                weight.copy_(master)
+                master.grad = None
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,6 +62,18 @@ class Float32Master(torch.optim.Optimizer):
         for master, saved in zip(self.master_weights, state_dict["master_weights"], strict=True):
             master.data.copy_(saved)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+
+
+def _by_size(pairs: list[tuple[Tensor, Tensor]], limit: int) -> list[list[tuple[Tensor, Tensor]]]:
+    parts: list[list[tuple[Tensor, Tensor]]] = [[]]
+    size = 0
+    for pair in pairs:
+        if parts[-1] and size + pair[0].numel() > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(pair)
+        size += pair[0].numel()
+    return parts
 
 
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -82,7 +82,7 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments(f"{self.run_key}.output_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
-        parser.set_defaults({"data.generator": {"class_path": "spin_lightning.TransformersGenerator"}})
+        parser.set_defaults({"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

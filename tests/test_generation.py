@@ -21,7 +21,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrain
 
 from spin_lightning.batches import pack
 from spin_lightning.generation import ResponseGenerator, TransformersGenerator, seed_of
-from spin_lightning.generation.transformers import SeededSampler
+from spin_lightning.generation.sampling import choose_tokens
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.types import Response, UserError
 
@@ -228,13 +228,15 @@ def test_token_of_probability_zero_is_never_drawn() -> None:
     assert drawn == {1, 3}
 
 
-def test_extreme_random_numbers_take_the_first_and_the_last_possible_token() -> None:
-    sampler = SeededSampler([0], 1, temperature=1.0, top_p=1.0, device=torch.device("cpu"))
-    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).expand(4, 5)
-    uniforms = torch.tensor(
-        [0.0, 0.2999, 0.3001, 1.0]
-    )  # torch.rand can give 0; 1 is what rounding can make of the last
-    assert sampler._sample(probabilities, uniforms).squeeze(1).tolist() == [1, 1, 3, 3]
+@pytest.mark.parametrize("sampling", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.9)])
+def test_extreme_random_numbers_take_the_first_and_the_last_possible_token(sampling: tuple[float, float]) -> None:
+    logits = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).log().expand(4, 5)
+    middle = 0.3**2 / (0.3**2 + 0.7**2) if sampling[0] == 0.5 else 0.3
+    # torch.rand can give 0; 1 is what rounding can make of the last
+    uniforms = torch.tensor([0.0, middle - 1e-4, middle + 1e-4, 1.0])
+    tokens, log_probs = choose_tokens(logits, uniforms, *sampling)
+    assert tokens.tolist() == [1, 1, 3, 3]
+    assert log_probs.exp().tolist() == pytest.approx([0.3, 0.3, 0.7, 0.7])
 
 
 def test_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:

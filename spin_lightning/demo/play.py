@@ -24,7 +24,7 @@ from spin_lightning.demo.skills import is_exact, write_skills
 from spin_lightning.encoding import Encoder
 from spin_lightning.files import read_json, write_json
 from spin_lightning.formats import load_rows
-from spin_lightning.generation import TransformersGenerator
+from spin_lightning.generation import ContinuousGenerator
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.models import load_policy, load_tokenizer
 from spin_lightning.types import UserError
@@ -113,7 +113,7 @@ def measure(model_name_or_path: str, rows_file: Path, batch_size: int = 65) -> d
     rows = load_rows(str(rows_file)).rows
     prompts = [encoder.encode(number, row, MAX_NEW_TOKENS) for number, row in enumerate(rows)]
     nll = -sum(float(response_log_probs(model, batch).sum()) for batch in collate_prompts(prompts, max_tokens=4096))
-    greedy = TransformersGenerator(MAX_NEW_TOKENS, temperature=0.0, batch_size=batch_size)
+    greedy = ContinuousGenerator(MAX_NEW_TOKENS, temperature=0.0, batch_size=batch_size)
     answered = greedy.generate(
         model, [prompt.prompt_ids for prompt in prompts], [0] * len(prompts), encoder.terminator_id, encoder.pad_id
     )

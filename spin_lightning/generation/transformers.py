@@ -10,44 +10,30 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spin_lightning.generation.base import ResponseGenerator
+from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.types import Response
 
 
 class SeededSampler(LogitsProcessor):
     """Chooses each row's next token from that row's own random numbers, and keeps its log-prob.
 
-    One uniform number a token, looked up in the cumulative distribution. All other logits become -inf, so that
-    greedy decoding takes the choice.
+    All other logits become -inf, so that greedy decoding takes the choice.
     """
 
     def __init__(
         self, seeds: Sequence[int], num_steps: int, temperature: float, top_p: float, device: torch.device
     ) -> None:
-        rows = [torch.rand(num_steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows = [uniforms_of(seed, num_steps) for seed in seeds]
         self.uniforms = torch.stack(rows, dim=1).to(device)  # (steps, B)
         self.temperature, self.top_p = temperature, top_p
         self.tokens: list[Tensor] = []
         self.log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        log_probs = scores.float().log_softmax(-1)
-        if self.temperature == 0:
-            chosen = log_probs.argmax(-1, keepdim=True)
-        else:
-            chosen = self._sample((log_probs / self.temperature).softmax(-1), self.uniforms[len(self.tokens)])
-        self.tokens.append(chosen.squeeze(1))
-        self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
-
-    def _sample(self, probs: Tensor, uniforms: Tensor) -> Tensor:
-        if self.top_p < 1:
-            ordered, order = probs.sort(dim=-1, descending=True)
-            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
-            probs = torch.zeros_like(probs).scatter_(1, order, ordered)
-        cumulative = probs.cumsum(-1)
-        # `right`: a token of probability zero is never taken, not even for a uniform number of exactly 0
-        index = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-        return torch.minimum(index, (probs > 0).int().cumsum(-1).argmax(-1, keepdim=True))
+        tokens, log_probs = choose_tokens(scores, self.uniforms[len(self.tokens)], self.temperature, self.top_p)
+        self.tokens.append(tokens)
+        self.log_probs.append(log_probs)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 class TransformersGenerator(ResponseGenerator):

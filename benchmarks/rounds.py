@@ -1,0 +1,162 @@
+"""The referee's side: every contender a resident process of its own, and rounds in which they take turns.
+
+Taking turns (A B A B, not A A B B) spreads whatever else the machine does over all of them. A contender that fails is
+reported as failed, with the last line it said, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).absolute().parent.parent
+BENCH = ROOT / ".bench"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of doing the work.
+
+    Attributes:
+        name: What tables call it.
+        module: Which file of ``benchmarks`` does it.
+        settings: What that file is told.
+        environment: Which folder of ``.bench`` it runs in; empty for the interpreter that runs this.
+        most_rounds: Where the slow ones stop, so that the others may have more.
+    """
+
+    name: str
+    module: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: str = ""
+    most_rounds: int = 1000
+
+    @property
+    def python(self) -> Path:
+        return BENCH / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+
+
+class Resident:
+    """A contender's process."""
+
+    def __init__(self, contender: Contender, threads: int) -> None:
+        self.contender = contender
+        self.log = BENCH / "logs" / f"{contender.name.replace(' ', '_').replace('/', '-')}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        if not contender.python.exists():
+            raise Failed(
+                f"{contender.python} does not exist. Run: make bench, which installs it (vllm: make bench-vllm)"
+            )
+        command = [str(contender.python), "-m", f"benchmarks.{contender.module}", json.dumps(contender.settings)]
+        quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)},
+        )
+        self._read()  # that it is ready
+
+    def round(self, is_last: bool = False) -> dict[str, Any]:
+        """Let it work one round, and wait until it is ready for the next one."""
+        with contextlib.suppress(BrokenPipeError):  # it died waiting, which the next line finds out
+            pipe(self.process.stdin).write("go\n")
+            pipe(self.process.stdin).flush()
+        sample = self._read()
+        if not is_last:
+            self._read()
+        return sample
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        line = pipe(self.process.stdout).readline()
+        if not line:
+            code = self.process.wait()
+            if code < 0:
+                raise Failed(f"killed by signal {-code}{', as when memory runs out' if code == -9 else ''}")
+            said = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
+            raise Failed(f"{said[-1] if said else 'it ended without a word'} ({self.log.name})")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+class Failed(Exception):
+    """A contender cannot go on; the message says why."""
+
+
+def play(
+    contenders: Sequence[Contender],
+    rounds: int,
+    warm_up: int = 1,
+    threads: int = 1,
+    describe: Callable[[dict[str, Any]], float] = lambda sample: sample["seconds"],
+    unit: str = "s",
+) -> list[dict[str, Any]]:
+    """Let contenders take turns, printing how it goes.
+
+    Args:
+        warm_up: Rounds before those that count.
+        describe: The number to print of a sample, with its ``unit``.
+
+    Returns:
+        One record a contender: name, settings, samples, and why it failed if it did.
+    """
+    records = [
+        {"name": contender.name, "settings": contender.settings, "environment": contender.environment, "samples": []}
+        for contender in contenders
+    ]
+    residents: dict[str, Resident] = {}
+    try:
+        for contender, record in zip(contenders, records, strict=True):
+            print(f"  starting {contender.name}", flush=True)
+            try:
+                residents[contender.name] = Resident(contender, threads)
+            except Failed as error:
+                _fail(record, error)
+        for number in range(warm_up + rounds):
+            for contender, record in zip(contenders, records, strict=True):
+                if (resident := residents.get(record["name"])) is None or number >= warm_up + contender.most_rounds:
+                    continue
+                try:
+                    sample = resident.round(is_last=number + 1 == warm_up + rounds)
+                except Failed as error:
+                    _fail(record, error)
+                    residents.pop(record["name"]).stop()
+                    continue
+                label = f"round {number - warm_up + 1}/{rounds}" if number >= warm_up else "warm-up"
+                if number >= warm_up:
+                    record["samples"].append(sample)
+                running = [describe(kept) for kept in record["samples"] or [sample]]
+                print(
+                    f"  {label:11} {record['name']:44} {describe(sample):9.2f} {unit}  "
+                    f"median {statistics.median(running):9.2f}  peak {sample['peak_mib']:6.0f} MiB",
+                    flush=True,
+                )
+    finally:
+        for resident in residents.values():
+            resident.stop()
+    return records
+
+
+def pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
+
+
+def _fail(record: dict[str, Any], error: Failed) -> None:
+    record["failed"] = str(error)
+    print(f"  {record['name']} failed: {error}", flush=True)
