@@ -54,7 +54,7 @@ def main() -> None:
             "machine": machine(),
             "versions": versions(),
         }
-        output.write_text(json.dumps(results, indent=1) + "\n")
+        output.write_text(json.dumps(results, indent=1).replace(f"{ROOT}/", "") + "\n")
         print(f"  took {results[name]['minutes']} minutes", flush=True)
     report.render(results, output.with_name("performance.md"))
 
