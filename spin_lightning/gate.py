@@ -14,8 +14,9 @@ from torch import Tensor
 from spin_lightning.losses import PairLoss
 from spin_lightning.types import PairBatch, PairLogProbs, UserError
 
-#: Largest |log-ratio| allowed, in nats per response token. Rounding of the dtype is well below; dropout well above.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+#: Largest |log-ratio| allowed, in nats per response token. Rounding of the dtype is below, other weights well above. In
+#: bfloat16 an answer of two tokens was seen 0.12 off, as matrix products round otherwise in batches of other sizes.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 4e-2, torch.bfloat16: 0.25}
 
 
 def check_gate(
