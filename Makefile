@@ -33,7 +33,7 @@ lab: install
 	$(BIN)/spin-lightning lab
 
 test: install
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: install
 	$(BIN)/ruff format --check .

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from spin_lightning.version import __version__
 
 if TYPE_CHECKING:
-    from spin_lightning.callbacks import AtomicCheckpointIO, ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
+    from spin_lightning.callbacks import ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
+    from spin_lightning.checkpoints import AtomicCheckpointIO, last_checkpoint
     from spin_lightning.data import SyntheticDataModule
     from spin_lightning.generation import ContinuousGenerator, ResponseGenerator, TransformersGenerator
     from spin_lightning.losses import (
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     )
     from spin_lightning.module import SpinLightningModule
     from spin_lightning.sft import SftLightningModule
-    from spin_lightning.types import UserError
+    from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
 
 _HOMES = {
-    "callbacks": ("AtomicCheckpointIO", "ExportPolicy", "Health", "RunCheckpoint", "SelfPlay", "ShowAnswers"),
+    "callbacks": ("ExportPolicy", "Health", "RunCheckpoint", "SelfPlay", "ShowAnswers"),
+    "checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "data": ("SyntheticDataModule",),
     "generation": ("ContinuousGenerator", "ResponseGenerator", "TransformersGenerator"),
     "losses": (
@@ -44,7 +46,7 @@ _HOMES = {
     ),
     "module": ("SpinLightningModule",),
     "sft": ("SftLightningModule",),
-    "types": ("UserError",),
+    "types": ("Interrupted", "NonFiniteError", "StorageError", "UserError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -55,8 +57,10 @@ __all__ = [
     "DpopLoss",
     "ExportPolicy",
     "Health",
+    "Interrupted",
     "IpoLoss",
     "LengthNormalizedLoss",
+    "NonFiniteError",
     "PairLoss",
     "ResponseGenerator",
     "RunCheckpoint",
@@ -66,11 +70,13 @@ __all__ = [
     "SpaceLoss",
     "SpinLightningModule",
     "SpinLoss",
+    "StorageError",
     "SyntheticDataModule",
     "TSpinLoss",
     "TransformersGenerator",
     "UserError",
     "__version__",
+    "last_checkpoint",
 ]
 
 

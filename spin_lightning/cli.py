@@ -20,6 +20,7 @@ OVERVIEW = f"""spin-lightning {__version__}: self-play fine-tuning (SPIN) of you
   spin-lightning fit --config FILE [--KEY VALUE ...]       play the game; the same command continues a killed run
   spin-lightning sft --config FILE [--KEY VALUE ...]       supervised fine-tuning, the stage before it
   spin-lightning validate --config FILE [--KEY VALUE ...]  held-out NLL of a model
+  spin-lightning check --config FILE [--KEY VALUE ...]     what the data looks like to the game, without loading the model
   spin-lightning demo [FOLDER]                             the whole game on a small real model, on CPU
   spin-lightning lab [FOLDER]                              the game on a known language, measured exactly
 
@@ -47,7 +48,11 @@ Commented examples are in the folder configs/.
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line. What the user can mend ends with a sentence and exit code 2."""
+    """Run the command line. What the user can mend ends with a sentence instead of a traceback.
+
+    Exit codes: 0 done; 1 a bug, or numbers that are not finite; 2 wrong usage, settings or data; 75 a disk that is full or
+    cannot be written, to be tried again; 130 and 143 ended by a signal, to be continued by the same command.
+    """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(OVERVIEW)
@@ -55,7 +60,8 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         print(__version__)
         return
-    from spin_lightning.types import UserError
+    from spin_lightning.files import STORAGE_ERRORS
+    from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
 
     if args[0] in ("demo", "lab") and ((args[1:2] and args[1].startswith("-")) or (args[0] == "lab" and args[2:])):
         wanted = "demo [FOLDER [MODEL [--KEY VALUE ...]]]" if args[0] == "demo" else "lab [FOLDER]"
@@ -70,11 +76,29 @@ def main(args: list[str] | None = None) -> None:
             from spin_lightning.lab.play import play as play_lab
 
             play_lab(*args[1:])
+        elif args[0] == "check":
+            from spin_lightning.check import main as check
+
+            check(args[1:])
         else:
             run(args)
-    except UserError as error:
-        print(f"spin-lightning: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, StorageError, NonFiniteError, Interrupted) as error:
+        _end(str(error), error.exit_code, "" if isinstance(error, Interrupted) else "error: ")
+    except OSError as error:  # of a logger, say
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        _end(f"{error}. Mend that, and run the same command again.", StorageError.exit_code)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning turns into 1
+            sys.exit(130)
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _end(message: str, exit_code: int, kind: str = "error: ") -> None:
+    print(f"spin-lightning: {kind}{message}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def run(args: list[str]) -> LightningCLI | None:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol, cast
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import lightning as L
 import pyarrow as pa
@@ -21,11 +24,25 @@ from tqdm.auto import tqdm
 
 from spin_lightning.batches import collate_pairs, collate_prompts
 from spin_lightning.encoding import Encoder
-from spin_lightning.files import sha256_of
-from spin_lightning.formats import load_rows
+from spin_lightning.files import sha256_of, write_json
+from spin_lightning.formats import LoadedRows, Tally, load_rows, prompt_key
 from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
 from spin_lightning.models import load_tokenizer
 from spin_lightning.types import Prompt, Row, UserError
+
+T = TypeVar("T")
+#: What is counted about the rows, in the words of the screen. Its keys are those of ``data_report.json``.
+COUNTED = {
+    "byte_order_marks": "files that begin with a byte order mark, which is skipped",
+    "exact_duplicates": "rows that repeat an earlier row, prompt and real answer; kept",
+    "repeated_prompts": "rows with another real answer to an earlier row's prompt; kept",
+    "long_prompts": "prompts longer than data.max_prompt_tokens; left out",
+    "cut_answers": "real answers longer than data.generator.max_new_tokens; cut there, without a terminator",
+    "empty_answers": "real answers that are a terminator and nothing else; kept",
+    "control_tokens": "rows that spell control tokens; encoded as text, so that they neither open nor close a turn",
+    "encoded_apart": "answers encoded apart from their prompts, as the chat template writes past answers differently",
+    "also_trained_on": "held-out prompts that are also trained on; the held-out NLL is too good by them",
+}
 
 
 class Game(Protocol):
@@ -47,6 +64,10 @@ class SyntheticDataModule(L.LightningDataModule):
         split: Which split of a hub data set or a saved folder.
         data_revision: Commit or tag of a hub data set.
         max_rows: Read no more than this many rows. None reads all.
+        on_bad_row: ``error`` refuses data with bad rows, and shows the first five; ``drop`` leaves them out, counted by kind in
+            ``data_report.json`` and on screen. Bad are rows without a real answer or a question, with a missing or wrong type, an
+            unknown role, a NUL character, half a surrogate pair, or more than a million characters; in JSONL also lines that are
+            not JSON or not UTF-8.
         prompt_template: None uses the tokenizer's chat template. Else ``alpaca``, ``spin``, ``chatml``, a text with ``{prompt}``,
             a Jinja template, or a file with one.
         max_prompt_tokens: Rows with longer prompts are left out, and counted.
@@ -80,6 +101,7 @@ class SyntheticDataModule(L.LightningDataModule):
         split: str = "train",
         data_revision: str | None = None,
         max_rows: int | None = None,
+        on_bad_row: Literal["error", "drop"] = "error",
         prompt_template: str | None = None,
         max_prompt_tokens: int = 512,
         generator: ResponseGenerator | None = None,
@@ -114,6 +136,7 @@ class SyntheticDataModule(L.LightningDataModule):
         self.split = split
         self.data_revision = data_revision
         self.max_rows = max_rows
+        self.on_bad_row = on_bad_row
         self.prompt_template = prompt_template
         self.max_prompt_tokens = max_prompt_tokens
         self.generator = generator if generator is not None else ContinuousGenerator()
@@ -127,13 +150,25 @@ class SyntheticDataModule(L.LightningDataModule):
         self.tokenizer_name_or_path = tokenizer_name_or_path
         #: The clock of the game, set by the SelfPlay callback. None: plain SFT.
         self.game: Game | None = None
+        #: Loaded in ``setup``, unless it is set before.
+        self.tokenizer: Any = None
         self.prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
+        #: What was read, dropped, cut and found strange, in exact counts. Made in ``setup``.
+        self.report: dict[str, Any] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and encode the rows: everything about the data that can fail, before a model is loaded."""
-        if self.prompts:
-            return
+        if not self.prompts:
+            self._read()
+        if stage == "fit":
+            self._refuse_less_than_a_batch()
+
+    def write_report(self, folder: Path) -> None:
+        """Write ``data_report.json`` into a run's folder."""
+        write_json(folder / "data_report.json", self.report)
+
+    def _read(self) -> None:
         read = partial(
             load_rows,
             split=self.split,
@@ -141,28 +176,38 @@ class SyntheticDataModule(L.LightningDataModule):
             columns=self.columns,
             revision=self.data_revision,
             max_rows=self.max_rows,
+            on_bad_row=self.on_bad_row,
         )
         train = read(self.train_data)
-        print(f"data: {train.description}")
-        rows = list(train.rows)
+        self.report = {"train_data": _describe("data", self.train_data, train), "val_data": None}
+        rows = list(zip(train.places, train.rows, strict=True))
         if self.val_data is not None:
             val = read(self.val_data)
-            print(f"held-out data: {val.description}")
-            val_rows = list(val.rows)
+            self.report["val_data"] = _describe("held-out data", self.val_data, val)
+            val_rows = list(zip(val.places, val.rows, strict=True))
         else:
             rows, val_rows = self._hold_out(rows)
-        self.encoder = Encoder(self._load_tokenizer(), self.prompt_template)
-        self.prompts = self._encode(rows, "prompts")
-        self.val_prompts = self._encode(val_rows, "held-out prompts")
+        tokenizer = self._load_tokenizer() if self.tokenizer is None else self.tokenizer
+        self.encoder = Encoder(tokenizer, self.prompt_template)
+        self.prompts = self._encode(rows, "train")
         if not self.prompts:
             raise UserError(
                 f"all {len(rows)} prompts of {self.train_data} are longer than max_prompt_tokens={self.max_prompt_tokens}, "
                 "so nothing is left to train on. Raise data.max_prompt_tokens."
             )
+        self.val_prompts = self._encode(val_rows, "held_out")
+        self.report["prompts_sha256"] = self.prompts_hash
         self.refuse_longer_than(self.encoder.tokenizer.model_max_length)
-        if self.encoder.num_separate:
-            print(
-                f"note: {self.encoder.num_separate} answers are encoded apart from their prompts, as the chat template writes past answers differently."
+
+    def _refuse_less_than_a_batch(self) -> None:
+        num_pairs = len(self.prompts) * self.answers_per_prompt
+        if num_pairs < self.batch_size:
+            answers = f" with {self.answers_per_prompt} answers each" if self.answers_per_prompt > 1 else ""
+            train, num_rows = self.report["train"], self.report["train_data"]["rows_kept"]
+            raise UserError(
+                f"{len(self.prompts)} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of {num_rows} rows "
+                f"{num_rows - train['rows']} are held out and {train['long_prompts']['count']} have prompts that are too long. "
+                "Lower data.batch_size, or give more rows."
             )
 
     def refuse_longer_than(self, limit: float) -> None:
@@ -178,7 +223,7 @@ class SyntheticDataModule(L.LightningDataModule):
                 "Lower data.max_prompt_tokens or data.generator.max_new_tokens."
             )
 
-    def _hold_out(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    def _hold_out(self, rows: list[T]) -> tuple[list[T], list[T]]:
         count = round(len(rows) * self.val_fraction)
         if self.val_fraction and not count:
             count = min(1, len(rows) - 1)
@@ -198,21 +243,40 @@ class SyntheticDataModule(L.LightningDataModule):
             module.model_name_or_path, revision=module.revision, trust_remote_code=module.trust_remote_code
         )
 
-    def _encode(self, rows: list[Row], what: str) -> list[Prompt]:
+    def _encode(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
+        """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
+        noted = {name: Tally() for name in ("long_prompts", "cut_answers", "empty_answers", "control_tokens")}
+        noted |= {"encoded_apart": Tally()} | ({"also_trained_on": Tally()} if part == "held_out" else {})
+        trained_on = {prompt_key(prompt.row) for prompt in self.prompts} if rows and part == "held_out" else set()
         prompts: list[Prompt] = []
-        for row in tqdm(rows, desc=f"encoding {what}", unit="row", disable=len(rows) < 5000):
-            prompt = self.encoder.encode(len(prompts), row, self.generator.max_new_tokens)
-            if len(prompt.prompt_ids) <= self.max_prompt_tokens:
-                prompts.append(prompt)
-        cut = sum(prompt.real_finish_reason == "length" for prompt in prompts)
-        if len(prompts) < len(rows):
-            print(
-                f"note: {len(rows) - len(prompts)} of {len(rows)} {what} are longer than {self.max_prompt_tokens} tokens and left out."
-            )
-        if cut:
-            print(
-                f"note: {cut} of {len(prompts)} real answers are longer than {self.generator.max_new_tokens} tokens and cut there, without a terminator."
-            )
+        for where, row in tqdm(rows, desc=f"encoding {part} rows", unit="row", disable=len(rows) < 5000):
+            num_separate = self.encoder.num_separate
+            try:
+                prompt = self.encoder.encode(len(prompts), row, self.generator.max_new_tokens)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            length = len(prompt.prompt_ids)
+            if length > self.max_prompt_tokens:
+                noted["long_prompts"].add(f"{where}: {length} tokens")
+                continue
+            prompts.append(prompt)
+            for name, is_so in (
+                ("cut_answers", prompt.real_finish_reason == "length"),
+                ("empty_answers", prompt.real_ids == [self.encoder.terminator_id]),
+                ("control_tokens", self.encoder.has_control_tokens(row)),
+                ("encoded_apart", self.encoder.num_separate > num_separate),
+                ("also_trained_on", bool(trained_on) and prompt_key(row) in trained_on),
+            ):
+                if is_so:
+                    noted[name].add(where)
+        _print_noted(noted, " (held-out rows)" if part == "held_out" else "")
+        self.report[part] = {
+            "rows": len(rows),
+            "prompts": len(prompts),
+            **_as_dicts(noted),
+            "prompt_tokens": _spread([len(prompt.prompt_ids) for prompt in prompts]),
+            "real_tokens": _spread([len(prompt.real_ids) for prompt in prompts]),
+        }
         return prompts
 
     @property
@@ -242,6 +306,47 @@ class SyntheticDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=partial(collate, max_tokens=self.micro_batch_tokens),
         )
+
+
+def _describe(what: str, source: str, loaded: LoadedRows) -> dict[str, Any]:
+    """Say what was read and what is strange about it; the same as part of the report."""
+    print(f"{what}: {loaded.description}")
+    for kind, tally in loaded.dropped.items():
+        print(f"note: bad rows that were dropped, {kind}: {tally.count}, the first {tally.first[0]}")
+    _print_noted(loaded.noted)
+    return {
+        "source": source,
+        "format": loaded.format,
+        "description": loaded.description,
+        "rows_read": loaded.num_read,
+        "rows_kept": len(loaded.rows),
+        "rows_dropped": loaded.num_read - len(loaded.rows),
+        "dropped": _as_dicts(loaded.dropped),
+        **_as_dicts(loaded.noted),
+    }
+
+
+def _print_noted(noted: dict[str, Tally], suffix: str = "") -> None:
+    for name, tally in noted.items():
+        if tally.count and name in COUNTED:
+            print(f"note: {COUNTED[name]}{suffix}: {tally.count}, the first {tally.first[0]}")
+
+
+def _as_dicts(tallies: dict[str, Tally]) -> dict[str, Any]:
+    return {name: asdict(tally) for name, tally in tallies.items()}
+
+
+def _spread(lengths: Sequence[int]) -> dict[str, float] | None:
+    """Median, the least number that 90 % do not exceed, and the most. None of nothing.
+
+    Example:
+        >>> _spread([1, 2, 3, 40])
+        {'median': 2.5, 'p90': 40, 'most': 40}
+    """
+    if not lengths:
+        return None
+    ranked = sorted(lengths)
+    return {"median": median(ranked), "p90": ranked[-(len(ranked) // 10) - 1], "most": ranked[-1]}
 
 
 class PairDataset(Dataset[dict[str, Any]]):

@@ -7,6 +7,7 @@ text, so no content can open or close a turn. A response carries exactly one ter
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from spin_lightning.files import sha256_of
 from spin_lightning.types import FinishReason, Message, Prompt, Row, UserError
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
 PROMPT_TEMPLATES = {
@@ -52,6 +54,8 @@ class Encoder:
             tokenizer.pad_token_id = self.terminator_id  # never read: every mask comes from lengths
         self.pad_id: int = tokenizer.pad_token_id
         self.num_separate = 0
+        control = [token.content for token in tokenizer.added_tokens_decoder.values() if self._is_control(token)]
+        self._control_tokens = re.compile("|".join(map(re.escape, control)) or "(?!)")  # (?!) matches nothing
 
     @property
     def fingerprint(self) -> str:
@@ -80,10 +84,17 @@ class Encoder:
         finish_reason: FinishReason = "stop" if len(response) <= max_response_tokens else "length"
         return Prompt(prompt_id, row, prompt_ids, response[:max_response_tokens], finish_reason)
 
+    def has_control_tokens(self, row: Row) -> bool:
+        """Whether a text of the row spells a control token. ``encode`` takes it as text, so this is only for counting."""
+        return any(map(self._control_tokens.search, [row.real, *(message["content"] for message in row.prompt)]))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without its terminator."""
         ids = list(ids)
         return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] == self.terminator_id else ids))
+
+    def _is_control(self, token: AddedToken) -> bool:
+        return not token.content.isspace() and (token.special or token.content in self.chat_template)
 
     def _answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer that follows a prompt but is encoded apart from it."""

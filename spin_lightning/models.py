@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from spin_lightning.files import explaining_storage_errors, sync
 from spin_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def load_policy(
     Raises:
         UserError: Nothing can be loaded under that name; the message names what was tried.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
     where = locate(name_or_path)
@@ -64,7 +66,7 @@ def load_policy(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _not_loaded("model", name_or_path, error) from error
     if "gguf_file" in where:  # the weights are plain tensors now; a saved folder must not claim otherwise
         model.config.__dict__.pop("quantization_config", None)
@@ -92,6 +94,24 @@ def load_tokenizer(
         raise
     except (OSError, ValueError) as error:
         raise _not_loaded("tokenizer", name_or_path, error) from error
+
+
+def context_length(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """Tokens a model takes, prompt and answer together, if its config tells. No weights are loaded.
+
+    Raises:
+        UserError: Nothing can be loaded under that name.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            **locate(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded("config", name_or_path, error) from error
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -128,10 +148,26 @@ def save_model(
 
     Raises:
         RuntimeError: The reloaded weights differ from those in memory.
+        StorageError: There is no room, or the folder cannot be written to.
     """
+    partial = folder.with_name(folder.name + ".partial")
+    with explaining_storage_errors(folder):
+        _save_verified(model, tokenizer, partial, card, eos_id, trust_remote_code)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync(folder.parent)
+
+
+def _save_verified(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    partial: Path,
+    card: str,
+    eos_id: int,
+    trust_remote_code: bool,
+) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     served = GenerationConfig(do_sample=True, eos_token_id=eos_id, pad_token_id=tokenizer.pad_token_id)
     # not written over afterwards: the base model's own may be one that transformers refuses to save
@@ -147,12 +183,14 @@ def save_model(
         raise RuntimeError(
             f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was replaced."
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    for path in partial.iterdir():
+        sync(path)
 
 
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "custom code" in reason:
+        return UserError(f"{reason} Read that code, and set model.trust_remote_code to run it.")
     return UserError(
         f"no {what} could be loaded from {name_or_path!r}: {reason} "
         "Give a Hugging Face folder, a .gguf file, or the name of a model that the hub has and you may read."

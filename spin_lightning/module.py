@@ -44,6 +44,8 @@ class SpinLightningModule(PolicyModule):
         attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
         revision: Commit or tag of a hub model. Pin it for results that last.
         trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
+        on_non_finite: What to do when a gradient is not a number: ``stop`` and name the rows; ``skip`` the update; or ``rollback`` to
+            the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in any case.
 
     Raises:
         UserError: A setting is outside its range.
@@ -67,6 +69,7 @@ class SpinLightningModule(PolicyModule):
         attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
     ) -> None:
         super().__init__(
             model_name_or_path,
@@ -79,6 +82,7 @@ class SpinLightningModule(PolicyModule):
             attn_implementation,
             revision,
             trust_remote_code,
+            on_non_finite,
         )
         for value in beta if isinstance(beta, list) else [beta]:
             if not value > 0:

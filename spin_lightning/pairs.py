@@ -23,7 +23,7 @@ from spin_lightning.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator, seed_of
 from spin_lightning.log_probs import response_log_probs, way_through
 from spin_lightning.pair_store import PairStore
-from spin_lightning.types import Prompt
+from spin_lightning.types import Prompt, Response
 
 #: The sampler's own log-probs are taken where they agree with a scoring pass this closely, in nats a token, on a shard's
 #: first prompts. In float32 they do; in bfloat16 they do not, as decoding rounds otherwise than a whole pass.
@@ -104,14 +104,7 @@ class PairMaker:
         seeds = [seed_of(self.seed, self.iteration, prompt.prompt_id, answer) for prompt, answer in wanted]
         responses: dict[int, Any] = {}
         tokens = 0
-        answers = self.generator.generate(
-            self.model,
-            [prompt.prompt_ids for prompt, _ in wanted],
-            seeds,
-            self.encoder.terminator_id,
-            self.encoder.pad_id,
-        )
-        for index, response in answers:
+        for index, response in self._answers([prompt.prompt_ids for prompt, _ in wanted], seeds):
             self.poll()
             responses[index] = response
             tokens += len(response.ids)
@@ -151,6 +144,32 @@ class PairMaker:
                 }
             )
         return self._scored(rows)
+
+    def _answers(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Response]]:
+        """The opponent's answers. Where memory runs out, those that are missing are asked for again, half as many at a time:
+        an answer depends on its prompt and its seed alone."""
+        missing = list(range(len(prompts)))
+        while missing:
+            asked, generator = list(missing), self.generator
+            try:
+                for number, response in generator.generate(
+                    self.model,
+                    [prompts[index] for index in asked],
+                    [seeds[index] for index in asked],
+                    self.encoder.terminator_id,
+                    self.encoder.pad_id,
+                ):
+                    missing.remove(asked[number])
+                    yield asked[number], response
+                return
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error) or generator.batch_size == 1:
+                    raise
+                generator.batch_size //= 2
+                why = str(error).splitlines()[0][:120]
+            # outside of the handler, whose traceback holds on to the memory
+            torch.cuda.empty_cache()
+            print(f"note: out of memory in generation ({why}); going on with batch_size {generator.batch_size}")
 
     def _rescored(self, table: pa.Table, store: PairStore, start: int) -> list[dict[str, Any]]:
         """Rows of an earlier iteration as this iteration's opponent sees them. It has scored the real responses already."""
@@ -200,6 +219,11 @@ class PairMaker:
 def own_pairs(table: pa.Table, iteration: int) -> pa.Table:
     """The pairs whose responses were generated in this iteration."""
     return table.filter(pc.equal(table["iteration"], iteration))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in words)
 
 
 def _sampler_agrees(row: Mapping[str, Any]) -> bool:

@@ -19,14 +19,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.allocator import keep_freed_memory
+from spin_lightning.checkpoints import newest_checkpoint
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.models import disable_dropout, load_policy, locate
 from spin_lightning.optim import Float32Master, fused, sum_in_passes
 from spin_lightning.schedule import at_iteration
-from spin_lightning.types import ResponseBatch, UserError
+from spin_lightning.types import NonFiniteError, ResponseBatch, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+#: Updates in a row that may be skipped before the run stops: what is wrong then is not a row.
+MOST_NON_FINITE = 10
 
 
 class PolicyModule(L.LightningModule):
@@ -46,6 +50,7 @@ class PolicyModule(L.LightningModule):
         attn_implementation: str | None,
         revision: str | None,
         trust_remote_code: bool,
+        on_non_finite: Literal["stop", "skip", "rollback"],
     ) -> None:
         super().__init__()
         for rate in learning_rate if isinstance(learning_rate, list) else [learning_rate]:
@@ -57,6 +62,8 @@ class PolicyModule(L.LightningModule):
             raise UserError(f"model.warmup_ratio must be in [0, 1), got {warmup_ratio!r}. The paper used 0.1.")
         if lr_schedule not in ("linear", "cosine", "constant"):
             raise UserError(f"model.lr_schedule must be one of ['linear', 'cosine', 'constant'], got {lr_schedule!r}.")
+        if on_non_finite not in ("stop", "skip", "rollback"):
+            raise UserError(f"model.on_non_finite must be one of ['stop', 'skip', 'rollback'], got {on_non_finite!r}.")
         locate(model_name_or_path)
         self.model_name_or_path = model_name_or_path
         self.learning_rate = learning_rate
@@ -68,6 +75,9 @@ class PolicyModule(L.LightningModule):
         self.attn_implementation = attn_implementation
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.on_non_finite = on_non_finite
+        self._non_finite_in_a_row = 0
+        self._batches: list[Any] = []  # of the update in progress
         #: Which iteration the schedules are at, and how many epochs it has. A callback sets them; SFT is one iteration.
         self.iteration = 0
         self.epochs_in_iteration: int | None = None
@@ -77,6 +87,8 @@ class PolicyModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # validate, or a second fit
             return
+        if self.trust_remote_code:
+            print(f"note: trust_remote_code is on: Python code that comes with {self.model_name_or_path} is run.")
         self.policy = load_policy(
             self.model_name_or_path,
             revision=self.revision,
@@ -163,6 +175,73 @@ class PolicyModule(L.LightningModule):
         if self.compute_dtype is torch.float16:  # its gradients have to be scaled before they are taken
             return torch.stack([loss_of(part) for part in parts]).sum()
         return sum_in_passes(loss_of, parts, [weight for weight in self.policy.parameters() if weight.requires_grad])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._batches.clear()
+        self._batches.append(batch)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and let no update through whose gradient is not a number. The norm is computed once for both."""
+        weights = [weight for weight in self.policy.parameters() if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])  # type: ignore[misc]
+        self.log("grad_norm", norm)
+        if (
+            self.compute_dtype is not torch.float16 and not norm.isfinite()
+        ):  # a float16 scaler skips such steps by itself
+            self._refuse_update(optimizer, float(norm))
+            return
+        self._non_finite_in_a_row = 0
+        if gradient_clip_val and str(gradient_clip_algorithm or "norm").endswith("norm"):
+            torch.nn.utils.clip_grads_with_norm_(weights, gradient_clip_val, norm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _refuse_update(self, optimizer: torch.optim.Optimizer, norm: float) -> None:
+        """Leave the weights as they are, or as the last checkpoint has them, or stop.
+
+        Raises:
+            NonFiniteError: ``on_non_finite`` is stop, or no update was possible ten times in a row.
+        """
+        step = self.trainer.global_step
+        what = f"the gradient of update {step} is not finite (norm {norm})"
+        rows = "".join(f"\n  {line}" for line in self._rows_of_update())
+        self._non_finite_in_a_row += 1
+        if self.on_non_finite == "stop" or self._non_finite_in_a_row > MOST_NON_FINITE:
+            raise NonFiniteError(
+                f"{what}, and the run stops; its last checkpoint is whole. It came from these rows:{rows}\n"
+                "Look at them, lower model.learning_rate, use float32, or set model.on_non_finite to skip or rollback."
+            )
+        optimizer.zero_grad()  # an optimiser leaves weights without a gradient alone
+        if self.on_non_finite == "rollback":
+            folders = [callback.folder for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "folder")]
+            path = newest_checkpoint(folders[0]) if folders else None
+            if path is None:
+                raise NonFiniteError(
+                    f"{what}, and there is no checkpoint to roll back to. It came from these rows:{rows}"
+                )
+            checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(path)
+            self.load_state_dict(checkpoint["state_dict"])
+            optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+            what += f"; the weights are those of {path} again"
+        print(f"note: {what}. The update is skipped. It came from these rows:{rows}")
+
+    def _rows_of_update(self) -> list[str]:
+        """The beginnings of the prompts whose gradient an update would have used."""
+        tokenizer = self.trainer.datamodule.encoder.tokenizer  # type: ignore[attr-defined]
+        lines = []
+        for part in (part for batch in self._batches for part in batch):
+            responses, start = getattr(part, "responses", part), 0
+            for prompt_length, *lengths in responses.lengths:
+                text = tokenizer.decode(responses.input_ids[start : start + prompt_length][-60:])
+                lines.append(f"...{text!r}")
+                start += prompt_length + sum(lengths)
+        return lines
 
     def validation_step(self, batch: list[ResponseBatch], batch_idx: int) -> None:
         """Held-out NLL of the real responses: it needs no generation."""

@@ -32,6 +32,8 @@ class SftLightningModule(PolicyModule):
         attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
         revision: Commit or tag of a hub model.
         trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
+        on_non_finite: What to do when a gradient is not a number: ``stop`` and name the rows; ``skip`` the update; or ``rollback`` to
+            the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in any case.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class SftLightningModule(PolicyModule):
         attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
     ) -> None:
         super().__init__(
             model_name_or_path,
@@ -60,6 +63,7 @@ class SftLightningModule(PolicyModule):
             attn_implementation,
             revision,
             trust_remote_code,
+            on_non_finite,
         )
         if average not in ("token", "response"):
             raise UserError(f"model.average must be token or response, got {average!r}.")

@@ -20,10 +20,10 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import spin_lightning
-from spin_lightning.callbacks import AtomicCheckpointIO, ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
-from spin_lightning.callbacks.checkpoint import checkpoint_folder, last_checkpoint
+from spin_lightning.callbacks import ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
+from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, last_checkpoint
 from spin_lightning.data import SyntheticDataModule
-from spin_lightning.files import read_json
+from spin_lightning.files import read_json, replacing
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.policy import PolicyModule
 from spin_lightning.sft import SftLightningModule
@@ -50,7 +50,28 @@ class SaveRunConfig(SaveConfigCallback):
                 callback.output_dir for callback in trainer.callbacks if isinstance(callback, SelfPlay | ExportPolicy)
             )  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            with replacing(folder / "config.yaml") as temporary:
+                temporary.write_text(redacted(text), encoding="utf-8")
+
+
+_SECRET_LINE = re.compile(
+    r"^(\s*-?\s*\w*(?:api_?keys?|secrets?|passwords?|passwd|credentials?|(?<![a-z])(?:auth|token)):)[ \t]+(?!null\b).+$",
+    re.M | re.I,
+)
+_SECRET_VALUE = re.compile(r"\b(?:hf|sk|ghp|wandb)[_-][\w-]{16,}")
+
+
+def redacted(text: str) -> str:
+    """A config as it may be kept: values that are secrets, by their setting's name or by how they look, are left out.
+
+    Example:
+        >>> print(redacted("api_key: abc\\nmax_new_tokens: 5\\nname: hf_abcdefghijklmnopqrst"))
+        api_key: '***'
+        max_new_tokens: 5
+        name: ***
+    """
+    return _SECRET_VALUE.sub("***", _SECRET_LINE.sub(r"\1 '***'", text))
 
 
 class StageCLI(LightningCLI):

@@ -6,6 +6,7 @@ Records only. Whatever computes, reads or writes lives in the module that owns i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from signal import Signals
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor
@@ -18,6 +19,29 @@ class UserError(ValueError):
 
     The command line prints it without a traceback; in Python it is an ordinary ``ValueError``.
     """
+
+    exit_code = 2
+
+
+class StorageError(OSError):
+    """A file could not be written: no room, no permission. What was there before is untouched; try again when mended."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient is not a number. The message names the step and the rows."""
+
+    exit_code = 1
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end. What was done is saved, and the same command continues."""
+
+    def __init__(self, signal_number: int) -> None:
+        name = Signals(signal_number).name
+        super().__init__(f"stopped by {name}; everything is saved, and the same command continues")
+        self.exit_code = 130 if name == "SIGINT" else 143
 
 
 class Message(TypedDict):

@@ -115,6 +115,7 @@ class Game:
         play: dict[str, Any] | None = None,
         trainer: dict[str, Any] | None = None,
         every_n_steps: int | None = 1,
+        allow_changes: list[str] | None = None,
         health: Health | None = None,
     ) -> None:
         self.module = SpinLightningModule(model, **{"learning_rate": 1e-2, **(module or {})})
@@ -141,7 +142,7 @@ class Game:
                 *callbacks,
                 self.clock,
                 self.recorder,
-                RunCheckpoint(every_n_steps=every_n_steps),
+                RunCheckpoint(every_n_steps=every_n_steps, allow_changes=allow_changes),
                 *last,
                 self.health,
             ],
@@ -176,3 +177,10 @@ def without_seconds(value: Any) -> Any:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+class Secretive(L.Callback):
+    """Takes a secret, as loggers and hub callbacks do."""
+
+    def __init__(self, api_key: str) -> None:
+        self.length = len(api_key)

@@ -308,7 +308,7 @@ def test_the_paper_s_config_holds_the_paper_s_numbers():
 
 @pytest.mark.parametrize("name", ["demo", "demo_sft"])
 def test_the_tiny_configs_run(name, tmp_path, model):
-    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    rows = write_rows(tmp_path / "rows.jsonl", 9)
     key = "export" if name == "demo_sft" else "self_play"
     flags = [
         f"--model.model_name_or_path={model}",

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from spin_lightning.formats import FORMATS, load_rows
+from spin_lightning.formats import FORMATS, MAX_ROW_CHARACTERS, load_rows
 from spin_lightning.types import Row, UserError
 
 
@@ -206,15 +206,22 @@ def test_unreadable_files_are_named_with_the_place(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     assert "must end in one of .json, .jsonl, .csv, .parquet" in error_of(tmp_path / "a.txt")
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"prompt": "\xff"}')  # 9 bytes, then 12 before the bad one
-    assert "must be UTF-8 text, got byte 0xff at byte offset 21. Save it as UTF-8" in error_of(tmp_path / "a.jsonl")
+    message = error_of(tmp_path / "a.jsonl", columns={"prompt": "a", "completion": "a"})
+    assert f"{tmp_path / 'a.jsonl'}, line 2: must be UTF-8 text, got byte 0xff at byte offset 21\n" in message
     (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbfprompt\n\xe9")
-    assert "got byte 0xe9 at byte offset 10" in error_of(tmp_path / "b.csv")
+    message = error_of(tmp_path / "b.csv", on_bad_row="drop")  # where the file goes on behind that byte is unknown
+    assert f"{tmp_path / 'b.csv'} must be UTF-8 text, got byte 0xe9 at byte offset 10. Save it as UTF-8." in message
     (tmp_path / "a.json").write_text('[\n{"prompt": "p"},\n{"prompt": oops}]')
     assert f"{tmp_path / 'a.json'}, line 3 column 12: not JSON" in error_of(tmp_path / "a.json")
     (tmp_path / "a.csv").write_text('prompt,completion\np,c\np,"never closed\n')
     assert "the record after line 2: not CSV (unexpected end of data)" in error_of(tmp_path / "a.csv")
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    assert "a.json: not JSON that can be read (maximum recursion depth" in error_of(tmp_path / "a.json")
     (tmp_path / "a.parquet").write_text("PAR1 it is not")
     assert "must be a parquet file" in error_of(tmp_path / "a.parquet")
+    not_utf8 = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"p", b"\xe9"]).buffers())
+    parquet.write_table(pyarrow.table({"prompt": not_utf8, "completion": not_utf8}), tmp_path / "b.parquet")
+    assert "must be a parquet file of UTF-8 text" in error_of(tmp_path / "b.parquet")
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "prompt,completion\n")])
@@ -398,6 +405,7 @@ def test_a_bad_row_is_refused_with_its_reason(tmp_path, record, reason):
     assert f"1 of 1 rows of {path} cannot be read as" in message
     assert f"{path}, line 1: " in message and reason in message
     assert "Expected " in message and message.endswith("Mend or remove these rows.")
+    assert error_of(path, on_bad_row="drop") == message  # with no good row there is nothing to go on with
 
 
 def test_five_bad_rows_are_shown_with_their_lines_and_the_rest_are_counted(tmp_path):
@@ -408,6 +416,7 @@ def test_five_bad_rows_are_shown_with_their_lines_and_the_rest_are_counted(tmp_p
     assert f"7 of 8 rows of {path} cannot be read as 'prompt_completion': columns prompt, completion\n" in message
     assert re.findall(r"line (\d+): column 'completion' must be text, got nothing", message) == list("34567")
     assert "\n  and 2 more\nExpected prompt and completion, each as text" in message
+    assert message.endswith("Mend or remove these rows, or set data.on_bad_row: drop to leave them out.")
     path.write_text("\n".join([lines[0], *lines[-2:]]))
     message = error_of(path)
     assert "line 2: not JSON: Expecting property name" in message
@@ -433,3 +442,130 @@ def test_a_csv_index_column_without_a_name_is_only_unused(tmp_path):
     path.write_text(",prompt,completion\n0,p,c\n")
     loaded = load_rows(str(path))
     assert loaded.rows == [asked("p", "c")] and "not used: ''" in loaded.description
+
+
+# --- Dropping and counting ------------------------------------------------------------------------------------------
+
+GOOD = b'{"messages": [{"role": "user", "content": "q%d"}, {"role": "assistant", "content": "a%d"}]}'
+
+
+def chat_line(user: object, real: object = "a", **changes: object) -> bytes:
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": real, **changes}]
+    return json.dumps({"messages": messages}).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "reason"),
+    [
+        ("blank answer", chat_line("q", " \n"), "the real answer is blank"),
+        ("blank prompt", chat_line("\u2028"), "the prompt is blank"),
+        ("no answer", b'{"messages": [{"role": "user", "content": "q"}]}', "there is no assistant turn"),
+        ("no answer", b'{"messages": []}', "got roles []"),
+        ("missing", chat_line("q", None), "turn 2 of 'messages' must be text, got nothing"),
+        ("missing", b'{"other": 1}', "column 'messages' must be a list of turns, got nothing"),
+        ("wrong type", chat_line(7), "turn 1 of 'messages' must be text, got int '7'"),
+        ("wrong type", chat_line("q", ["a"]), "turn 2 of 'messages' must be text, got list"),
+        ("wrong type", b'{"messages": "q"}', "must be a list of turns, got str 'q'"),
+        ("wrong role", chat_line("q", role="model"), "turn 2 of 'messages' has role 'model', expected one of system"),
+        ("malformed turn", b'{"messages": ["q", "a"]}', "turn 1 of 'messages' must have 'role' and 'content'"),
+        ("tool calls", chat_line("q", tool_calls=[{}]), "turn 2 of 'messages' has tool_calls"),
+        ("NUL character", chat_line("a\0b"), "turn 1 of 'messages' holds a NUL character at character 1"),
+        ("not JSON", b'{"messages": "raw \0 NUL"}', "not JSON: Invalid control character at at column 19"),
+        ("half a surrogate pair", chat_line("q", "\ud83d"), "turn 2 of 'messages' holds half of a surrogate pair"),
+        (
+            "too long",
+            chat_line("q", "a" * MAX_ROW_CHARACTERS),
+            "has 1,000,001 characters, but a row may have 1,000,000",
+        ),
+        ("not JSON", b"{oops", "not JSON: Expecting property name"),
+        ("not JSON", b"\xef\xbb\xbf" + GOOD % (1, 1), "not JSON: Unexpected UTF-8 BOM"),
+        ("not JSON", b"[" * 100_000, "not JSON that can be read: maximum recursion depth"),
+        ("not JSON", b'{"messages": ' + b"1" * 5000 + b"}", "not JSON that can be read: Exceeds the limit"),
+        ("not an object", b"[1, 2]", "must be an object with columns, got list"),
+        (
+            "not UTF-8",
+            chat_line("caf").replace(b"caf", b"caf\xe9"),
+            "must be UTF-8 text, got byte 0xe9 at byte offset ",
+        ),
+        ("not UTF-8", "q".encode("utf-16"), "must be UTF-8 text, got byte 0xff at byte offset "),
+    ],
+)
+def test_every_bad_row_is_refused_or_dropped_with_an_exact_count_and_its_line(tmp_path, kind, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([GOOD % (1, 1), line, GOOD % (2, 2), line, line]) + b"\n")
+    message = error_of(path)
+    assert f"3 of 5 rows of {path} cannot be read" in message
+    assert re.findall(r"line (\d+): ", message) == ["2", "4", "5"]
+    loaded = load_rows(str(path), on_bad_row="drop")
+    assert loaded.rows == [asked("q1", "a1"), asked("q2", "a2")]
+    assert loaded.places == [f"{path}, line 1", f"{path}, line 3"]
+    assert loaded.num_read == 5 and "3 of 5 rows are bad and were dropped" in loaded.description
+    assert {name: tally.count for name, tally in loaded.dropped.items()} == {kind: 3}
+    for number, place in zip((2, 4, 5), loaded.dropped[kind].first, strict=True):
+        assert place.startswith(f"{path}, line {number}: ") and reason in place
+    assert not any(tally.count for tally in loaded.noted.values())
+
+
+def test_of_each_kind_the_first_five_places_are_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([GOOD % (0, 0), *[b"{oops", b"[]"] * 7]))
+    loaded = load_rows(str(path), on_bad_row="drop")
+    assert {kind: tally.count for kind, tally in loaded.dropped.items()} == {"not JSON": 7, "not an object": 7}
+    lines = {
+        kind: [int(re.findall(r"line (\d+)", place)[0]) for place in t.first] for kind, t in loaded.dropped.items()
+    }
+    assert lines == {"not JSON": [2, 4, 6, 8, 10], "not an object": [3, 5, 7, 9, 11]}
+
+
+def test_the_longest_row_allowed_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(chat_line("q", "a" * (MAX_ROW_CHARACTERS - 1)))
+    assert len(load_rows(str(path)).rows) == 1
+
+
+def test_duplicates_are_kept_and_counted_with_where_they_were_first(tmp_path):
+    pairs = [("p", "a"), ("p", "b"), ("p", "a"), ("q", "a"), ("p", "b"), ("p ", "a")]
+    source = write_jsonl(tmp_path / "a.jsonl", *({"prompt": p, "completion": c} for p, c in pairs))
+    loaded = load_rows(source)
+    assert loaded.rows == [asked(*pair) for pair in pairs]
+    assert loaded.noted["exact_duplicates"].count == 2
+    assert loaded.noted["exact_duplicates"].first == [
+        f"{source}, line 3 repeats {source}, line 1",
+        f"{source}, line 5 repeats {source}, line 2",
+    ]
+    assert loaded.noted["repeated_prompts"].first == [f"{source}, line 2 asks as {source}, line 1 did"]
+
+
+def test_files_with_a_byte_order_mark_and_turns_behind_the_answer_are_counted(tmp_path):
+    thanks = {"messages": [*CHAT, turn("user", "thanks")]}
+    for name, start in (("a.jsonl", b"\xef\xbb\xbf"), ("b.jsonl", b""), ("c.jsonl", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(start + json.dumps(thanks).encode())
+    noted = load_rows(str(tmp_path / "*.jsonl"), max_rows=3).noted
+    assert (noted["byte_order_marks"].count, noted["dropped_turns"].count) == (2, 3)
+    assert noted["byte_order_marks"].first == [str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl")]
+
+
+def test_max_rows_counts_the_rows_that_are_dropped_too(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([b"{oops", GOOD % (1, 1), GOOD % (2, 2)]))
+    loaded = load_rows(str(path), max_rows=2, on_bad_row="drop")
+    assert (len(loaded.rows), loaded.num_read) == (1, 2)
+    assert "1 of 2 rows are bad and were dropped; stopped at max_rows=2" in loaded.description
+
+
+def test_other_file_kinds_drop_bad_rows_too(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\np,c\np,c,d\np\n,c\n")
+    counts = {kind: t.count for kind, t in load_rows(str(tmp_path / "a.csv"), on_bad_row="drop").dropped.items()}
+    assert counts == {"too many cells": 1, "missing": 1, "blank prompt": 1}
+    source = write_parquet(tmp_path / "a.parquet", [*RECORDS, {"prompt": "p", "completion": None}])
+    assert {kind: t.count for kind, t in load_rows(source, on_bad_row="drop").dropped.items()} == {"missing": 1}
+    (tmp_path / "a.json").write_text(json.dumps([*RECORDS, 7]))
+    loaded = load_rows(str(tmp_path / "a.json"), on_bad_row="drop")
+    assert loaded.rows == ROWS and loaded.dropped["not an object"].first == [
+        f"{tmp_path / 'a.json'}, row 3: must be an object with columns, got int '7'"
+    ]
+
+
+def test_what_to_do_with_bad_rows_is_one_of_two(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", *RECORDS)
+    assert "data.on_bad_row must be 'error' or 'drop', got 'skip'" in error_of(source, on_bad_row="skip")

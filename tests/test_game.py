@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import PropertyMock, patch
@@ -163,7 +164,7 @@ def test_lists_give_each_iteration_its_own_settings(model: str, rows: str, tmp_p
         tmp_path,
         module={**module},
         play={"epochs": [1, 2]},
-        data={"batch_size": 100},
+        data={"batch_size": 8, "history": 0},
         callbacks=[Do(on_train_batch_end=check)],
     )
     log_ratios: list[float] = []
@@ -669,7 +670,7 @@ def test_a_game_started_again_without_its_checkpoint_reuses_its_pairs(
     plain: Game, model: str, rows: str, tmp_path: Path
 ) -> None:
     first = Game(model, rows, tmp_path, data={"generator": CountingGenerator(5)}, every_n_steps=None).play()
-    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
     again = Game(model, rows, tmp_path, data={"generator": CountingGenerator(5)}, every_n_steps=None).play()
     assert (first.data.generator.answered, again.data.generator.answered) == (16, 0)
     assert again.losses == first.losses == plain.losses and again.weights == first.weights
@@ -855,10 +856,16 @@ def test_pairs_of_other_settings_are_not_mixed_in(model: str, rows: str, tmp_pat
     """A longer cap changes the real answers' ids: the earlier pairs no longer fit those of a later iteration."""
     Game(model, rows, tmp_path / "run", play={"iterations": 1}).play()
     longer = {"generator": FakeGenerator(lambda prompt, seed: [5, 6], max_new_tokens=2)}
+    changed = [
+        "data.generator.generator",
+        "data.generator.max_new_tokens",
+        "data.prompts_sha256",
+        "self_play.shard_size",
+    ]
     with pytest.raises(UserError, match="made with other settings than this run has now; what differs: prompts_sha256"):
-        Game(model, rows, tmp_path / "run", data=longer).play()
+        Game(model, rows, tmp_path / "run", data=longer, allow_changes=changed).play()
     with pytest.raises(UserError, match="what differs: shard_size"):
-        Game(model, rows, tmp_path / "run", play={"shard_size": 4}).play()
+        Game(model, rows, tmp_path / "run", play={"shard_size": 4}, allow_changes=changed).play()
 
 
 def test_a_game_cut_short_is_not_over(model: str, rows: str, tmp_path: Path) -> None:
@@ -880,7 +887,7 @@ def test_another_batch_size_in_the_middle_of_an_epoch_is_refused(model: str, row
 
     Game(model, rows, tmp_path / "run", callbacks=[Do(on_train_batch_end=stop)]).play()
     with pytest.raises(UserError, match=r"in the middle of an epoch with data.batch_size 4, got 2"):
-        Game(model, rows, tmp_path / "run", data={"batch_size": 2}).play()
+        Game(model, rows, tmp_path / "run", data={"batch_size": 2}, allow_changes=["data.batch_size"]).play()
 
 
 def test_a_prompt_longer_than_the_model_s_context_is_refused(model: str, rows: str, tmp_path: Path) -> None:

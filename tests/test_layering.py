@@ -11,7 +11,8 @@ PACKAGE = ROOT / "spin_lightning"
 #: A module may import those of lower ranks only.
 RANKS = [
     {"version", "types"},
-    {"files", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm", "allocator"},
+    {"files", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm", "allocator"},
+    {"checkpoints"},
     {"log_probs", "losses", "encoding", "formats", "models", "model_card"},
     {"generation", "pair_store"},
     {"opponent", "metrics", "gate", "pairs"},
@@ -19,7 +20,7 @@ RANKS = [
     {"module", "sft", "data"},
     {"callbacks"},
     {"stages"},
-    {"cli"},
+    {"cli", "check"},
     {"demo", "lab"},
     {"__main__"},
 ]

@@ -563,3 +563,18 @@ def test_pair_log_probs_keeps_real_generated_and_initial_apart(
     (without,) = collate_pairs([{**pair, "initial_ids": None} for pair in pairs], 1000)
     assert pair_log_probs(model, without).initial_response is None
     assert_close(pair_log_probs(model, without).generated, expected["generated_ids"], rounding(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e4, 1e9])
+def test_log_probs_and_gradients_are_numbers_at_extreme_logits(scale: float, dtype: torch.dtype) -> None:
+    """From a model that knows nothing to one that is certain, and wrong, by ten billion nats."""
+    model = MODELS["llama"]().to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    values = response_log_probs(model, pack(GROUPS))
+    assert values.dtype is torch.float32 and values.isfinite().all() and values.max() <= 0
+    if scale == 0:
+        lengths = torch.tensor([len(response) for _, responses in GROUPS for response in responses])
+        assert_close(values, -lengths * math.log(SHAPE["vocab_size"]), 1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients(values.sum(), model))

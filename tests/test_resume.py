@@ -33,6 +33,7 @@ from spin_lightning import (
     TransformersGenerator,
     TSpinLoss,
     UserError,
+    last_checkpoint,
 )
 from spin_lightning.pair_store import PairStore
 
@@ -354,8 +355,7 @@ def sft(
         "callbacks": [ExportPolicy(str(folder)), recorder, checkpoint, *callbacks],
     }
     trainer_ = Trainer(**{**settings, **trainer})
-    path = folder / "checkpoints" / "last.ckpt"
-    trainer_.fit(module, data, ckpt_path=path if path.exists() else None)
+    trainer_.fit(module, data, ckpt_path=last_checkpoint(folder))
     return trainer_, module, recorder
 
 
@@ -465,8 +465,7 @@ def test_sft_with_a_number_of_updates_resumes_from_every_step_and_epoch(
             enable_model_summary=False,
             callbacks=[ExportPolicy(str(folder)), RunCheckpoint(str(folder / "checkpoints")), last],
         )
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        trainer.fit(module, data, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=True)
+        trainer.fit(module, data, ckpt_path=last_checkpoint(folder))
         assert trainer.global_step == updates
         return weight_bits(module)
 

@@ -1,4 +1,4 @@
-"""One checkpoint a run, replaced in one step: at each epoch's end, and every so many steps if asked."""
+"""The checkpoints of a run, and what continuing it rests on: one process at a time, and the settings it began with."""
 
 from __future__ import annotations
 
@@ -6,56 +6,50 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
+from filelock import FileLock
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from spin_lightning import signals
 from spin_lightning.callbacks.progress import was_cut_short
-from spin_lightning.files import replacing
-from spin_lightning.types import UserError
+from spin_lightning.callbacks.settings import SETTINGS, check_settings
+from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, checkpoints_in, hash_file
+from spin_lightning.files import hold, need_space
+from spin_lightning.types import NonFiniteError, UserError
 
-LAST = "last.ckpt"
-
-
-def checkpoint_folder(output_dir: Path | str) -> str:
-    """Where the run in a folder keeps its checkpoint."""
-    return str(Path(output_dir) / "checkpoints")
-
-
-def last_checkpoint(output_dir: Path | str) -> str | None:
-    """The checkpoint that the run in a folder can be continued from, or None."""
-    path = Path(checkpoint_folder(output_dir)) / LAST
-    return str(path) if path.exists() else None
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, syncs it, and moves it there: a crash leaves the old one whole.
-
-    Lightning's own writer stages in $TMPDIR; across file systems a kill in the middle destroys both. Of use to any
-    Lightning project: ``Trainer(plugins=[AtomicCheckpointIO()])``.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with replacing(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+#: Complete checkpoints that are kept: the newest, and the one to fall back on should that be damaged.
+KEPT = 2
 
 
 class RunCheckpoint(Checkpoint):
-    """Keeps ``checkpoints/last.ckpt`` in the run's folder, from which the same command continues.
+    """Keeps a run's checkpoints, from which the same command continues, and guards what continuing rests on.
+
+    The newest two are kept. A second process in the same folder is refused, and so is a resume with other settings. The
+    first SIGTERM, SIGINT or SIGUSR1 saves a checkpoint and ends the run; a second one ends it at once.
 
     Args:
-        dirpath: Folder of the checkpoint. None: ``checkpoints`` in the SelfPlay callback's ``output_dir``.
+        dirpath: Folder of the checkpoints. None: ``checkpoints`` in the SelfPlay callback's ``output_dir``.
         every_n_steps: Also save after this many optimiser steps. None: only at the end of each epoch.
+        allow_changes: Settings that may differ from those the run began with, such as ``[model.beta]``. Each is recorded.
     """
 
-    def __init__(self, dirpath: str | None = None, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self, dirpath: str | None = None, every_n_steps: int | None = None, allow_changes: list[str] | None = None
+    ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(
                 f"checkpoint.every_n_steps must be at least 1, got {every_n_steps!r}. Leave it out to save at epoch ends only."
             )
         self.dirpath = dirpath
         self.every_n_steps = every_n_steps
-        self.last_saved = -1
+        self.allow_changes = allow_changes or []
+        self.last_saved = self._step_before = -1
+        self._lock: FileLock | None = None
+
+    @property
+    def folder(self) -> Path:
+        assert self.dirpath is not None
+        return Path(self.dirpath)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.dirpath is None:
@@ -65,29 +59,84 @@ class RunCheckpoint(Checkpoint):
                     "RunCheckpoint needs a dirpath where there is no SelfPlay callback. Give RunCheckpoint(dirpath=...)."
                 )
             self.dirpath = checkpoint_folder(game.output_dir)
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        self._lock = hold(self.folder)
 
-    @property
-    def path(self) -> Path:
-        assert self.dirpath is not None
-        return Path(self.dirpath) / LAST
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.ckpt_path is None and checkpoints_in(self.folder):
+            raise UserError(
+                f"{self.folder} holds the checkpoints of a run, but this one was told to begin anew and would overwrite "
+                "them. Continue it with trainer.fit(..., ckpt_path=last_checkpoint(output_dir)), or use another folder."
+            )
+        check_settings(trainer, self.folder.parent / SETTINGS, self.allow_changes)
+        weights = sum(weight.numel() * weight.element_size() for weight in pl_module.parameters())
+        # weights, two float32 moments, a float32 master of bfloat16 weights; the kept ones are there already on a resume
+        count = KEPT + 1 - len(checkpoints_in(self.folder))
+        need_space(self.folder, count * 4 * weights, f"keeping {KEPT} checkpoints")
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()  # Lightning took the signals after on_fit_start
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.sanity_checking:  # at an epoch's end the evaluation is finished first: its checkpoint is the epoch's
+            signals.end_if_asked()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.last_saved = trainer.global_step  # else a resumed run would save in the middle of an accumulation
+        self._listen()
+        self.last_saved = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._step_before = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         step = trainer.global_step
         if trainer.is_last_batch:  # saved at the epoch's end; here it would skip validation and export on a resume
             return
-        if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self.last_saved:
+        is_due = bool(self.every_n_steps and step % self.every_n_steps == 0)
+        if step > self._step_before and (is_due or signals.was_received()):  # not in the middle of an accumulation
             self._save(trainer)
+        if step == self.last_saved:
+            signals.end_if_asked()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if was_cut_short(trainer):  # the epoch is not over: the last checkpoint in it stays
             return
         self._save(trainer)
+        signals.end_if_asked()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def _listen(self) -> None:
+        if self._lock is not None:
+            signals.listen()
+
+    def _let_go(self) -> None:
+        signals.stop_listening()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _save(self, trainer: L.Trainer) -> None:
+        """Save, and only then remove what is older than the two newest."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a real run in the same folder must not continue from it
             return
+        for name, weight in trainer.lightning_module.named_parameters():
+            if not weight.isfinite().all():
+                raise NonFiniteError(
+                    f"weight {name} is not finite after step {trainer.global_step}, so no checkpoint is saved. "
+                    "The last one is whole: continue from it with a lower learning rate."
+                )
         self.last_saved = trainer.global_step
-        trainer.save_checkpoint(self.path, weights_only=False)
+        trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:09d}.ckpt", weights_only=False)
+        for path in checkpoints_in(self.folder)[KEPT:]:
+            path.unlink()
+            hash_file(path).unlink(missing_ok=True)

@@ -25,6 +25,10 @@ class ExportPolicy(L.Callback):
         self._state: dict[str, Any] = {"seconds": 0.0}
         self._started = 0.0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.datamodule.write_report(self.output_dir)  # type: ignore[attr-defined]
+
     def state_dict(self) -> dict[str, Any]:
         return {**self._state, "seconds": self._seconds()}
 

@@ -12,7 +12,6 @@ Any callback may define the game's hooks; they are called where they exist:
 from __future__ import annotations
 
 import math
-import platform
 import shutil
 import time
 from itertools import accumulate
@@ -21,15 +20,16 @@ from typing import Any
 
 import lightning as L
 import pyarrow as pa
-import torch
-import transformers
 from filelock import FileLock
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from spin_lightning.callbacks.checkpoint import last_checkpoint
+from spin_lightning import signals
+from spin_lightning.callbacks.checkpoint import RunCheckpoint
 from spin_lightning.callbacks.progress import starting_metrics, was_cut_short
+from spin_lightning.callbacks.settings import versions
+from spin_lightning.checkpoints import last_checkpoint
 from spin_lightning.data import SyntheticDataModule
-from spin_lightning.files import hold, read_json, sha256_of, write_json
+from spin_lightning.files import hold, need_space, read_json, sha256_of, write_json
 from spin_lightning.model_card import render_model_card
 from spin_lightning.models import load_policy, save_model, weights_hash
 from spin_lightning.module import SpinLightningModule
@@ -37,7 +37,6 @@ from spin_lightning.pair_store import TRAINING_COLUMNS, PairStore, describe_pair
 from spin_lightning.pairs import PairMaker, own_pairs
 from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.types import UserError
-from spin_lightning.version import __version__
 
 
 class SelfPlay(L.Callback):
@@ -183,13 +182,16 @@ class SelfPlay(L.Callback):
         store = PairStore(self.folder(iteration) / "pairs", binding)
         if not store.is_complete:
             self._make_pairs(iteration, module, store)
-        self._clock = {"binding": sha256_of(binding), "seconds": {"pairs": time.monotonic() - started, "training": 0.0}}
+        self._clock = {
+            "manifest": sha256_of(store.manifest_path),
+            "seconds": {"pairs": time.monotonic() - started, "training": 0.0},
+        }
         self._use(iteration, module, store)
 
     def _continue(self, iteration: int, module: SpinLightningModule) -> None:
         """Back in the middle of an iteration: the pairs and the opponent are those it began with."""
         store = PairStore(self.folder(iteration) / "pairs")
-        if sha256_of(store.manifest["binding"]) != self._clock.get("binding"):  # type: ignore[index]
+        if sha256_of(store.manifest_path) != self._clock.get("manifest"):
             raise UserError(
                 f"the pairs in {store.folder} are not those that iteration {iteration} began with, so it cannot be continued. "
                 "Restore the folder, or use another self_play.output_dir."
@@ -197,7 +199,20 @@ class SelfPlay(L.Callback):
         given = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *_LAYOUT)
         _refuse_other_settings(store, self._settings(module), given)
         if module.opponent.holds_weights:
-            module.opponent.become(self._load(module, iteration - 1).to(module.device))
+            assert store.manifest is not None
+            name, refusal = (
+                store.manifest["opponent"],
+                f"so iteration {iteration} cannot be continued. Restore it from a copy, or use another self_play.output_dir.",
+            )
+            try:
+                opponent = self._load(module, iteration - 1)
+            except UserError as error:
+                raise UserError(f"the opponent {name} cannot be read, {refusal} ({error})") from error
+            if weights_hash(opponent) != store.manifest["binding"]["opponent_sha256"]:
+                raise UserError(
+                    f"{name} does not hold the weights of the opponent that the pairs were made by, {refusal}"
+                )
+            module.opponent.become(opponent.to(module.device))
         self._clock["started"] = time.monotonic()
         self._use(iteration, module, store)
 
@@ -262,6 +277,11 @@ class SelfPlay(L.Callback):
         initial = None
         if module.loss.needs_initial_log_probs:
             initial = self._load(module, -1).to(module.device).eval() if iteration else module.policy
+        if any(isinstance(callback, RunCheckpoint) for callback in self.trainer.checkpoint_callbacks):
+            signals.listen()
+        weights = sum(weight.numel() * weight.element_size() for weight in module.policy.parameters())
+        tokens = len(data.prompts) * data.answers_per_prompt * (data.max_prompt_tokens + 2 * sampling["max_new_tokens"])
+        need_space(self.folder(iteration), weights + 8 * tokens * (1 + data.history), f"iteration {iteration}")
         assert store.manifest is not None
         maker = PairMaker(
             model=module.policy,
@@ -284,7 +304,7 @@ class SelfPlay(L.Callback):
         store.finish(
             names,
             opponent=f"iteration_{iteration - 1}/policy" if iteration else module.model_name_or_path,
-            versions=_versions(),
+            versions=versions(),
             statistics=describe_pairs(own_pairs(_read_all(store, names), iteration)),
         )
 
@@ -364,6 +384,7 @@ class SelfPlay(L.Callback):
             shutil.rmtree(self.output_dir, ignore_errors=True)
         data.game = self
         self._lock = hold(self.output_dir)
+        data.write_report(self.output_dir)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._let_go()
@@ -418,7 +439,9 @@ class SelfPlay(L.Callback):
     # --- small things ---------------------------------------------------------------------------------------------
 
     def _poll(self) -> None:
-        if self.trainer.received_sigterm:  # Lightning itself looks only after a training batch
+        """Between two answers a signal costs no more than the shard in progress."""
+        signals.end_if_asked()
+        if self.trainer.received_sigterm:  # without a RunCheckpoint; Lightning itself looks only after a training batch
             raise SIGTERMException
 
     def _keep_time(self) -> None:
@@ -468,13 +491,3 @@ def _refuse_other_settings(store: PairStore, settings: dict[str, Any], keys: tup
 def _read_all(store: PairStore, names: list[str]) -> pa.Table:
     columns = ["iteration", "real_ids", "generated_ids", "real_finish_reason", "generated_finish_reason"]
     return pa.concat_tables([store.read_shard(name, columns) for name in names])
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "spin_lightning": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": L.__version__,
-        "python": platform.python_version(),
-    }

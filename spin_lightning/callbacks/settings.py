@@ -1,0 +1,138 @@
+"""The settings a run began with, kept in its folder: a resume with others is refused, setting by setting.
+
+Recorded is whatever a constructor takes, except what cannot change the results; a new setting is therefore guarded
+without being named here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+
+from spin_lightning.files import read_json, write_json
+from spin_lightning.types import UserError
+from spin_lightning.version import __version__
+
+SETTINGS = "run.json"
+#: What may change freely: where things are, how they are shown, and how much is done at once.
+HARMLESS = {
+    "self_play.output_dir",
+    "self_play.iterations",  # a game may be made longer; the settings of the iterations played are compared
+    "data.train_data",  # what was read is compared, not where it lay
+    "data.val_data",
+    "data.tokenizer_name_or_path",
+    "data.on_bad_row",
+    "data.num_workers",
+    "data.micro_batch_tokens",
+    "data.generator",  # its sampling is compared
+    "model.optimizer",  # what it made is compared
+    "model.gradient_checkpointing",
+    "model.on_non_finite",
+}
+_OF_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+
+
+def settings_of(trainer: L.Trainer) -> dict[str, Any]:
+    """Every setting that decides a run's results, by the name it has on the command line."""
+    module: Any = trainer.lightning_module
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    optimizer = getattr(trainer.optimizers[0], "inner", trainer.optimizers[0])
+    found = {
+        **_arguments_of(module, "model"),
+        **_arguments_of(data, "data"),
+        "model.optimizer.class": type(optimizer).__qualname__,
+        **{f"model.optimizer.{key}": _plain(value) for key, value in optimizer.defaults.items() if key != "lr"},
+        **{f"data.generator.{key}": value for key, value in data.generator.sampling.items()},
+        "data.prompts_sha256": data.prompts_hash,
+        "data.encoding_sha256": data.encoder.fingerprint,
+        **{f"trainer.{name}": _plain(getattr(trainer, name)) for name in _OF_TRAINER},
+    }
+    if data.game is not None:
+        found |= _arguments_of(data.game, "self_play")
+    else:
+        found["trainer.max_epochs"] = trainer.max_epochs
+    return {key: value for key, value in sorted(found.items()) if key not in HARMLESS}
+
+
+def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> None:
+    """Record a new run's settings, or compare those of a run that continues.
+
+    Raises:
+        UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new.
+    """
+    settings, now = settings_of(trainer), versions()
+    record = read_json(path) if trainer.ckpt_path is not None else None
+    if record is None:
+        changes: list[dict[str, Any]] = []
+    else:
+        old, changes = record["settings"], record["changes"]
+        differing = [key for key in sorted({*old, *settings}) if not _agree(old.get(key), settings.get(key))]
+        shown = "".join(f"\n  {key}: {old.get(key)!r} -> {settings.get(key)!r}" for key in differing)
+        if refused := [key for key in differing if key not in allow_changes]:
+            raise UserError(
+                f"the run in {path.parent} began with other settings than this command gives:{shown}\n"
+                "Continue with the settings it began with, or use another folder, or allow the change with "
+                f"--checkpoint.allow_changes '[{', '.join(refused)}]'."
+            )
+        changes += [
+            {
+                "from_checkpoint": Path(str(trainer.ckpt_path)).name,
+                "setting": key,
+                "from": old.get(key),
+                "to": settings.get(key),
+            }
+            for key in differing
+        ]
+        if differing:
+            print(f"note: this run continues with changed settings, which {path.name} records:{shown}")
+        before = record["versions"]
+        if drift := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+            print(
+                f"note: versions changed since this run began ({', '.join(drift)}): it continues, but its weights need not be "
+                "those of an undisturbed run, bit by bit."
+            )
+    write_json(path, {"settings": settings, "changes": changes, "versions": now})
+
+
+def _arguments_of(thing: Any, prefix: str) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(thing).__init__).parameters if hasattr(thing, name)]
+    return {f"{prefix}.{name}": _plain(getattr(thing, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it; an object as its class with its own settings."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path | torch.dtype):
+        return str(value)
+    if callable(value) and not hasattr(value, "parameters") and not hasattr(value, "check"):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return {"class": type(value).__qualname__, **_arguments_of(value, "")}
+
+
+def _agree(old: Any, new: Any) -> bool:
+    """Schedules agree if they do for the iterations that both have."""
+    if isinstance(old, list) and isinstance(new, list):
+        return all(_agree(a, b) for a, b in zip(old, new, strict=False))
+    return bool(old == new)
+
+
+def versions() -> dict[str, str]:
+    """What a run's numbers depend on beside its settings, to the last bit."""
+    return {
+        "spin_lightning": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lightning": L.__version__,
+        "python": platform.python_version(),
+    }

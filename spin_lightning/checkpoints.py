@@ -1,0 +1,121 @@
+"""Checkpoint files: written beside their place, hashed, moved there in one step, and checked before use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from spin_lightning.files import replacing, sha256_of
+from spin_lightning.types import UserError
+
+
+def checkpoint_folder(output_dir: Path | str) -> str:
+    """Where the run in a folder keeps its checkpoints."""
+    return str(Path(output_dir) / "checkpoints")
+
+
+def last_checkpoint(output_dir: Path | str) -> str | None:
+    """The newest undamaged checkpoint of the run in a folder, or None where there never was one.
+
+    Raises:
+        UserError: There are checkpoints, and all of them are damaged.
+    """
+    return newest_checkpoint(Path(checkpoint_folder(output_dir)))
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The same, in the folder of the checkpoints themselves."""
+    paths = checkpoints_in(folder)
+    for path in paths:
+        if (reason := damage(path)) is None:
+            return str(path)
+        print(f"note: {path} {reason}; trying the one before it")
+    if paths:
+        raise UserError(
+            f"every checkpoint in {paths[0].parent} is damaged. Restore one with its .sha256 file from a copy, "
+            "or remove that folder to play the last iteration again from its beginning."
+        )
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint that has a hash beside it, or None."""
+    vouched = hash_file(path)
+    if not vouched.exists():
+        return f"has no {vouched.name} beside it"
+    known = [line.split()[0] for line in vouched.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return None if sha256_of(path) in known else "is not the file that was written"
+
+
+def hash_file(path: Path) -> Path:
+    """The file beside a checkpoint with its SHA-256, as ``sha256sum -c`` reads it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that ``RunCheckpoint`` keeps in a folder, the newest first."""
+    return sorted(folder.glob("step_*.ckpt"), key=lambda path: -int(path.stem.removeprefix("step_")))
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints that a crash, a full disk or a flipped bit cannot turn into something else.
+
+    A checkpoint is written beside its place, synced, and moved there: a crash leaves the old one whole. Its SHA-256 is
+    kept beside it, and checked before it is read. Reading never runs code (``weights_only``). Of use to any Lightning
+    project: ``Trainer(plugins=[AtomicCheckpointIO()])``.
+
+    Lightning's own writer stages in $TMPDIR; across file systems a kill in the middle destroys both.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Raises:
+            StorageError: There is no room, or the folder cannot be written to.
+        """
+        path = Path(path)
+        with replacing(path) as temporary:
+            with temporary.open("wb", buffering=0) as stream:
+                try:
+                    torch.save(checkpoint, stream)
+                except RuntimeError:  # torch keeps to itself what the disk said: ask it again
+                    while stream.write(bytes(2**16)) == 2**16 and stream.tell() < 2**40:
+                        pass
+                    raise
+            digest = sha256_of(temporary)
+            # both the new and the old one are vouched for until the new one is in its place
+            lines = [f"{digest}  {path.name}\n"]
+            if path.exists() and hash_file(path).exists():
+                lines += hash_file(path).read_text(encoding="utf-8").splitlines(keepends=True)[:1]
+            with replacing(hash_file(path)) as hashes:
+                hashes.write_text("".join(lines), encoding="utf-8")
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint from this machine's disk; only tensors and plain values, whatever ``weights_only`` says.
+
+        Raises:
+            UserError: It is not the file that was written, it is not a local file, or it holds code.
+        """
+        if "://" in str(path):
+            raise UserError(f"checkpoints are read from a local disk only, got {path}. Download it first.")
+        path = Path(path)
+        if hash_file(path).exists() and (reason := damage(path)) is not None:
+            raise UserError(f"{path} {reason}. Restore it from a copy, or continue from another checkpoint.")
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except (EOFError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0][:200]}") from error
+        except Exception as error:  # pickle's own UnpicklingError among others
+            raise UserError(
+                f"{path} holds something else than tensors and plain values, and is not opened: reading it could run "
+                f"code ({type(error).__name__}). Use a checkpoint that this package wrote."
+            ) from error
+
+    def remove_checkpoint(self, path: Any) -> None:
+        super().remove_checkpoint(path)
+        hash_file(Path(path)).unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+"""Signals that ask a run to end: noticed at once, obeyed where everything done so far can be saved.
+
+The first SIGTERM, SIGINT or SIGUSR1 is kept until somebody asks; a second one ends the process on the spot.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from spin_lightning.types import Interrupted
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+_received: list[int] = []
+_before: dict[int, object] = {}
+
+
+def listen() -> None:
+    """Take the signals from whoever handles them. May be called again, when somebody else took them since."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python gives signals to the main thread alone
+    for number in _SIGNALS:
+        if (handler := signal.getsignal(number)) is not _keep:
+            _before.setdefault(number, handler)
+            signal.signal(number, _keep)
+
+
+def stop_listening() -> None:
+    """Give the signals back, and forget what was received."""
+    for number, handler in _before.items():
+        if signal.getsignal(number) is _keep:  # else somebody took them back already
+            signal.signal(number, handler)  # type: ignore[arg-type]
+    _before.clear()
+    _received.clear()
+
+
+def was_received() -> bool:
+    """Whether the run shall end as soon as it can be saved."""
+    return bool(_received)
+
+
+def end_if_asked() -> None:
+    """Call this where nothing would be lost.
+
+    Raises:
+        Interrupted: A signal was received.
+    """
+    if _received:
+        raise Interrupted(_received[0])
+
+
+def _keep(number: int, frame: FrameType | None) -> None:
+    if _received:
+        os._exit(Interrupted(number).exit_code)
+    _received.append(number)
+    name = signal.Signals(number).name
+    # not print: a handler may interrupt another print
+    os.write(2, f"\n{name} received: ending as soon as everything is saved. Once more ends at once.\n".encode())
