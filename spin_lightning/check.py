@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spin_lightning.callbacks import SelfPlay
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.models import context_length, load_tokenizer
 from spin_lightning.stages import SftCLI, SpinCLI, StageCLI
@@ -66,9 +67,11 @@ def main(args: list[str]) -> None:
     if {"-h", "--help"} & set(args):
         print(HELP)
         return
-    settings = _parse(args)
-    data = _make_data(settings.data)
-    model = settings.model
+    stage, settings = _parse(args)
+    data, model = _make(SyntheticDataModule, settings.data), settings.model
+    module = _make(stage.module_class, model)
+    if stage is SpinCLI:
+        module.check_schedules(_make(SelfPlay, settings.self_play).iterations)
     if data.tokenizer_name_or_path is None:
         data.tokenizer = load_tokenizer(
             model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -81,13 +84,13 @@ def main(args: list[str]) -> None:
     print("\n".join([*_summary(data), "", *show_pair(data)]))
 
 
-def _parse(args: list[str]) -> Any:
+def _parse(args: list[str]) -> tuple[type[StageCLI], Any]:
     """The settings of ``fit``; where these do not fit but those of ``sft`` do, of ``sft``."""
     try:
-        return _parse_as(SpinCLI, args)
+        return SpinCLI, _parse_as(SpinCLI, args)
     except UserError as error:
         try:
-            return _parse_as(SftCLI, args)
+            return SftCLI, _parse_as(SftCLI, args)
         except UserError:
             raise error from None
 
@@ -105,13 +108,13 @@ def _parse_as(stage: type[StageCLI], args: list[str]) -> Any:
         return parsed.args[0]
 
 
-def _make_data(settings: Any) -> SyntheticDataModule:
+def _make(kind: type[Any], settings: Any) -> Any:
     from jsonargparse import ArgumentParser, Namespace
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(SyntheticDataModule, "data")
+    parser.add_class_arguments(kind, "made")
     try:
-        return parser.instantiate_classes(Namespace(data=settings)).data
+        return parser.instantiate_classes(Namespace(made=settings)).made
     except ValueError as error:  # the parser wraps what a class says about its settings
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def damage(path: Path) -> str | None:
     vouched = hash_file(path)
     if not vouched.exists():
         return f"has no {vouched.name} beside it"
-    known = [line.split()[0] for line in vouched.read_text(encoding="utf-8").splitlines() if line.strip()]
+    known = [line.split()[0] for line in vouched.read_text(errors="replace").splitlines() if line.strip()]
     return None if sha256_of(path) in known else "is not the file that was written"
 
 
@@ -57,7 +59,25 @@ def hash_file(path: Path) -> Path:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints that ``RunCheckpoint`` keeps in a folder, the newest first."""
-    return sorted(folder.glob("step_*.ckpt"), key=lambda path: -int(path.stem.removeprefix("step_")))
+    return sorted(
+        (path for path in folder.glob("step_*.ckpt") if re.fullmatch(r"step_\d{9,}", path.stem)), reverse=True
+    )
+
+
+class _Stream(io.FileIO):
+    """A file that is written whole or says why not, and remembers it: torch raises an error without the reason."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+            raise
+        return memoryview(data).nbytes
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -75,21 +95,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             StorageError: There is no room, or the folder cannot be written to.
+            UserError: The path is not on this machine.
         """
-        path = Path(path)
+        path = _local(path)
         with replacing(path) as temporary:
-            with temporary.open("wb", buffering=0) as stream:
+            with _Stream(temporary, "wb") as stream:
                 try:
                     torch.save(checkpoint, stream)
-                except RuntimeError:  # torch keeps to itself what the disk said: ask it again
-                    while stream.write(bytes(2**16)) == 2**16 and stream.tell() < 2**40:
-                        pass
-                    raise
+                except RuntimeError as error:
+                    raise stream.error or error from None
             digest = sha256_of(temporary)
             # both the new and the old one are vouched for until the new one is in its place
             lines = [f"{digest}  {path.name}\n"]
             if path.exists() and hash_file(path).exists():
-                lines += hash_file(path).read_text(encoding="utf-8").splitlines(keepends=True)[:1]
+                lines += hash_file(path).read_text(errors="replace").splitlines(keepends=True)[:1]
             with replacing(hash_file(path)) as hashes:
                 hashes.write_text("".join(lines), encoding="utf-8")
 
@@ -99,17 +118,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint from this machine's disk; only tensors and plain values, whatever ``weights_only`` says.
 
         Raises:
-            UserError: It is not the file that was written, it is not a local file, or it holds code.
+            UserError: It is not the file that was written, there is none on this machine, or it holds code.
         """
-        if "://" in str(path):
-            raise UserError(f"checkpoints are read from a local disk only, got {path}. Download it first.")
-        path = Path(path)
+        path = _local(path)
+        if not path.is_file():
+            raise UserError(f"there is no checkpoint {path}. Give the path of a file that a run saved.")
         if hash_file(path).exists() and (reason := damage(path)) is not None:
             raise UserError(f"{path} {reason}. Restore it from a copy, or continue from another checkpoint.")
         try:
             return super().load_checkpoint(path, map_location, weights_only=True)
-        except (EOFError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0][:200]}") from error
+        except (EOFError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {str(error)[:200]}") from error
         except Exception as error:  # pickle's own UnpicklingError among others
             raise UserError(
                 f"{path} holds something else than tensors and plain values, and is not opened: reading it could run "
@@ -119,3 +138,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         super().remove_checkpoint(path)
         hash_file(Path(path)).unlink(missing_ok=True)
+
+
+def _local(path: Any) -> Path:
+    if "://" in str(path):
+        raise UserError(
+            f"checkpoints are kept on a local disk only, got {path}. Copy from or to other places yourself."
+        )
+    return Path(path)

@@ -91,6 +91,8 @@ def main(args: list[str] | None = None) -> None:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning turns into 1
             sys.exit(130)
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's own, without a code
+            sys.exit(143)
         raise
     except KeyboardInterrupt:
         sys.exit(130)

@@ -40,6 +40,7 @@ COUNTED = {
     "cut_answers": "real answers longer than data.generator.max_new_tokens; cut there, without a terminator",
     "empty_answers": "real answers that are a terminator and nothing else; kept",
     "control_tokens": "rows that spell control tokens; encoded as text, so that they neither open nor close a turn",
+    "template_text": "rows that spell what this chat template writes around turns in plain text, which can pass for a turn",
     "encoded_apart": "answers encoded apart from their prompts, as the chat template writes past answers differently",
     "also_trained_on": "held-out prompts that are also trained on; the held-out NLL is too good by them",
 }
@@ -216,7 +217,8 @@ class SyntheticDataModule(L.LightningDataModule):
         Raises:
             UserError: The longest prompt and the longest answer do not fit.
         """
-        longest = max(len(prompt.prompt_ids) for prompt in self.prompts) + self.generator.max_new_tokens
+        longest = max(len(prompt.prompt_ids) for prompt in [*self.prompts, *self.val_prompts])
+        longest += self.generator.max_new_tokens
         if longest > limit:
             raise UserError(
                 f"the longest prompt and its answer need {longest} tokens, but the model takes {limit}. "
@@ -245,7 +247,10 @@ class SyntheticDataModule(L.LightningDataModule):
 
     def _encode(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
         """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
-        noted = {name: Tally() for name in ("long_prompts", "cut_answers", "empty_answers", "control_tokens")}
+        noted = {
+            name: Tally()
+            for name in ("long_prompts", "cut_answers", "empty_answers", "control_tokens", "template_text")
+        }
         noted |= {"encoded_apart": Tally()} | ({"also_trained_on": Tally()} if part == "held_out" else {})
         trained_on = {prompt_key(prompt.row) for prompt in self.prompts} if rows and part == "held_out" else set()
         prompts: list[Prompt] = []
@@ -264,6 +269,7 @@ class SyntheticDataModule(L.LightningDataModule):
                 ("cut_answers", prompt.real_finish_reason == "length"),
                 ("empty_answers", prompt.real_ids == [self.encoder.terminator_id]),
                 ("control_tokens", self.encoder.has_control_tokens(row)),
+                ("template_text", self.encoder.has_template_text(row)),
                 ("encoded_apart", self.encoder.num_separate > num_separate),
                 ("also_trained_on", bool(trained_on) and prompt_key(row) in trained_on),
             ):
@@ -282,7 +288,12 @@ class SyntheticDataModule(L.LightningDataModule):
     @property
     def prompts_hash(self) -> str:
         """Hash of all training prompts and real responses as token ids."""
-        return sha256_of([[prompt.prompt_ids, prompt.real_ids] for prompt in self.prompts])
+        return _hash_of(self.prompts)
+
+    @property
+    def held_out_hash(self) -> str:
+        """The same of what is held out."""
+        return _hash_of(self.val_prompts)
 
     def train_dataloader(self) -> ResumableLoader:
         """Pairs of the iteration the next epoch belongs to; without a game, the real responses."""
@@ -412,3 +423,7 @@ class ResumableLoader(DataLoader[Any]):
                 "be trained on twice or never. Continue with the batch size the run began with."
             )
         self.sampler.start = state["served"] * self.batch_size
+
+
+def _hash_of(prompts: list[Prompt]) -> str:
+    return sha256_of([[prompt.prompt_ids, prompt.real_ids] for prompt in prompts])

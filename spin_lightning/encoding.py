@@ -56,6 +56,7 @@ class Encoder:
         self.num_separate = 0
         control = [token.content for token in tokenizer.added_tokens_decoder.values() if self._is_control(token)]
         self._control_tokens = re.compile("|".join(map(re.escape, control)) or "(?!)")  # (?!) matches nothing
+        self._template_text = re.compile("|".join(map(re.escape, self._plain_markers())) or "(?!)")
 
     @property
     def fingerprint(self) -> str:
@@ -88,10 +89,30 @@ class Encoder:
         """Whether a text of the row spells a control token. ``encode`` takes it as text, so this is only for counting."""
         return any(map(self._control_tokens.search, [row.real, *(message["content"] for message in row.prompt)]))
 
+    def has_template_text(self, row: Row) -> bool:
+        """Whether a text of the row spells what the template writes around turns in plain text, such as ``### Response:``.
+
+        Such text has the template's own ids and can pass for a turn; no encoding can tell them apart.
+        """
+        return any(map(self._template_text.search, [row.real, *(message["content"] for message in row.prompt)]))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without its terminator."""
         ids = list(ids)
         return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] == self.terminator_id else ids))
+
+    def _plain_markers(self) -> set[str]:
+        """What the template writes between turns, without control tokens; plain words are no markers."""
+        turns: list[Message] = [{"role": role, "content": "\0"} for role in ("user", "assistant", "user", "assistant")]
+        try:
+            written = self._render(turns, tokenize=False) + self._render(
+                turns[:1], tokenize=False, add_generation_prompt=True
+            )
+        except UserError:  # a template for single questions
+            written = self._render(turns[:2], tokenize=False)
+        pieces = [piece.strip() for part in written.split("\0") for piece in self._control_tokens.split(part)]
+        lines = {line.strip() for piece in pieces for line in piece.splitlines()}
+        return {line for line in lines if len(line) > 2 and not re.fullmatch(r"[\w\s.,'!?-]*", line)}
 
     def _is_control(self, token: AddedToken) -> bool:
         return not token.content.isspace() and (token.special or token.content in self.chat_template)

@@ -39,6 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # a link there would have something else overwritten
         try:
             yield temporary
             sync(temporary)

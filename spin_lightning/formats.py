@@ -105,6 +105,12 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
+def _listed(values: Iterable[Any]) -> str:
+    """The first of many, each cut: a message is for a screen."""
+    first = [str(value)[:40] for value in islice(values, 9)]
+    return repr(first[:8]) if len(first) < 9 else f"{first[:8]} and more"
+
+
 def _wrong_type(value: Any, expected: str) -> _BadRow:
     return _BadRow("missing" if value is None else "wrong type", f"{expected}, got {_shown(value)}")
 
@@ -132,11 +138,11 @@ def _turns(
     for number, turn in enumerate(value, 1):
         where = f"turn {number} of {column!r}"
         if not isinstance(turn, dict) or not {role_key, text_key} <= turn.keys():
-            got = f"the keys {list(turn)}" if isinstance(turn, dict) else _shown(turn)
+            got = f"the keys {_listed(turn)}" if isinstance(turn, dict) else _shown(turn)
             raise _BadRow("malformed turn", f"{where} must have {role_key!r} and {text_key!r}, got {got}")
         role = turn[role_key]
         if not isinstance(role, str) or role not in roles:
-            raise _BadRow("wrong role", f"{where} has {role_key} {role!r}, expected one of {', '.join(roles)}")
+            raise _BadRow("wrong role", f"{where} has {role_key} {repr(role)[:40]}, expected one of {', '.join(roles)}")
         if turn.get("tool_calls"):
             reason = f"{where} has tool_calls, which are not read: write the call into {text_key!r}"
             raise _BadRow("tool calls", reason)
@@ -226,7 +232,7 @@ def _split_last_answer(turns: list[Message]) -> tuple[Row, int]:
         raise _BadRow("too long", f"has {size:,} characters, but a row may have {MAX_ROW_CHARACTERS:,}")
     answers = [position for position, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
-        raise _BadRow("no answer", f"there is no assistant turn, got roles {[turn['role'] for turn in turns]}")
+        raise _BadRow("no answer", f"there is no assistant turn, got roles {_listed(turn['role'] for turn in turns)}")
     prompt, real = turns[: answers[-1]], turns[answers[-1]]["content"]
     if not real.strip():
         raise _BadRow("blank answer", "the real answer is blank, there is nothing to learn")

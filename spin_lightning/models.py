@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spin_lightning.files import explaining_storage_errors, sync
-from spin_lightning.types import UserError
+from spin_lightning.types import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +58,8 @@ def load_policy(
     where = locate(name_or_path)
     if "gguf_file" in where:
         where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
+    else:
+        where["use_safetensors"] = True  # a pytorch_model.bin is a pickle, and is not opened
     try:
         model = AutoModelForCausalLM.from_pretrained(
             **where,
@@ -133,6 +135,20 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def refuse_non_finite(model: nn.Module) -> None:
+    """Make sure that weights are worth keeping.
+
+    Raises:
+        NonFiniteError: A weight is infinite or not a number.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise NonFiniteError(
+                f"weight {name} is not finite, so nothing is saved. "
+                "The last checkpoint is whole: continue from it with a lower learning rate."
+            )
+
+
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -147,12 +163,18 @@ def save_model(
     the model is in memory twice for a moment. An older folder of the same name is replaced.
 
     Raises:
+        NonFiniteError: A weight is infinite or not a number.
         RuntimeError: The reloaded weights differ from those in memory.
         StorageError: There is no room, or the folder cannot be written to.
     """
+    refuse_non_finite(model)
     partial = folder.with_name(folder.name + ".partial")
     with explaining_storage_errors(folder):
-        _save_verified(model, tokenizer, partial, card, eos_id, trust_remote_code)
+        try:
+            _save_verified(model, tokenizer, partial, card, eos_id, trust_remote_code)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         sync(folder.parent)
@@ -183,7 +205,7 @@ def _save_verified(
         raise RuntimeError(
             f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was replaced."
         )
-    for path in partial.iterdir():
+    for path in (*partial.iterdir(), partial):
         sync(path)
 
 

@@ -112,6 +112,7 @@ class SpinLightningModule(PolicyModule):
         self.iteration = self.loss.iteration = iteration
         self.epochs_in_iteration = epochs
         self._gate_is_due = is_fresh
+        self.first_step = self.trainer.global_step if is_fresh else -1
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -1,7 +1,7 @@
 """The pairs of one iteration on disk: Parquet shards and a manifest that says what made them.
 
-Shards are written once, whole. The manifest comes last; until it says ``complete``, the folder is work in
-progress that the same run continues. Nothing here generates or scores.
+Shards are written once, whole, and the manifest then vouches for them by their hash. Until it says ``complete``, the
+folder is work in progress that the same run continues. Nothing here generates or scores.
 
 The rows serve three readers at once: this package (token ids and log-probs), TRL's preference trainers
 (``prompt``, ``chosen``, ``rejected`` as message lists) and the SPIN authors' scripts (``real``, ``generated``).
@@ -9,6 +9,7 @@ The rows serve three readers at once: this package (token ids and log-probs), TR
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ class PairStore:
                 )
         elif self.manifest is None:
             shutil.rmtree(folder, ignore_errors=True)  # shards that nothing vouches for are not read
-            self.manifest = {"complete": False, "binding": dict(binding)}
+            self.manifest = {"complete": False, "binding": dict(binding), "shards": []}
             write_json(self.manifest_path, self.manifest)
         elif differing := [
             key
@@ -92,24 +93,44 @@ class PairStore:
         return bool(self.manifest and self.manifest["complete"])
 
     def has_shard(self, name: str) -> bool:
-        return (self.folder / name).exists()
+        """Whether a shard was written, and is the file that was written."""
+        return self._damage(name) is None
 
     def write_shard(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write one shard, whole or not at all."""
+        """Write one shard, whole or not at all, and vouch for it."""
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
-        with replacing(self.folder / name) as temporary:
+        path = self._path(name)
+        with replacing(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        entry = {"file": name, "rows": table.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        assert self.manifest is not None
+        self.manifest["shards"] = [*(shard for shard in self.manifest["shards"] if shard["file"] != name), entry]
+        write_json(self.manifest_path, self.manifest)
+
+    def _path(self, name: str) -> Path:
+        """Where a shard is. A manifest is a file that others may have written: its names must not lead elsewhere."""
+        path = self.folder / name
+        if not re.fullmatch(r"[\w-]+\.parquet", name) or path.is_symlink():
+            raise UserError(
+                f"{self.manifest_path} names {name!r}, which is no shard of pairs in its folder. Use a folder that this package wrote."
+            )
+        return path
+
+    def _damage(self, name: str) -> str | None:
+        path = self._path(name)
+        vouched = {shard["file"]: shard["sha256"] for shard in (self.manifest or {}).get("shards", [])}
+        if name not in vouched or not path.exists():
+            return "is missing"
+        return None if sha256_of(path) == vouched[name] else "is not the file that was written"
 
     def read_shard(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """One shard; where the manifest vouches for it, only if it is the file that was written.
+        """One shard, only if it is the file that was written.
 
         Raises:
-            UserError: It is missing, or has changed.
+            UserError: It is missing, has changed, or lies elsewhere.
         """
-        path = self.folder / name
-        vouched = {shard["file"]: shard["sha256"] for shard in (self.manifest or {}).get("shards", [])}
-        if name in vouched and (not path.exists() or sha256_of(path) != vouched[name]):
-            state = "is not the file that was written" if path.exists() else "is missing"
+        path = self._path(name)
+        if (state := self._damage(name)) is not None:
             raise UserError(
                 f"{path} {state}, so the pairs cannot be trusted. Restore it from a copy, or remove the folder "
                 f"{self.folder} and every later iteration, and run the same command again."
@@ -117,13 +138,10 @@ class PairStore:
         return pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
 
     def finish(self, names: list[str], **information: Any) -> dict[str, Any]:
-        """Vouch for the shards, in this order, and say what is in them."""
-        shards = []
-        for name in names:
-            path = self.folder / name
-            rows = pq.read_metadata(path).num_rows
-            shards.append({"file": name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
+        """Say that these shards, in this order, are all, and what is in them."""
         assert self.manifest is not None
+        written = {shard["file"]: shard for shard in self.manifest["shards"]}
+        shards = [written[name] for name in names]
         self.manifest = {"complete": True, "binding": self.manifest["binding"], **information, "shards": shards}
         write_json(self.manifest_path, self.manifest)
         return self.manifest
@@ -147,17 +165,18 @@ def describe_pairs(table: pa.Table) -> dict[str, Any]:
     real, generated = table["real_ids"], table["generated_ids"]
     real_lengths, generated_lengths = pc.list_value_length(real), pc.list_value_length(generated)
 
-    def share(mask: Any) -> float:
-        return float(pc.mean(mask.cast(pa.float64())).as_py())
-
+    stopped = pc.equal(table["generated_finish_reason"], "stop")
+    masks = {
+        "identical": pa.array(identical(table)),
+        "real_clipped": pc.equal(table["real_finish_reason"], "length"),
+        "generated_clipped": pc.invert(stopped),
+        "empty": pc.and_(pc.equal(generated_lengths, 1), stopped),
+    }
+    counts = {name: int(pc.sum(mask).as_py()) for name, mask in masks.items()}
     return {
         "pairs": table.num_rows,
-        "identical_share": float(identical(table).mean()),
-        "real_clipped_share": share(pc.equal(table["real_finish_reason"], "length")),
-        "generated_clipped_share": share(pc.equal(table["generated_finish_reason"], "length")),
-        "empty_share": share(
-            pc.and_(pc.equal(generated_lengths, 1), pc.equal(table["generated_finish_reason"], "stop"))
-        ),
+        **counts,
+        **{f"{name}_share": count / table.num_rows for name, count in counts.items()},
         "real_mean_length": float(pc.mean(real_lengths).as_py()),
         "generated_mean_length": float(pc.mean(generated_lengths).as_py()),
         "generated_tokens": int(pc.sum(generated_lengths).as_py()),

@@ -166,7 +166,7 @@ class PairMaker:
                 if not _is_out_of_memory(error) or generator.batch_size == 1:
                     raise
                 generator.batch_size //= 2
-                why = str(error).splitlines()[0][:120]
+                why = str(error).partition("\n")[0][:120] or type(error).__name__
             # outside of the handler, whose traceback holds on to the memory
             torch.cuda.empty_cache()
             print(f"note: out of memory in generation ({why}); going on with batch_size {generator.batch_size}")

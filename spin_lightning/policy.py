@@ -76,6 +76,7 @@ class PolicyModule(L.LightningModule):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.on_non_finite = on_non_finite
+        self.first_step = -1  # optimiser steps when the iteration in progress began
         self._non_finite_in_a_row = 0
         self._batches: list[Any] = []  # of the update in progress
         #: Which iteration the schedules are at, and how many epochs it has. A callback sets them; SFT is one iteration.
@@ -206,7 +207,7 @@ class PolicyModule(L.LightningModule):
         """Leave the weights as they are, or as the last checkpoint has them, or stop.
 
         Raises:
-            NonFiniteError: ``on_non_finite`` is stop, or no update was possible ten times in a row.
+            NonFiniteError: ``on_non_finite`` is stop, or no update was possible more than ten times in a row.
         """
         step = self.trainer.global_step
         what = f"the gradient of update {step} is not finite (norm {norm})"
@@ -226,9 +227,12 @@ class PolicyModule(L.LightningModule):
                     f"{what}, and there is no checkpoint to roll back to. It came from these rows:{rows}"
                 )
             checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(path)
-            self.load_state_dict(checkpoint["state_dict"])
-            optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-            what += f"; the weights are those of {path} again"
+            if checkpoint["global_step"] > self.first_step:
+                self.load_state_dict(checkpoint["state_dict"])
+                optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+                what += f"; the weights are those of {path} again"
+            else:  # its optimiser is another
+                what += "; there is no checkpoint of this iteration yet, so the weights stay"
         print(f"note: {what}. The update is skipped. It came from these rows:{rows}")
 
     def _rows_of_update(self) -> list[str]:

@@ -57,4 +57,6 @@ def _keep(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     name = signal.Signals(number).name
     # not print: a handler may interrupt another print
-    os.write(2, f"\n{name} received: ending as soon as everything is saved. Once more ends at once.\n".encode())
+    os.write(
+        2, f"\n{name} received: ending at the next point that can be continued from. Once more ends at once.\n".encode()
+    )

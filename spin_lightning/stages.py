@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
@@ -26,6 +27,7 @@ from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import read_json, replacing
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.policy import PolicyModule
+from spin_lightning.redaction import redacted
 from spin_lightning.sft import SftLightningModule
 from spin_lightning.types import UserError
 
@@ -44,34 +46,24 @@ class SaveRunConfig(SaveConfigCallback):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
 
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        """Too early: the command may yet be refused, and must not have changed the record of the run it would continue."""
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save_config(trainer, pl_module, "fit")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save_config(trainer, pl_module, "fit")
+
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.state.fn == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             (folder,) = (
                 callback.output_dir for callback in trainer.callbacks if isinstance(callback, SelfPlay | ExportPolicy)
             )  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
-            text = self.parser.dump(self.config, skip_none=False)
+            config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
             with replacing(folder / "config.yaml") as temporary:
-                temporary.write_text(redacted(text), encoding="utf-8")
-
-
-_SECRET_LINE = re.compile(
-    r"^(\s*-?\s*\w*(?:api_?keys?|secrets?|passwords?|passwd|credentials?|(?<![a-z])(?:auth|token)):)[ \t]+(?!null\b).+$",
-    re.M | re.I,
-)
-_SECRET_VALUE = re.compile(r"\b(?:hf|sk|ghp|wandb)[_-][\w-]{16,}")
-
-
-def redacted(text: str) -> str:
-    """A config as it may be kept: values that are secrets, by their setting's name or by how they look, are left out.
-
-    Example:
-        >>> print(redacted("api_key: abc\\nmax_new_tokens: 5\\nname: hf_abcdefghijklmnopqrst"))
-        api_key: '***'
-        max_new_tokens: 5
-        name: ***
-    """
-    return _SECRET_VALUE.sub("***", _SECRET_LINE.sub(r"\1 '***'", text))
+                temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 class StageCLI(LightningCLI):
@@ -96,6 +88,7 @@ class StageCLI(LightningCLI):
                 "reload_dataloaders_every_n_epochs": 1,
                 "num_sanity_val_steps": -1,
                 "log_every_n_steps": 1,
+                "devices": 1,
             },
             args=list(args),
         )
@@ -163,7 +156,7 @@ class StageCLI(LightningCLI):
         if config["trainer"].get("logger") in (None, True):
             output_dir = config[self.run_key]["output_dir"]
             kwargs["logger"] = [
-                CSVLogger(output_dir, name="logs"),
+                CSVLogger(output_dir, name="logs", flush_logs_every_n_steps=1),  # a kill loses no row
                 TensorBoardLogger(output_dir, name="tensorboard", version=""),
             ]
         trainer = super().instantiate_trainer(**kwargs)

@@ -36,11 +36,11 @@ class NonFiniteError(ArithmeticError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end. What was done is saved, and the same command continues."""
+    """A signal asked the run to end. What is finished is saved, and the same command continues."""
 
     def __init__(self, signal_number: int) -> None:
         name = Signals(signal_number).name
-        super().__init__(f"stopped by {name}; everything is saved, and the same command continues")
+        super().__init__(f"stopped by {name}; what is finished is saved, and the same command continues")
         self.exit_code = 130 if name == "SIGINT" else 143
 
 

@@ -19,6 +19,7 @@ from spin_lightning import (
     RunCheckpoint,
     SelfPlay,
     SpinLightningModule,
+    SpinLoss,
     SyntheticDataModule,
     TransformersGenerator,
 )
@@ -59,6 +60,14 @@ class Do(L.Callback):
 
 class DoLast(Do, Checkpoint):
     """The same, after the run's checkpoint was written: Lightning puts checkpoint callbacks last, in their order."""
+
+
+class SecretiveLoss(SpinLoss):
+    """Has a setting that its run must not keep."""
+
+    def __init__(self, push_token: str = "") -> None:
+        super().__init__()
+        self.push_token = push_token
 
 
 class FakeGenerator(ResponseGenerator):

@@ -860,6 +860,7 @@ def test_pairs_of_other_settings_are_not_mixed_in(model: str, rows: str, tmp_pat
         "data.generator.generator",
         "data.generator.max_new_tokens",
         "data.prompts_sha256",
+        "data.held_out_sha256",
         "self_play.shard_size",
     ]
     with pytest.raises(UserError, match="made with other settings than this run has now; what differs: prompts_sha256"):

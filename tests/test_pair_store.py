@@ -155,6 +155,29 @@ def test_crash_while_writing_leaves_the_old_file_and_no_other(tmp_path: Path, mo
     assert not store.has_shard("b.parquet")
 
 
+def test_an_unfinished_shard_that_is_not_what_was_written_counts_as_missing(tmp_path: Path) -> None:
+    store = PairStore(tmp_path / "pairs", BINDING)
+    store.write_shard("a.parquet", [pair(prompt_id=1)])
+    store.write_shard("b.parquet", [pair(prompt_id=2)])
+    again = PairStore(tmp_path / "pairs", BINDING)
+    assert again.has_shard("a.parquet") and again.has_shard("b.parquet")
+    (again.folder / "a.parquet").write_bytes((again.folder / "b.parquet").read_bytes())
+    (again.folder / "c.parquet").write_bytes((again.folder / "b.parquet").read_bytes())
+    assert not again.has_shard("a.parquet") and not again.has_shard("c.parquet")
+    with pytest.raises(UserError, match=r"a.parquet is not the file that was written"):
+        again.read_shard("a.parquet")
+
+
+@pytest.mark.parametrize("name", ["../a.parquet", "/tmp/a.parquet", "x/../../a.parquet", "a.bin", "a.parquet"])
+def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> None:
+    store = PairStore(tmp_path / "pairs", BINDING)
+    store.write_shard("b.parquet", [pair(prompt_id=2)])
+    (store.folder / "a.parquet").symlink_to(store.folder / "b.parquet")
+    store.manifest["shards"][0]["file"] = name  # type: ignore[index]
+    with pytest.raises(UserError, match=r"which is no shard of pairs in its folder"):
+        store.read_shard(name)
+
+
 # --- What is in a set of pairs --------------------------------------------------------------------------------------
 
 
@@ -174,6 +197,10 @@ def test_statistics_of_a_hand_made_set() -> None:
     assert identical(table).tolist() == [True, True, False, False, False]
     assert describe_pairs(table) == {
         "pairs": 5,
+        "identical": 2,
+        "real_clipped": 2,
+        "generated_clipped": 3,
+        "empty": 1,
         "identical_share": pytest.approx(2 / 5),
         "real_clipped_share": pytest.approx(2 / 5),
         "generated_clipped_share": pytest.approx(3 / 5),

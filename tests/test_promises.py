@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +25,10 @@ from games import CountingGenerator, Do, DoLast, FakeGenerator, Game, Stopped, r
 from helpers import save_tiny_model, write_rows
 
 from spin_lightning import (
+    AlphaSpinLoss,
     AtomicCheckpointIO,
     DpopLoss,
+    Health,
     Interrupted,
     NonFiniteError,
     StorageError,
@@ -173,6 +175,23 @@ def test_p3_at_no_instant_is_there_no_valid_checkpoint(model: str, rows: str, tm
     assert len(checkpoints_in(tmp_path / "run" / "checkpoints")) == 2
 
 
+def test_p3_a_run_that_goes_back_sets_its_later_checkpoints_aside(
+    model: str, rows: str, tmp_path: Path, whole: Game, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Stopped):
+        small(model, rows, tmp_path, last=[DoLast(on_train_batch_end=lambda t, *_: stop_after(t, 7))]).play()
+    newest, older = checkpoints_in(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "step_000000005 (copy).ckpt").write_bytes(b"of a person")
+    hash_file(newest).write_bytes(b"\xff\xfe")  # damaged itself
+    game = small(model, rows, tmp_path, last=[DoLast(on_train_batch_end=lambda t, *_: stop_after(t, 7))])
+    with pytest.raises(Stopped):
+        game.play()
+    assert f"note: the run continues from step 6; set aside {newest}" in capsys.readouterr().out
+    assert [damage(path) for path in checkpoints_in(tmp_path / "checkpoints")] == [None, None]
+    assert newest.exists() and older.exists() and newest.with_name(f"{newest.name}.set_aside").exists()
+    assert small(model, rows, tmp_path).play().weights == whole.weights
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "truncated": lambda data: data[: len(data) // 2],
     "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :],
@@ -245,6 +264,59 @@ def test_p5_pairs_of_another_opponent_data_set_or_sampling_are_not_trained_on(
         small(model, rows, tmp_path / "run").play()
 
 
+def test_p4_a_damaged_shard_of_unfinished_pairs_is_made_again(
+    model: str, rows: str, tmp_path: Path, whole: Game
+) -> None:
+    for how in ("truncated", "swapped"):
+        generator = CountingGenerator(5)
+        generator.breaks_after = 6
+        with pytest.raises(Stopped):
+            small(model, rows, tmp_path / how, data={"generator": generator}).play()
+        (shard,) = (tmp_path / how / "iteration_0" / "pairs").iterdir()
+        shard.write_bytes(shard.read_bytes()[:99] if how == "truncated" else Path(model, "config.json").read_bytes())
+        game = small(model, rows, tmp_path / how, data={"generator": CountingGenerator(5)})
+        assert game.play().weights == whole.weights
+
+
+def test_p5_pairs_and_models_of_another_game_are_not_mixed_in(
+    model: str, rows: str, tmp_path: Path, whole: Game
+) -> None:
+    for name, seed in (("run", 0), ("other", 1)):
+        last = DoLast(on_train_epoch_end=lambda trainer, *_: stop_after_epoch(trainer, 1))
+        with pytest.raises(Stopped):
+            small(model, rows, tmp_path / name, data={"seed": seed}, last=[last]).play()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for name in ("pairs", "pairs_manifest.json"):
+        shutil.move(tmp_path / "run" / "iteration_0" / name, tmp_path / f"own {name}")
+        shutil.move(tmp_path / "other" / "iteration_0" / name, tmp_path / "run" / "iteration_0" / name)
+    with pytest.raises(
+        UserError, match=r"run/iteration_0/pairs are not those that this game made for iteration 0|differs"
+    ):
+        small(model, rows, tmp_path / "run").play()
+    assert small(model, rows, tmp_path / "copy").play().weights == whole.weights
+
+
+def stop_after_epoch(trainer: Any, number: int) -> None:
+    if trainer.current_epoch == number:
+        raise Stopped(number)
+
+
+def test_p5_a_game_whose_first_model_was_exchanged_is_not_continued_where_its_loss_needs_it(
+    model: str, rows: str, tmp_path: Path
+) -> None:
+    first = tmp_path / "model"
+    shutil.copytree(model, first)
+    last = DoLast(on_train_epoch_end=lambda trainer, *_: stop_after_epoch(trainer, 1))
+    settings: dict[str, Any] = {"module": {"loss": AlphaSpinLoss()}}
+    with pytest.raises(Stopped):
+        Game(str(first), rows, tmp_path / "run", last=[last], **settings).play()
+    shutil.copy(tmp_path / "run/iteration_0/policy/model.safetensors", first)
+    with pytest.raises(
+        UserError, match=r"does not hold the weights that this game began with, whose log-probs AlphaSpin"
+    ):
+        Game(str(first), rows, tmp_path / "run", **settings).play()
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "model.beta": {"module": {"beta": 0.5}},
     "model.loss": {"module": {"loss": DpopLoss()}},
@@ -267,6 +339,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "self_play.shard_size": {"play": {"shard_size": 3}},
     "trainer.accumulate_grad_batches": {"trainer": {"accumulate_grad_batches": 2}},
     "trainer.gradient_clip_val": {"trainer": {"gradient_clip_val": 0.5}},
+    "trainer.limit_train_batches": {"trainer": {"limit_train_batches": 1}},
+    "health.stop": {"health": Health(stop="never")},
     "trainer.precision": {"trainer": {"precision": "bf16-mixed"}},
 }
 
@@ -293,11 +367,21 @@ def test_p6_a_resume_with_changed_settings_is_refused_with_a_diff(
         "trainer": change.get("trainer", {}),
     }
     with pytest.raises(UserError) as refusal:
-        Game(model, rows, tmp_path / "run", **settings).play()
+        Game(model, rows, tmp_path / "run", health=change.get("health"), **settings).play()
     message = str(refusal.value)
     assert "began with other settings than this command gives" in message and f"\n  {key}: " in message
     assert " -> " in message and key in message[message.index("--checkpoint.allow_changes '[") :]
     assert read(tmp_path / "run" / "run.json")["changes"] == []
+    assert (tmp_path / "run/data_report.json").read_bytes() == (stopped_run / "data_report.json").read_bytes()
+
+
+def test_p6_a_resume_without_a_record_of_its_settings_is_refused(
+    model: str, rows: str, tmp_path: Path, stopped_run: Path
+) -> None:
+    shutil.copytree(stopped_run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(UserError, match=r"run.json is missing, so nothing tells"):
+        small(model, rows, tmp_path / "run", data={"generator": CountingGenerator(5)}).play()
 
 
 def test_p6_harmless_settings_may_change_and_an_allowed_change_is_recorded(
@@ -327,33 +411,30 @@ def test_p6_harmless_settings_may_change_and_an_allowed_change_is_recorded(
     assert record["settings"]["model.beta"] == 0.5 and not HARMLESS & record["settings"].keys()
 
 
+# the children come from a server without threads: a fork of this process could inherit a lock that nobody opens
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["test_promises"])
+
+
 class Forked:
     """A game in a process of its own, as its command line plays it: slow enough for signals to meet it somewhere."""
 
     def __init__(self, model: str, rows: str, folder: Path, seconds: float = 0.03) -> None:
-        reading, writing = os.pipe()
-        self.errors_path = folder.with_suffix(".errors")
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.dup2(writing, 1)
-                os.dup2(os.open(self.errors_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-                sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
-                if Path("/dev/shm").is_dir():  # another file system
-                    tempfile.tempdir = "/dev/shm"
-                with patch.object(cli, "run", lambda args: self.play(model, rows, folder, seconds)):
-                    cli.main(["fit"])
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        os.close(writing)
-        self.output = os.fdopen(reading)
+        self.output, self.errors = folder.with_suffix(".output"), folder.with_suffix(".errors")
+        self.output.write_text("")
+        self.process = PROCESSES.Process(target=self.run, args=(model, rows, folder, seconds, self.output, self.errors))
+        self.process.start()
+        self.read = 0
+
+    @staticmethod
+    def run(model: str, rows: str, folder: Path, seconds: float, output: Path, errors: Path) -> None:
+        sys.stdout, sys.stderr = output.open("a", buffering=1), errors.open("w", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        if Path("/dev/shm").is_dir():  # another file system
+            tempfile.tempdir = "/dev/shm"
+        with patch.object(cli, "run", lambda args: Forked.play(model, rows, folder, seconds)):
+            cli.main(["fit"])
 
     @staticmethod
     def play(model: str, rows: str, folder: Path, seconds: float) -> None:
@@ -375,19 +456,27 @@ class Forked:
         (folder / "weights").write_bytes(game.weights)
 
     def wait_for(self, line: str) -> None:
-        for said in self.output:
-            if said.strip() == line:
+        for _ in range(6000):
+            said = self.output.read_text()[self.read :]
+            if f"{line}\n" in said:
+                self.read += said.index(f"{line}\n") + len(line)
                 return
-        raise AssertionError(f"the game never said {line!r}: {self.errors_path.read_text()[-2000:]}")
+            if not self.process.is_alive():
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"never said {line!r}: {self.errors.read_text()}")
 
     def send(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
 
     def end(self) -> tuple[int, str, str]:
         """Exit code (minus the signal that killed it), what it said since, and its errors."""
-        said = self.output.read()
-        self.output.close()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), said, self.errors_path.read_text()
+        self.process.join(60)
+        if self.process.is_alive():
+            self.process.kill()
+        assert self.process.exitcode is not None, "did not end"
+        return self.process.exitcode, self.output.read_text()[self.read :], self.errors.read_text()
 
 
 def test_p1_killed_by_the_system_at_random_moments(model: str, rows: str, tmp_path: Path, whole: Game) -> None:
@@ -419,8 +508,8 @@ def test_p7_a_signal_saves_everything_and_the_exit_code_says_so(
         game.send(number)
         exit_code, said, errors = game.end()
         assert exit_code == code, errors[-3000:]
-        assert f"{number.name} received: ending as soon as everything is saved" in errors
-        assert f"stopped by {number.name}; everything is saved, and the same command continues" in errors
+        assert f"{number.name} received: ending at the next point that can be continued from" in errors
+        assert f"stopped by {number.name}; what is finished is saved, and the same command continues" in errors
         assert "Traceback" not in errors
         if where == "training 1":  # although checkpoints were asked for at epoch ends only
             assert Path(last_checkpoint(folder)).name == "step_000000002.ckpt"  # type: ignore[arg-type]
@@ -460,7 +549,7 @@ def test_p7_a_second_signal_ends_at_once(model: str, rows: str, tmp_path: Path) 
     time.sleep(0.05)
     game.send(signal.SIGINT)
     code, _, errors = game.end()
-    assert code == 130 and "everything is saved, and the same" not in errors
+    assert code == 130 and "what is finished is saved, and the same" not in errors
 
 
 def test_p7_two_copies_of_one_run_do_not_meet(model: str, rows: str, tmp_path: Path) -> None:
@@ -469,7 +558,7 @@ def test_p7_two_copies_of_one_run_do_not_meet(model: str, rows: str, tmp_path: P
     second = Forked(model, rows, tmp_path / "run")
     code, said, errors = second.end()
     assert code == 2 and "generating" not in said
-    assert f"another process is at work in {tmp_path / 'run'} (process {first.pid} on " in errors
+    assert f"another process is at work in {tmp_path / 'run'} (process {first.process.pid} on " in errors
     first.send(signal.SIGKILL)
     assert first.end()[0] == -signal.SIGKILL
 
@@ -529,8 +618,11 @@ def test_p8_no_pickle_is_ever_loaded(model: str, rows: str, tmp_path: Path, stop
         with pytest.raises(UserError):
             small(model, rows, tmp_path / "run", data={"generator": CountingGenerator(5)}).play()
     assert not touched.exists()
-    with pytest.raises(UserError, match="from a local disk only"):
-        AtomicCheckpointIO().load_checkpoint("https://example.org/last.ckpt")
+    for use in (AtomicCheckpointIO().load_checkpoint, lambda url: AtomicCheckpointIO().save_checkpoint({}, url)):
+        with pytest.raises(UserError, match="on a local disk only"):
+            use("https://example.org/last.ckpt")
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "nothing.ckpt")
     suffixes = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert suffixes <= {"", ".json", ".parquet", ".safetensors", ".ckpt", ".sha256", ".md", ".jinja"}
 
@@ -549,6 +641,7 @@ def test_p9_no_secret_is_in_any_file_of_a_run(model: str, rows: str, tmp_path: P
         "cpu",
     ]
     command += ["--trainer.callbacks+=games.Secretive", f"--trainer.callbacks.api_key={canary}"]
+    command += ["--model.loss=games.SecretiveLoss", f"--model.loss.push_token={canary}"]
     environment["PYTHONPATH"] = f"{TESTS}:{TESTS.parent}"
     said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert said.returncode == 0, said.stderr[-3000:]
@@ -578,8 +671,10 @@ def test_p10_every_dropped_cut_or_degenerate_row_is_counted(model: str, tmp_path
     counted = json.dumps(report)
     for number, line in ((13, "line 13"), (14, "line 14"), (15, "line 15"), (16, "line 16")):
         assert line in counted, number
+    assert report["train"]["cut_answers"]["count"] == 1 and report["train"]["long_prompts"]["count"] == 1
     statistics = PairStore(tmp_path / "run" / "iteration_0" / "pairs").manifest["statistics"]  # type: ignore[index]
     seeds = [r["generated_ids"] for r in PairStore(tmp_path / "run/iteration_0/pairs").read().to_pylist()]
+    assert statistics["empty"] == sum(len(ids) == 1 for ids in seeds) > 0
     assert statistics["empty_share"] == pytest.approx(sum(len(ids) == 1 for ids in seeds) / len(seeds))
 
 
@@ -627,6 +722,47 @@ def test_numbers_that_stay_not_finite_end_the_run(model: str, rows: str, tmp_pat
     )
     with pytest.raises(NonFiniteError, match="update 10 is not finite"):
         game.play()
+
+
+def test_weights_that_are_not_finite_are_not_exported(model: str, rows: str, tmp_path: Path) -> None:
+    def poison(trainer: Any, module: Any, *_: Any) -> None:
+        if trainer.is_last_batch:
+            with torch.no_grad():
+                next(module.policy.parameters())[0, 0] = float("inf")
+
+    with pytest.raises(NonFiniteError, match="is not finite, so nothing is saved"):
+        small(model, rows, tmp_path, callbacks=[Do(on_train_batch_end=poison)], play={"epochs": 1}).play()
+    assert not (tmp_path / "iteration_0" / "policy").exists() and not checkpoints_in(tmp_path / "checkpoints")[2:]
+    assert all(
+        weight.isfinite().all()
+        for path in checkpoints_in(tmp_path / "checkpoints")
+        for weight in torch.load(path, weights_only=True)["state_dict"].values()
+    )
+
+
+def test_rolling_back_stops_at_the_beginning_of_an_iteration(
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def poison(trainer: Any, module: Any, *_: Any) -> None:
+        if module.iteration == 1 and not poisoned:
+            poisoned.append(trainer.global_step)
+            next(module.policy.parameters()).grad[0, 0] = float("nan")
+
+    poisoned: list[int] = []
+    settings: dict[str, Any] = {"module": {"opponent": "resident", "on_non_finite": "rollback"}}
+    small(model, rows, tmp_path, callbacks=[Do(on_after_backward=poison)], **settings).play()
+    assert poisoned
+    assert "there is no checkpoint of this iteration yet, so the weights stay" in capsys.readouterr().out
+
+
+def test_an_error_of_torch_while_saving_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_p8_code_that_comes_with_a_model_is_not_run(model: str, rows: str, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from spin_lightning.callbacks.progress import was_cut_short
 from spin_lightning.callbacks.settings import SETTINGS, check_settings
 from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, checkpoints_in, hash_file
 from spin_lightning.files import hold, need_space
-from spin_lightning.types import NonFiniteError, UserError
+from spin_lightning.models import refuse_non_finite
+from spin_lightning.types import UserError
 
 #: Complete checkpoints that are kept: the newest, and the one to fall back on should that be damaged.
 KEPT = 2
@@ -43,7 +44,7 @@ class RunCheckpoint(Checkpoint):
         self.dirpath = dirpath
         self.every_n_steps = every_n_steps
         self.allow_changes = allow_changes or []
-        self.last_saved = self._step_before = -1
+        self.last_saved = self._step_before = self._resumed_from = -1
         self._lock: FileLock | None = None
 
     @property
@@ -64,6 +65,11 @@ class RunCheckpoint(Checkpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         self._lock = hold(self.folder)
+        for left_over in self.folder.glob(".*.tmp"):  # by a kill in the middle of a save
+            left_over.unlink()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_from = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -74,10 +80,12 @@ class RunCheckpoint(Checkpoint):
                 "them. Continue it with trainer.fit(..., ckpt_path=last_checkpoint(output_dir)), or use another folder."
             )
         check_settings(trainer, self.folder.parent / SETTINGS, self.allow_changes)
-        weights = sum(weight.numel() * weight.element_size() for weight in pl_module.parameters())
-        # weights, two float32 moments, a float32 master of bfloat16 weights; the kept ones are there already on a resume
-        count = KEPT + 1 - len(checkpoints_in(self.folder))
-        need_space(self.folder, count * 4 * weights, f"keeping {KEPT} checkpoints")
+        self._set_aside()
+        # weights, two float32 moments, and a float32 master of weights that are smaller
+        sizes = [(weight.numel(), weight.element_size()) for weight in pl_module.parameters()]
+        size = sum(count * (width + (12 if width < 4 else 8)) for count, width in sizes)
+        count = KEPT + 1 - len(checkpoints_in(self.folder))  # the kept ones are there already on a resume
+        need_space(self.folder, count * size, f"keeping {KEPT} checkpoints")
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()  # Lightning took the signals after on_fit_start
@@ -115,6 +123,15 @@ class RunCheckpoint(Checkpoint):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._let_go()
 
+    def _set_aside(self) -> None:
+        """Checkpoints beyond the one that is continued from are damaged, or of a future that will be another."""
+        for path in checkpoints_in(self.folder):
+            if int(path.stem.removeprefix("step_")) > self._resumed_from:
+                for part in (path, hash_file(path)):
+                    if part.exists():
+                        part.rename(part.with_name(f"{part.name}.set_aside"))
+                print(f"note: the run continues from step {self._resumed_from}; set aside {path}")
+
     def _listen(self) -> None:
         if self._lock is not None:
             signals.listen()
@@ -129,12 +146,7 @@ class RunCheckpoint(Checkpoint):
         """Save, and only then remove what is older than the two newest."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a real run in the same folder must not continue from it
             return
-        for name, weight in trainer.lightning_module.named_parameters():
-            if not weight.isfinite().all():
-                raise NonFiniteError(
-                    f"weight {name} is not finite after step {trainer.global_step}, so no checkpoint is saved. "
-                    "The last one is whole: continue from it with a lower learning rate."
-                )
+        refuse_non_finite(trainer.lightning_module)
         self.last_saved = trainer.global_step
         trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:09d}.ckpt", weights_only=False)
         for path in checkpoints_in(self.folder)[KEPT:]:

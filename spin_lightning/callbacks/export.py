@@ -11,6 +11,7 @@ import lightning as L
 from spin_lightning.callbacks.progress import was_cut_short
 from spin_lightning.files import write_json
 from spin_lightning.models import save_model
+from spin_lightning.types import UserError
 
 
 class ExportPolicy(L.Callback):
@@ -26,8 +27,10 @@ class ExportPolicy(L.Callback):
         self._started = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.datamodule.write_report(self.output_dir)  # type: ignore[attr-defined]
+        if stage == "fit" and trainer.world_size > 1:
+            raise UserError(
+                f"fine-tuning runs in one process so far, got {trainer.world_size}. Set trainer.devices: 1."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._state, "seconds": self._seconds()}
@@ -37,10 +40,13 @@ class ExportPolicy(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.datamodule.write_report(self.output_dir)  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        self._state["last_loss"] = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self._state.setdefault("first_loss", self._state["last_loss"])
+        if outputs["loss"].isfinite():
+            self._state["last_loss"] = float(outputs["loss"]) * trainer.accumulate_grad_batches
+            self._state.setdefault("first_loss", self._state["last_loss"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if "val/nll" in trainer.callback_metrics:

@@ -129,6 +129,8 @@ class SelfPlay(L.Callback):
         iteration = self._iteration_of(epoch)
         if iteration != self.iteration:
             is_first_load = self.iteration < 0
+            if is_first_load:  # not in setup: a command that is refused changes nothing
+                self.trainer.datamodule.write_report(self.output_dir)
             took_steps = loop.restarting and loop.epoch_loop.batch_progress.current.ready > 0
             is_fresh = self._is_first_epoch(epoch) and not took_steps
             module: SpinLightningModule = self.trainer.lightning_module
@@ -156,8 +158,9 @@ class SelfPlay(L.Callback):
             self._clock.update(first_step=trainer.global_step, started=time.monotonic())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        self._clock["last_loss"] = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self._clock.setdefault("first_loss", self._clock["last_loss"])
+        if outputs["loss"].isfinite():
+            self._clock["last_loss"] = float(outputs["loss"]) * trainer.accumulate_grad_batches
+            self._clock.setdefault("first_loss", self._clock["last_loss"])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._keep_time()
@@ -178,7 +181,13 @@ class SelfPlay(L.Callback):
         for k in combined | ({0} if module.loss.needs_initial_response and iteration else set()):
             earlier = PairStore(self.folder(k) / "pairs")
             _refuse_other_settings(earlier, settings, ("prompts_sha256", "encoding_sha256", *_LAYOUT))
-        binding = {"iteration": iteration, "opponent_sha256": weights_hash(module.policy), **settings}
+        previous = self._check_chain(iteration - 1)
+        binding = {
+            "iteration": iteration,
+            "opponent_sha256": weights_hash(module.policy),
+            "previous_pairs_sha256": previous,
+            **settings,
+        }
         store = PairStore(self.folder(iteration) / "pairs", binding)
         if not store.is_complete:
             self._make_pairs(iteration, module, store)
@@ -187,6 +196,23 @@ class SelfPlay(L.Callback):
             "seconds": {"pairs": time.monotonic() - started, "training": 0.0},
         }
         self._use(iteration, module, store)
+
+    def _check_chain(self, last: int) -> str | None:
+        """The hash of an iteration's manifest, which itself names the hash of the one before: no other game's can slip in.
+
+        Raises:
+            UserError: The pairs of an earlier iteration are not those of this game.
+        """
+        known = newest = self._clock.get("manifest") if last >= 0 else None
+        for k in range(last, -1, -1):
+            store = PairStore(self.folder(k) / "pairs")
+            if sha256_of(store.manifest_path) != known:
+                raise UserError(
+                    f"the pairs in {store.folder} are not those that this game made for iteration {k}. "
+                    "Restore the folder, or use another self_play.output_dir."
+                )
+            known = store.manifest["binding"]["previous_pairs_sha256"]  # type: ignore[index]
+        return newest
 
     def _continue(self, iteration: int, module: SpinLightningModule) -> None:
         """Back in the middle of an iteration: the pairs and the opponent are those it began with."""
@@ -276,7 +302,7 @@ class SelfPlay(L.Callback):
         )
         initial = None
         if module.loss.needs_initial_log_probs:
-            initial = self._load(module, -1).to(module.device).eval() if iteration else module.policy
+            initial = self._load_initial(module) if iteration else module.policy
         if any(isinstance(callback, RunCheckpoint) for callback in self.trainer.checkpoint_callbacks):
             signals.listen()
         weights = sum(weight.numel() * weight.element_size() for weight in module.policy.parameters())
@@ -307,6 +333,17 @@ class SelfPlay(L.Callback):
             versions=versions(),
             statistics=describe_pairs(own_pairs(_read_all(store, names), iteration)),
         )
+
+    def _load_initial(self, module: SpinLightningModule) -> Any:
+        initial = self._load(module, -1).to(module.device).eval()
+        first = PairStore(self.folder(0) / "pairs").manifest
+        assert first is not None
+        if weights_hash(initial) != first["binding"]["opponent_sha256"]:
+            raise UserError(
+                f"{module.model_name_or_path} does not hold the weights that this game began with, whose log-probs "
+                f"{type(module.loss).__name__} needs. Restore it, or use another self_play.output_dir."
+            )
+        return initial
 
     def _settings(self, module: SpinLightningModule) -> dict[str, Any]:
         """What pairs depend on beside the opponent: the same in every iteration of a game. Hashes all prompts."""
@@ -384,7 +421,6 @@ class SelfPlay(L.Callback):
             shutil.rmtree(self.output_dir, ignore_errors=True)
         data.game = self
         self._lock = hold(self.output_dir)
-        data.write_report(self.output_dir)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._let_go()

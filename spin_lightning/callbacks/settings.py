@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import tokenizers
 import torch
 import transformers
 
+from spin_lightning.callbacks.health import Health
 from spin_lightning.files import read_json, write_json
+from spin_lightning.redaction import redacted
 from spin_lightning.types import UserError
 from spin_lightning.version import __version__
 
@@ -35,7 +38,13 @@ HARMLESS = {
     "model.gradient_checkpointing",
     "model.on_non_finite",
 }
-_OF_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+_OF_TRAINER = (
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+)
+_LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches")
 
 
 def settings_of(trainer: L.Trainer) -> dict[str, Any]:
@@ -50,28 +59,39 @@ def settings_of(trainer: L.Trainer) -> dict[str, Any]:
         **{f"model.optimizer.{key}": _plain(value) for key, value in optimizer.defaults.items() if key != "lr"},
         **{f"data.generator.{key}": value for key, value in data.generator.sampling.items()},
         "data.prompts_sha256": data.prompts_hash,
+        "data.held_out_sha256": data.held_out_hash,
         "data.encoding_sha256": data.encoder.fingerprint,
         **{f"trainer.{name}": _plain(getattr(trainer, name)) for name in _OF_TRAINER},
+        **{f"trainer.{name}": repr(getattr(trainer, name)) for name in _LIMITS},  # 1 batch is not 1.0, all of them
     }
     if data.game is not None:
         found |= _arguments_of(data.game, "self_play")
     else:
         found["trainer.max_epochs"] = trainer.max_epochs
-    return {key: value for key, value in sorted(found.items()) if key not in HARMLESS}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Health):  # it may end the game
+            found |= _arguments_of(callback, "health")
+    return redacted({key: value for key, value in sorted(found.items()) if key not in HARMLESS})
 
 
 def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> None:
     """Record a new run's settings, or compare those of a run that continues.
 
     Raises:
-        UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new.
+        UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new. Or there is no
+            record to compare with.
     """
-    settings, now = settings_of(trainer), versions()
-    record = read_json(path) if trainer.ckpt_path is not None else None
-    if record is None:
-        changes: list[dict[str, Any]] = []
-    else:
+    settings, now, record = settings_of(trainer), versions(), read_json(path)
+    changes: list[dict[str, Any]] = []
+    if record is None and trainer.ckpt_path is not None and path.name not in allow_changes:
+        raise UserError(
+            f"{path} is missing, so nothing tells which settings this run began with. Restore it from a copy, or continue "
+            f"with those of this command: --checkpoint.allow_changes '[{path.name}]'."
+        )
+    if record is not None:
         old, changes = record["settings"], record["changes"]
+        if trainer.ckpt_path is None:
+            old, changes = settings, []  # it begins again: only what was installed is compared
         differing = [key for key in sorted({*old, *settings}) if not _agree(old.get(key), settings.get(key))]
         shown = "".join(f"\n  {key}: {old.get(key)!r} -> {settings.get(key)!r}" for key in differing)
         if refused := [key for key in differing if key not in allow_changes]:
@@ -80,21 +100,17 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
                 "Continue with the settings it began with, or use another folder, or allow the change with "
                 f"--checkpoint.allow_changes '[{', '.join(refused)}]'."
             )
-        changes += [
-            {
-                "from_checkpoint": Path(str(trainer.ckpt_path)).name,
-                "setting": key,
-                "from": old.get(key),
-                "to": settings.get(key),
-            }
-            for key in differing
-        ]
+        since = {"from_checkpoint": trainer.ckpt_path and Path(str(trainer.ckpt_path)).name}
+        changes += [{**since, "setting": key, "from": old.get(key), "to": settings.get(key)} for key in differing]
         if differing:
             print(f"note: this run continues with changed settings, which {path.name} records:{shown}")
         before = record["versions"]
-        if drift := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+        drifted = [name for name in now if before.get(name) != now[name]]
+        if drifted:
+            changes += [{**since, "setting": name, "from": before.get(name), "to": now[name]} for name in drifted]
+            drift = [f"{name} {before.get(name)} -> {now[name]}" for name in drifted]
             print(
-                f"note: versions changed since this run began ({', '.join(drift)}): it continues, but its weights need not be "
+                f"note: what it runs on changed since this run began ({', '.join(drift)}): it continues, but its weights need not be "
                 "those of an undisturbed run, bit by bit."
             )
     write_json(path, {"settings": settings, "changes": changes, "versions": now})
@@ -127,12 +143,14 @@ def _agree(old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, Any]:
     """What a run's numbers depend on beside its settings, to the last bit."""
     return {
         "spin_lightning": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lightning": L.__version__,
+        "tokenizers": tokenizers.__version__,
         "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
     }
