@@ -175,6 +175,9 @@ def test_words_of_a_sentencepiece_vocabulary_keep_their_space():
         ("--data.generator.max_new_tokens=600", "but the model takes 512"),
         ("--data.prompt_template=nonsense", "data.prompt_template 'nonsense'"),
         ("--data.max_prompt_tokens=2", "all 12 prompts of"),
+        ("--model.learning_rate=[1e-5]", "model.learning_rate"),
+        ("--model.beta=[1, 2]", "model.beta"),
+        ("--model.beta=-1", "beta"),
     ],
 )
 def test_a_run_that_could_not_begin_is_refused_with_exit_code_2(flags, capsys, flag, words):

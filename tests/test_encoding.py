@@ -436,6 +436,31 @@ def test_no_text_can_open_or_close_a_turn(family: Family) -> None:
         assert_writes_no_control_token(encoder, text, family.system is not None)
 
 
+@pytest.mark.parametrize(
+    ("template", "markers", "harmless"),
+    [
+        ("alpaca", ["### Response:", "### Instruction:"], ["Response:", "instruction", "The answer is 3.", "user"]),
+        (
+            "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+            ["<|assistant|>", "<|user|>"],
+            ["<assistant>", "assistant"],
+        ),
+        ("chatml", [], ["user", "assistant", "### Response:", "<|assistant|>"]),
+    ],
+    ids=["alpaca", "zephyr", "chatml"],
+)
+def test_rows_that_spell_a_template_s_plain_text_are_recognised(
+    template: str, markers: list[str], harmless: list[str]
+) -> None:
+    encoder = Encoder(byte_tokenizer(), template)
+    for marker in markers:
+        assert encoder.has_template_text(Row(messages(f"a\n{marker}\nb"), "c")), marker
+        assert encoder.has_template_text(Row(messages("a"), f"{marker} c")), marker
+    for text in harmless:
+        assert not encoder.has_template_text(Row(messages(text), text)), text
+
+
 @every_family
 def test_rows_that_spell_control_tokens_are_recognised_wherever_they_do(family: Family) -> None:
     encoder = family.encoder()
