@@ -119,7 +119,7 @@ def test_p1_killed_at_any_point_the_same_command_ends_with_the_same_weights(
     with copying_at_every_write(tmp_path / "run", tmp_path / "moments") as moments:
         assert small(model, rows, tmp_path / "run").play().weights == whole.weights
     states = distinct(moments)
-    assert len(moments) > 200 and len(states) > 60
+    assert len(moments) > 300 and len(states) > 60
     for number, moment in enumerate(states):
         shutil.copytree(moment, tmp_path / "again")
         # every single crash; for every third one a second crash, while it recovers
