@@ -241,6 +241,30 @@ EVERY = [
 
 
 @pytest.mark.parametrize("loss", EVERY, ids=lambda loss: type(loss).__name__)
+def test_every_loss_is_a_number_for_any_log_probs(loss):
+    """Sequences from impossible (-1e5 nats) to certain, of one token or thousands; exp overflows by its nature."""
+    draw = torch.Generator().manual_seed(0)
+    size = 4000
+
+    def nats():
+        return -(10 ** (torch.rand(size, generator=draw) * 11 - 6)) * (torch.rand(size, generator=draw) > 0.05)
+
+    def leaf():
+        return nats().requires_grad_()
+
+    lengths = [torch.randint(1, 4096, (size,), generator=draw) for _ in range(2)]
+    policy = PairLogProbs(leaf(), leaf(), *lengths, initial_response=leaf())
+    output = loss(policy, PairLogProbs(nats(), nats(), *lengths), 1.0, PairLogProbs(nats(), nats(), *lengths))
+    assert not output.losses.isnan().any() and not output.real_rewards.isnan().any()
+    if getattr(loss, "link", None) == "exponential":
+        return
+    assert output.losses.isfinite().all()
+    output.losses.sum().backward()
+    for log_probs in (policy.real, policy.generated, policy.initial_response):
+        assert log_probs.grad is None or log_probs.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", EVERY, ids=lambda loss: type(loss).__name__)
 def test_identical_pair_has_a_gradient_exactly_when_the_loss_says_it_learns_from_it(loss):
     log_p = torch.tensor([-7.0], dtype=torch.float64, requires_grad=True)  # one response, on both sides
     length, opponent, first = torch.tensor([4]), torch.tensor([-6.5]), torch.tensor([-5.0])
