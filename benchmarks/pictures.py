@@ -132,8 +132,10 @@ def draw_growth(results: Results, panels: Sequence[Any], path: Path) -> None:
             seconds = [median(sample["seconds"] for sample in found[point]) for point in points]
             highest = max(highest, *seconds)
             axes.plot(points, seconds, "o-", color=colour, linewidth=2)
+            rises = seconds[-1] > seconds[0]
+            place, offset = ((points[-1], seconds[-1]), (-4, 8)) if rises else ((points[0], seconds[0]), (12, 0))
             axes.annotate(
-                shown, (points[-1], seconds[-1]), (-4, 8), textcoords="offset points", ha="right", color=colour
+                shown, place, offset, textcoords="offset points", ha="right" if rises else "left", color=colour
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -145,7 +147,7 @@ def draw_growth(results: Results, panels: Sequence[Any], path: Path) -> None:
             if axes.get_ylim()[0] / 1.6 <= tick <= highest * 2
         ]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_ylim(ticks[0], max(ticks[-1], highest * 1.6))
+        axes.set_ylim(0.9 * ticks[0], max(ticks[-1], highest * 1.6))
         axes.set_xlabel(label)
         axes.set_ylabel("CPU seconds a step")
         axes.grid(alpha=0.3)
