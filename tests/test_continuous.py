@@ -35,7 +35,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from spin_lightning.generation import ContinuousGenerator, TransformersGenerator, continuous, seed_of, slots
+from spin_lightning.generation import (
+    ContinuousGenerator,
+    TransformersGenerator,
+    continuous,
+    packed_linear,
+    seed_of,
+    slots,
+)
 from spin_lightning.types import Response
 
 TERMINATOR, PAD = 4, 4
@@ -499,3 +506,43 @@ def test_sampling_is_that_of_the_plain_generator_so_that_either_can_continue_the
         """May have another law."""
 
     assert Other(**settings).sampling["generator"].endswith("Other")
+
+
+bfloat16_units = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no units for bfloat16"
+)
+
+
+@bfloat16_units
+@pytest.mark.parametrize("rows", [1, 5, 32, 70])
+def test_packed_weights_give_the_same_numbers(rows: int) -> None:
+    torch.manual_seed(rows)
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 33)).bfloat16()
+    forwards = packed_linear.packed_forwards(model, 32)
+    assert list(forwards) == list(model)
+    x = torch.randn(rows, 3, 64).bfloat16()
+    with torch.no_grad():
+        expected = model(x)
+        with packed_linear.decoding_with(forwards):
+            model[0].weight.zero_()  # the copy is what is multiplied with
+            found = model(x)
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+    assert not model(x).equal(expected)  # and afterwards the layer itself again
+
+
+@bfloat16_units
+def test_packed_weights_follow_autocast() -> None:
+    layer = nn.Linear(64, 96)
+    x = torch.randn(4, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with packed_linear.decoding_with(packed_linear.packed_forwards(layer, 4)):
+            torch.testing.assert_close(layer(x), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_weights_in_float32_and_layers_of_other_kinds_are_not_packed() -> None:
+    class Other(nn.Linear):
+        """May compute anything."""
+
+    assert not packed_linear.packed_forwards(nn.Linear(8, 8), 4)
+    assert not packed_linear.packed_forwards(Other(8, 8).bfloat16(), 4)

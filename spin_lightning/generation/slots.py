@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
+from spin_lightning.generation.packed_linear import decoding_with, packed_forwards
+
 #: Free columns of a new buffer: so many steps until rows move to the next.
 SPARE_COLUMNS = 128
 #: Prompt tokens of one prefill pass, unless a single prompt has more.
@@ -39,6 +41,7 @@ class SlotCache(Cache):
         # a GPU would pay more for launching the blocks than for the columns they spare
         is_blockwise = self.device.type == "cpu" and self.config._attn_implementation.split("+")[0] == "sdpa"
         self.block_rows = BLOCK_ROWS if is_blockwise else None
+        self.forwards = packed_forwards(model, slots)
         self.buffers: list[list[Tensor]] = []  # keys and values of each layer
         self.widths: list[int] = []
         self.past = self.end = self.columns = 0
@@ -84,7 +87,7 @@ class SlotCache(Cache):
             attention = BLOCKWISE
             blocks = [slice(row, row + self.block_rows) for row in range(0, len(self.widths), self.block_rows)]
             inputs["blocks"] = [(block, max(self.widths[block]) + 1) for block in blocks]
-        with _attention(self.config, attention):
+        with _attention(self.config, attention), decoding_with(self.forwards):
             logits = self.model(**inputs, past_key_values=self, use_cache=True).logits[:, -1]
         self.end += 1
         self.widths = [width + 1 for width in self.widths]

@@ -1,0 +1,69 @@
+"""Linear layers that decode from a packed copy of their weights.
+
+Decoding multiplies the same weights with a few rows, thousands of times. On a CPU in bfloat16 each product spends half of its
+time on bringing the weights into the order that the processor's matrix units want; here that is done once. The sums are
+the same within rounding, and where it was measured, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from spin_lightning.log_probs import compute_dtype
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def packed_forwards(model: nn.Module, rows: int) -> dict[nn.Linear, Forward]:
+    """A forward pass for each linear layer of a model, from a copy of its weights as they are now.
+
+    Args:
+        model: It is not touched.
+        rows: About how many rows a product will have.
+
+    Returns:
+        Empty where it would not pay: on other devices and processors, and in other dtypes.
+    """
+    device = next(model.parameters()).device
+    dtype = compute_dtype(device, model)
+    operators = torch.ops.mkldnn
+    if (
+        device.type != "cpu"
+        or dtype is not torch.bfloat16
+        or not torch.backends.mkldnn.is_available()
+        or not hasattr(operators, "_reorder_linear_weight")
+        or not operators._is_mkldnn_bf16_supported()
+    ):
+        return {}
+    return {
+        module: partial(
+            _forward,
+            packed=operators._reorder_linear_weight(module.weight.detach().to(dtype).contiguous(), rows),
+            bias=None if module.bias is None else module.bias.detach().to(dtype),
+        )
+        for module in model.modules()
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    }
+
+
+@contextmanager
+def decoding_with(forwards: dict[nn.Linear, Forward]) -> Iterator[None]:
+    """Let these layers compute with these forwards."""
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign, assignment]  # beside the class's own, which comes back
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+def _forward(x: Tensor, *, packed: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), packed, bias, "none", [], "")
+    return result
