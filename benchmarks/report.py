@@ -144,13 +144,12 @@ def _workload(facts: dict[str, Any]) -> str:
 
 def generation_table(section: Results) -> str:
     base, *_ = section["contenders"]
+    base_rates = rates(base)
     rows = []
     for record in section["contenders"]:
         if record["samples"]:
-            rate, base_rate = rates(record), rates(base)
-            faster = (
-                spread([one / other for one, other in zip(rate, base_rate, strict=False)], ".2f") if base_rate else "-"
-            )
+            rate = rates(record)
+            faster = spread([one / median(base_rates) for one in rate], ".2f") if base_rates else "-"
             tokens = sum(values(record, "tokens"))
             rows.append([record["name"], spread(rate, ".0f"), faster, f"{peak(record):.1f}", f"{tokens:,}"])
     head = ["contender", "tokens a CPU second", f"times {base['name']}", "peak GiB", "tokens sampled"]

@@ -30,14 +30,12 @@ class Contender:
         module: Which file of ``benchmarks`` does it.
         settings: What that file is told.
         environment: Which folder of ``.bench`` it runs in; empty for the interpreter that runs this.
-        most_rounds: Where the slow ones stop, so that the others may have more.
     """
 
     name: str
     module: str
     settings: dict[str, Any] = field(default_factory=dict)
     environment: str = ""
-    most_rounds: int = 1000
 
     @property
     def python(self) -> Path:
@@ -128,8 +126,8 @@ def play(
             except Failed as error:
                 _fail(record, error)
         for number in range(warm_up + rounds):
-            for contender, record in zip(contenders, records, strict=True):
-                if (resident := residents.get(record["name"])) is None or number >= warm_up + contender.most_rounds:
+            for record in records:
+                if (resident := residents.get(record["name"])) is None:
                     continue
                 try:
                     sample = resident.round(is_last=number + 1 == warm_up + rounds)

@@ -37,7 +37,7 @@ class ResponseGenerator(ABC):
     """
 
     def __init__(
-        self, max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 32
+        self, max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64
     ) -> None:
         if max_new_tokens < 1 or batch_size < 1:
             raise UserError(
