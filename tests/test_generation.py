@@ -357,7 +357,7 @@ def test_generation_config_is_given_back_after_a_failure(model: PreTrainedModel)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, r"max_new_tokens and batch_size must be at least 1, got 0 and 32"),
+        ({"max_new_tokens": 0}, r"max_new_tokens and batch_size must be at least 1, got 0 and 64"),
         ({"batch_size": 0}, r"max_new_tokens and batch_size must be at least 1, got 256 and 0"),
         ({"temperature": -0.5}, r"temperature must be 0 \(greedy\) or positive, got -0\.5.*assumes 1"),
         ({"temperature": math.nan}, r"temperature must be 0 \(greedy\) or positive, got nan"),
