@@ -151,7 +151,7 @@ def generation(plan: Plan) -> dict[str, Any]:
 def iteration(plan: Plan) -> dict[str, Any]:
     """A whole iteration: the same prompts, the same number of updates."""
     model, encoder = _smollm2()
-    count = BATCH if plan.is_quick else 4 * BATCH
+    count = BATCH if plan.is_quick else 8 * BATCH
     prompts = _prompts("iteration", count, encoder)
     base = {"model": model, "max_new_tokens": 24 if plan.is_quick else MAX_NEW_TOKENS}
     public = {
@@ -160,7 +160,7 @@ def iteration(plan: Plan) -> dict[str, Any]:
         "generation_batch": 64,
         "trl": {**TRL_BEST, "gradient_accumulation_steps": BATCH},
     }
-    own = {**base, "rows": str(prompts.parent / "rows.jsonl"), "generation_batch": 32, "batch_size": BATCH}
+    own = {**base, "rows": str(prompts.parent / "rows.jsonl"), "generation_batch": 64, "batch_size": BATCH}
     own |= {"generator": "ContinuousGenerator", "precision": "bf16-true"}
     contenders = [
         Contender(
