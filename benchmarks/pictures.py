@@ -90,7 +90,7 @@ def draw_iteration(section: Results, path: Path) -> None:
         widths = [record["samples"][0]["phases"][phase] for record in records]
         axes.barh(range(len(records)), widths, left=ends, color=colour)
         for place, (start, width) in enumerate(zip(ends, widths, strict=True)):
-            if width > 0.06 * max(record["samples"][0]["seconds"] for record in records):
+            if width > 0.1 * max(record["samples"][0]["seconds"] for record in records):
                 axes.annotate(
                     f"{phase}\n{width:.0f} s", (start + width / 2, place), ha="center", va="center", color="white"
                 )
