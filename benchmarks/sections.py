@@ -153,14 +153,9 @@ def iteration(plan: Plan) -> dict[str, Any]:
     model, encoder = _smollm2()
     count = BATCH if plan.is_quick else 8 * BATCH
     prompts = _prompts("iteration", count, encoder)
-    base = {"model": model, "max_new_tokens": 24 if plan.is_quick else MAX_NEW_TOKENS}
-    public = {
-        **base,
-        "prompts": str(prompts),
-        "generation_batch": 64,
-        "trl": {**TRL_BEST, "gradient_accumulation_steps": BATCH},
-    }
-    own = {**base, "rows": str(prompts.parent / "rows.jsonl"), "generation_batch": 64, "batch_size": BATCH}
+    base = {"model": model, "max_new_tokens": 24 if plan.is_quick else MAX_NEW_TOKENS, "generation_batch": 64}
+    public = {**base, "prompts": str(prompts), "trl": {**TRL_BEST, "gradient_accumulation_steps": BATCH}}
+    own = {**base, "rows": str(prompts.parent / "rows.jsonl"), "batch_size": BATCH}
     own |= {"generator": "ContinuousGenerator", "precision": "bf16-true"}
     contenders = [
         Contender(
