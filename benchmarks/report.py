@@ -107,11 +107,11 @@ def _failures(section: Results) -> str:
     )
 
 
-def step_table(section: Results) -> str:
+def step_table(section: Results, most_peers: int = 3) -> str:
     """Seconds, memory, and how many times faster than each peer."""
     records = [record for record in section["contenders"] if "flops_per_second" not in (record["samples"] or [{}])[0]]
     records = sorted((record for record in records if record["samples"]), key=lambda record: "spin" in record["name"])
-    peers = [record for record in records if "spin" not in record["name"]][:2]
+    peers = [record for record in records if "spin" not in record["name"]][:most_peers]
     rows = []
     for record in records:
         faster = [spread(ratios(peer, record), ".2f") for peer in peers]
@@ -227,8 +227,9 @@ def machine(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "step": step_table,
+    "without_amx": step_table,
     "authors": step_table,
-    "trl_settings": step_table,
+    "trl_settings": lambda section: step_table(section, most_peers=1),
     "generation": generation_table,
     "iteration": iteration_table,
     "prompt_length": lambda section: by_point_table(section, "prompt tokens"),

@@ -12,7 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -45,7 +45,7 @@ class Contender:
 class Resident:
     """A contender's process."""
 
-    def __init__(self, contender: Contender, threads: int) -> None:
+    def __init__(self, contender: Contender, threads: int, variables: Mapping[str, str]) -> None:
         self.contender = contender
         self.log = BENCH / "logs" / f"{contender.name.replace(' ', '_').replace('/', '-')}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class Resident:
             stderr=self.log.open("w"),
             text=True,
             cwd=ROOT,
-            env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), **variables},
         )
         self._read()  # that it is ready
 
@@ -101,6 +101,7 @@ def play(
     rounds: int,
     warm_up: int = 1,
     threads: int = 1,
+    variables: Mapping[str, str] | None = None,
     describe: Callable[[dict[str, Any]], float] = lambda sample: sample["seconds"],
     unit: str = "s",
 ) -> list[dict[str, Any]]:
@@ -108,6 +109,7 @@ def play(
 
     Args:
         warm_up: Rounds before those that count.
+        variables: More of the environment of every contender.
         describe: The number to print of a sample, with its ``unit``.
 
     Returns:
@@ -122,7 +124,7 @@ def play(
         for contender, record in zip(contenders, records, strict=True):
             print(f"  starting {contender.name}", flush=True)
             try:
-                residents[contender.name] = Resident(contender, threads)
+                residents[contender.name] = Resident(contender, threads, variables or {})
             except Failed as error:
                 _fail(record, error)
         for number in range(warm_up + rounds):

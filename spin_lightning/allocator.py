@@ -10,10 +10,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse the blocks of a few MB that a training step allocates and frees thousands of times.
+    """Let the C library reuse the blocks of a few MB that training and generation allocate and free thousands of times.
 
     By default each comes from the system and goes back to it, and its pages are cleared anew: a tenth of a small model's
-    step. Does nothing where the C library is not glibc.
+    time. Does nothing where the C library is not glibc.
     """
     if sys.platform != "linux":
         return

@@ -7,6 +7,7 @@ activations, and a tenth of its time on a CPU. The numbers are the same within r
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def fuse_rms_norms(model: nn.Module) -> None:
         if "RMSNorm" in type(module).__name__ and not isinstance(module, _Fused):
             offset = _offset(module)
             if offset is not None:
-                module.__class__ = type(type(module).__name__, (_Fused, type(module)), {"offset": offset})
+                own: Any = type(module)
+                module.__class__ = _fused(own, offset)
 
 
 def unfuse_rms_norms(model: nn.Module) -> None:
@@ -67,6 +69,12 @@ class _Fused(nn.Module):
             return own
         result: Tensor = _RmsNorm.apply(x, self.weight, _eps(self), self.offset)
         return result
+
+
+@cache
+def _fused(own: Any, offset: float) -> type[nn.Module]:
+    """One class for all layers of a kind: ``torch.compile`` compiles a layer of a model once, not each anew."""
+    return type(own.__name__, (_Fused, own), {"offset": offset})
 
 
 class _RmsNorm(torch.autograd.Function):

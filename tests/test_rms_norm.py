@@ -51,7 +51,8 @@ def test_a_copy_has_its_own_weight_and_undoing_leaves_no_trace() -> None:
     classes = [type(module) for module in model.modules()]
     fuse_rms_norms(model)
     fuse_rms_norms(model)
-    assert sum(isinstance(module, _Fused) for module in model.modules()) == 5
+    fused = [module for module in model.modules() if isinstance(module, _Fused)]
+    assert len(fused) == 5 and len({type(module) for module in fused}) == 1  # torch.compile needs one class, not five
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.model.norm.weight.zero_()

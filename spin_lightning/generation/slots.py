@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
+from spin_lightning.allocator import keep_freed_memory
 from spin_lightning.generation.packed_linear import decoding_with, packed_forwards
 
 #: Free columns of a new buffer: so many steps until rows move to the next.
@@ -42,6 +43,8 @@ class SlotCache(Cache):
         is_blockwise = self.device.type == "cpu" and self.config._attn_implementation.split("+")[0] == "sdpa"
         self.block_rows = BLOCK_ROWS if is_blockwise else None
         self.forwards = packed_forwards(model, slots)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.buffers: list[list[Tensor]] = []  # keys and values of each layer
         self.widths: list[int] = []
         self.past = self.end = self.columns = 0
