@@ -47,7 +47,7 @@ def step(plan: Plan) -> dict[str, Any]:
     # in groups, because 24 GiB do not hold all of them at once; all have the same work, the slow ones the first of it
     records = plan.play(
         [
-            _trl("TRL, its best settings", model, folder, gradient_accumulation_steps=BATCH, **TRL_BEST),
+            _trl("TRL, its best settings", model, folder, **_best_at(1)),
             _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
             _ours("spin_lightning, bf16-mixed", model, folder, "bf16-mixed"),
         ],
@@ -61,10 +61,9 @@ def step(plan: Plan) -> dict[str, Any]:
         ]
     )
     # eight at a time, its default, take 20 GiB without checkpointing: nothing fits beside them
-    four = {**TRL_BEST, "per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2}
     records += plan.play(
         [
-            _trl("TRL, best settings but 4 pairs at a time", model, folder, **four),
+            _trl("TRL, best settings but 4 pairs at a time", model, folder, **_best_at(4)),
             _ours("spin_lightning, bf16-true, a third time", model, folder, "bf16-true"),
         ]
     )
@@ -75,7 +74,7 @@ def without_amx(plan: Plan) -> dict[str, Any]:
     """A training step with the processor's AMX units turned off, as on processors that have none."""
     model, folder, lengths = _step_workload("without_amx", plan, plan.rounds)
     contenders = [
-        _trl("TRL, its best settings", model, folder, gradient_accumulation_steps=BATCH, **TRL_BEST),
+        _trl("TRL, its best settings", model, folder, **_best_at(1)),
         _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
         _products(),
     ]
@@ -110,16 +109,16 @@ def authors(plan: Plan) -> dict[str, Any]:
 def trl_settings(plan: Plan) -> dict[str, Any]:
     """Which settings are TRL's best on this machine, and which do not work. Two contenders at a time, for memory's sake."""
     model, folder, lengths = _step_workload("trl_settings", plan, 1)
-    best = {**TRL_BEST, "gradient_accumulation_steps": BATCH}
+    best = _best_at(1)
     tried: dict[str, dict[str, Any]] = {
         "best: 1 pair at a time, no checkpointing, reference precomputed": best,
-        "2 pairs at a time": {**best, "per_device_train_batch_size": 2, "gradient_accumulation_steps": BATCH // 2},
+        "2 pairs at a time": _best_at(2),
         "with gradient checkpointing": {**best, "gradient_checkpointing": True},
         "reference model resident": {**best, "precompute_ref_log_probs": False},
         "padding_free": {**best, "padding_free": True},
         "weights in bfloat16 (small updates are lost)": {**best, "model_init_kwargs": {"dtype": "bfloat16"}},
         "torch_compile": {**best, "torch_compile": True},
-        "8 pairs at a time": {**best, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1},
+        "8 pairs at a time": _best_at(8),
     }
     records: list[dict[str, Any]] = []
     names = list(tried)
@@ -178,7 +177,7 @@ def iteration(plan: Plan) -> dict[str, Any]:
     count = BATCH if plan.is_quick else 8 * BATCH
     prompts = _prompts("iteration", count, encoder)
     base = {"model": model, "max_new_tokens": 24 if plan.is_quick else MAX_NEW_TOKENS, "generation_batch": 64}
-    public = {**base, "prompts": str(prompts), "trl": {**TRL_BEST, "gradient_accumulation_steps": BATCH}}
+    public = {**base, "prompts": str(prompts), "trl": _best_at(1)}
     own = {**base, "rows": str(prompts.parent / "rows.jsonl"), "batch_size": BATCH}
     own |= {"generator": "ContinuousGenerator", "precision": "bf16-true"}
     contenders = [
@@ -269,6 +268,11 @@ def _trl(name: str, model: str, folder: Path, **trl: Any) -> Contender:
 def _ours(name: str, model: str, folder: Path, precision: str, **more: Any) -> Contender:
     settings = {"model": model, "workload": str(folder), "runs": _runs(name), "precision": precision, **more}
     return Contender(name, "spin_step", settings)
+
+
+def _best_at(pairs: int) -> dict[str, Any]:
+    """TRL's best settings with so many pairs at a time, ``BATCH`` in an update."""
+    return {**TRL_BEST, "per_device_train_batch_size": pairs, "gradient_accumulation_steps": BATCH // pairs}
 
 
 def _products() -> Contender:
