@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spin_lightning import head, shared_prompt
 from spin_lightning.batches import pack
+from spin_lightning.cpu_memory import round_up
 from spin_lightning.rms_norm import fuse_rms_norms, unfuse_rms_norms
 from spin_lightning.types import PairBatch, PairLogProbs, ResponseBatch
 
@@ -72,9 +73,9 @@ def way_through(model: nn.Module) -> Way:
 def _shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
     """Each prompt once, responses side by side."""
     hidden = shared_prompt.hidden_states(head.decoder_of(model), batch)
-    return head.token_log_probs(
-        model, hidden.index_select(0, batch.predictors), batch.input_ids[batch.scored], is_linear=is_linear
-    )
+    predictors, targets = round_up(batch.predictors), round_up(batch.input_ids[batch.scored])
+    values = head.token_log_probs(model, hidden.index_select(0, predictors), targets, is_linear=is_linear)
+    return values[: len(batch.scored)]
 
 
 def _separate(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
-from spin_lightning.allocator import keep_freed_memory
 from spin_lightning.checkpoints import newest_checkpoint
+from spin_lightning.cpu_memory import keep_freed_memory
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.models import disable_dropout, load_policy, locate
 from spin_lightning.optim import Float32Master, fused, sum_in_passes

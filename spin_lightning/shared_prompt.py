@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spin_lightning.cpu_memory import round_up, rounded
 from spin_lightning.types import ResponseBatch
 
 SUFFIX = "+shared_prompt"
@@ -48,13 +49,13 @@ def hidden_states(decoder: nn.Module, batch: ResponseBatch) -> Tensor:
     # a mask of four dimensions is passed on as it is, so none is built; the layout takes its place
     no_mask = torch.empty(1, 1, 1, 1, device=batch.input_ids.device)
     output = decoder(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
+        input_ids=round_up(batch.input_ids)[None],
+        position_ids=round_up(batch.position_ids)[None],
         attention_mask=no_mask,
         use_cache=False,
         layout=batch,
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state[0, : len(batch.input_ids)]
 
 
 def _dispatch(own: str) -> Callable[..., Any]:
@@ -123,6 +124,7 @@ def shared_prompt_attention(
         for q, k in segments(layout):
             keys, values = (_cat(kv, k) for kv in (key, value))
             parts.append(_plain_attention(query[:, :, q], keys, values, scale, dropout, sliding_window, softcap))
+        parts.append(torch.zeros_like(query[:, :, q.stop :]))
         return torch.cat(parts, dim=2).transpose(1, 2)
     return _CpuAttention.apply(query, key, value, layout, scale, sliding_window).transpose(1, 2)
 
@@ -201,8 +203,8 @@ class _CpuAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: ResponseBatch, scale: float, window: int | None
     ) -> Tensor:
-        output = torch.empty_like(query)
-        log_sums = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        output = torch.zeros_like(query)
+        log_sums = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         repeats = query.shape[1] // key.shape[1]
         for q, k in segments(layout):
             keys, values = (_cat(kv, k).repeat_interleave(repeats, 1) for kv in (key, value))
@@ -229,36 +231,31 @@ class _CpuAttention(torch.autograd.Function):
         grad = (grad_output * correction[..., None]).to(dtype)
         minus_delta = -(grad * output).sum(-1, keepdim=True, dtype=log_sums.dtype).to(dtype)
         scaled = query * ctx.scale
-        grad_query = torch.empty_like(query)
+        grad_query = torch.zeros_like(query)
         grad_key = torch.zeros(key.shape[1:], dtype=log_sums.dtype)
         grad_value = torch.zeros_like(grad_key)
         for q, places in segments(ctx.layout):
-            keys, values = (_cat(kv, places)[0] for kv in (key, value))
+            keys, values = (round_up(_cat(kv, places)[0], dim=1) for kv in (key, value))
             num_queries = q.stop - q.start
-            before = keys.shape[1] - num_queries  # keys that every query of the segment may see
+            before = sum(place.stop - place.start for place in places[:-1])  # keys that all its queries may see
             for start in range(0, num_queries, BLOCK):
                 rows = slice(q.start + start, min(q.start + start + BLOCK, q.stop))
                 count = rows.stop - rows.start
-                seen = before + start + count
+                seen = slice(rounded(before + start + count))  # what is too many lies above the diagonal
 
-                def folded(tensor: Tensor, rows: slice = rows, count: int = count) -> Tensor:
+                def folded(tensor: Tensor, rows: slice = rows) -> Tensor:
                     """The rows' heads that share a key head, below one another: keys and values are never repeated."""
-                    return tensor[0, :, rows].reshape(key_heads, heads // key_heads * count, -1)
+                    return round_up(tensor[0, :, rows], dim=1).reshape(key_heads, -1, tensor.shape[-1])
 
-                some_keys, some_values, queries, gradient = (
-                    keys[:, :seen],
-                    values[:, :seen],
-                    folded(scaled),
-                    folded(grad),
-                )
-                shape = (key_heads, queries.shape[1], seen)
+                some_keys, some_values, queries, gradient = keys[:, seen], values[:, seen], folded(scaled), folded(grad)
+                shape = (key_heads, queries.shape[1], seen.stop)
                 weights = torch.baddbmm(folded(minus_log_sums).expand(shape), queries, some_keys.mT).exp_()
-                by_head = weights.view(key_heads, -1, count, seen)
+                by_head = weights.view(heads, -1, seen.stop)
                 by_head[..., before + start :].tril_()
                 if ctx.window is not None:
                     by_head.triu_(before + start - ctx.window + 1)
                 grad_scores = torch.baddbmm(folded(minus_delta).expand(shape), gradient, some_values.mT).mul_(weights)
-                grad_query[0, :, rows] = (grad_scores @ some_keys).mul_(ctx.scale).view(heads, count, head_dim)
+                grad_query[0, :, rows] = (grad_scores @ some_keys).mul_(ctx.scale).view(heads, -1, head_dim)[:, :count]
                 _add(grad_value, places, weights.mT @ gradient)
                 _add(grad_key, places, grad_scores.mT @ queries)
         return grad_query, grad_key.to(dtype)[None], grad_value.to(dtype)[None], None, None, None

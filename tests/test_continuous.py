@@ -35,6 +35,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from spin_lightning import cpu_memory
 from spin_lightning.generation import (
     ContinuousGenerator,
     TransformersGenerator,
@@ -67,7 +68,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)),
     "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=29, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
+        GPT2Config(vocab_size=29, n_positions=60, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None)
     ),
     "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=29, hidden_size=16, n_layer=2, n_head=2)),
 }
@@ -358,7 +359,12 @@ def test_cache_is_as_wide_as_its_widest_row_and_the_spare_columns(
     assert cache.columns < 40  # after the long prompt has gone
 
 
-def test_answers_to_one_prompt_share_its_pass(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("length_step", "width"), [(1, 10), (8, 16), (64, 64), (100, 64)])
+def test_answers_to_one_prompt_share_its_pass(
+    length_step: int, width: int, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a width that recurs, and never beyond the positions that the model has."""
+    monkeypatch.setattr(cpu_memory, "LENGTH_STEP", length_step)
     continuous.refusal(llama, PROMPTS, PAD)
     shapes: list[tuple[int, ...]] = []
     handle = llama.register_forward_pre_hook(
@@ -368,7 +374,7 @@ def test_answers_to_one_prompt_share_its_pass(llama: PreTrainedModel, monkeypatc
         found = answers(llama, [PROMPTS[5]] * 5, range(5))
     finally:
         handle.remove()
-    assert [shape for shape in shapes if shape[1] > 1] == [(1, 10)]
+    assert [shape for shape in shapes if shape[1] > 1] == [(1, width)]
     assert len({tuple(response.ids) for response in found}) > 1
 
 

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "spin_lightning"
 
 #: A module may import those of lower ranks only.
 RANKS = [
-    {"version", "types"},
-    {"files", "redaction", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm", "allocator"},
+    {"version", "types", "cpu_memory"},
+    {"files", "redaction", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm"},
     {"checkpoints"},
     {"log_probs", "losses", "encoding", "formats", "models", "model_card"},
     {"generation", "pair_store"},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import tiny_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -39,7 +40,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spin_lightning import head, log_probs
+from spin_lightning import cpu_memory, head, log_probs, shared_prompt
 from spin_lightning.batches import collate_pairs, pack
 from spin_lightning.log_probs import pair_log_probs, response_log_probs
 
@@ -225,6 +226,62 @@ def test_responses_do_not_see_each_other(model: PreTrainedModel) -> None:
     assert_close(reordered, alone[[2, 0, 1]], rounding(model))
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("block", "length_step"), [(256, 64), (8, 4), (4, 8), (5, 1), (1, 3)])
+def test_attention_in_blocks_equals_one_masked_softmax(
+    block: int, length_step: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, whatever the blocks and the padding; what stands behind the batch is left alone."""
+    monkeypatch.setattr(shared_prompt, "BLOCK", block)
+    monkeypatch.setattr(cpu_memory, "LENGTH_STEP", length_step)
+    torch.manual_seed(0)
+    batch = pack(GROUPS)
+    count, length = len(batch.input_ids), len(batch.input_ids) + 6
+    query = torch.randn(1, 4, length, 8, dtype=torch.float64, requires_grad=True)
+    key, value = torch.randn(2, 1, 2, length, 8, dtype=torch.float64).requires_grad_().unbind(0)
+    visible = torch.zeros(length, length, dtype=torch.bool)
+    for q, places in shared_prompt.segments(batch):
+        seen = torch.cat([torch.arange(place.start, place.stop) for place in places])
+        visible[torch.arange(q.start, q.stop)[:, None], seen] = shared_prompt._mask(q.stop - q.start, len(seen), window)
+    scores = query @ key.repeat_interleave(2, 1).mT * 0.7
+    weights = scores[:, :, :count].masked_fill(~visible[:count], -torch.inf).softmax(-1)
+    expected = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    found = shared_prompt.shared_prompt_attention(
+        nn.Identity(), query, key, value, batch, scaling=0.7, sliding_window=window
+    )
+    assert_close(found[:, :count], expected)
+    assert found.shape[1] == length and not found[:, count:].any()
+    direction = torch.randn(found.shape, dtype=found.dtype)
+    for a, b in zip(
+        torch.autograd.grad((found * direction).sum(), [query, key, value]),
+        torch.autograd.grad((expected * direction[:, :count]).sum(), [query, key, value]),
+        strict=True,
+    ):
+        assert_close(a, b)
+
+
+def test_batches_of_about_the_same_lengths_ask_for_the_same_products() -> None:
+    """A CPU's library keeps a kernel for every shape it has met, for ever."""
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+                seen.add((str(function), *(tuple(operand.shape) for operand in args)))
+            return function(*args, **(kwargs or {}))
+
+    aten = torch.ops.aten
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "max_position_embeddings": 512}))
+    sets = []
+    for prompt, first, second in ([300, 70, 90], [310, 69, 80], [300, 70, 150]):
+        seen: set[Any] = set()
+        batch = pack([([1] * prompt, [[3] * first, [4] * second])])
+        response_log_probs(model, batch)  # the choice of a way has shapes of its own
+        with Shapes():
+            response_log_probs(model, batch).sum().backward()
+        sets.append(seen)
+    assert sets[0] == sets[1] != sets[2] and len(sets[0]) > 20
+
+
 @torch.no_grad()
 def test_response_without_tokens_gives_exactly_zero(model: PreTrainedModel) -> None:
     values = response_log_probs(model, pack([*GROUPS, ([3, 4], [[], [5]])]))
@@ -305,7 +362,8 @@ def test_a_copy_of_a_model_is_as_good_as_the_model() -> None:
     assert torch.equal(response_log_probs(copy.deepcopy(model), pack(GROUPS)), expected)
 
 
-def test_only_the_places_that_predict_a_response_token_reach_the_head() -> None:
+def test_only_the_places_that_predict_a_response_token_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_memory, "LENGTH_STEP", 1)
     asked = []
     model = tiny_model(32).eval()
     model.lm_head = Recorded(model.lm_head, asked)

@@ -6,6 +6,7 @@ windows, positions and head stay the model's own, and no architecture is known h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
-from spin_lightning.allocator import keep_freed_memory
+from spin_lightning.cpu_memory import keep_freed_memory, round_up
 from spin_lightning.generation.packed_linear import decoding_with, packed_forwards
 
 #: Free columns of a new buffer: so many steps until rows move to the next.
@@ -43,6 +44,7 @@ class SlotCache(Cache):
         is_blockwise = self.device.type == "cpu" and self.config._attn_implementation.split("+")[0] == "sdpa"
         self.block_rows = BLOCK_ROWS if is_blockwise else None
         self.forwards = packed_forwards(model, slots)
+        self.most_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         if self.device.type == "cpu":
             keep_freed_memory()
         self.buffers: list[list[Tensor]] = []  # keys and values of each layer
@@ -108,6 +110,7 @@ class SlotCache(Cache):
             waiting = waiting[len(group) :]
             # right padding, and so no mask: causal attention does not see what comes after
             padded = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in group], device=self.device)
+            padded = round_up(padded, dim=1)[:, : max(longest, self.most_positions)]
             cache, no_logits = DynamicCache(), torch.arange(0, device=self.device)
             self.model(input_ids=padded, past_key_values=cache, use_cache=True, logits_to_keep=no_logits)
             for layer_idx, layer in enumerate(cache.layers):

@@ -1,0 +1,46 @@
+"""Memory of a long run on a CPU: shapes that recur, and freed blocks that are kept for the next step."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Lengths that decide the shape of a matrix product on a CPU are multiples of this.
+LENGTH_STEP = 64
+
+_LARGEST_FROM_HEAP = 8 * 2**20
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def rounded(length: int) -> int:
+    """The next multiple of ``LENGTH_STEP``, which is at least one."""
+    return max(1, -(-length // LENGTH_STEP)) * LENGTH_STEP
+
+
+def round_up(tensor: Tensor, dim: int = 0) -> Tensor:
+    """Zeros behind a tensor on a CPU, up to a length that recurs.
+
+    oneDNN, which multiplies torch's bfloat16 matrices on a CPU, compiles a kernel of a few hundred KB for each new shape
+    and never lets go of it, so that passes of ever different lengths would take tens of MB more every step.
+    """
+    missing = rounded(tensor.shape[dim]) - tensor.shape[dim] if tensor.device.type == "cpu" else 0
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim % tensor.ndim) + (0, missing)) if missing else tensor
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse the blocks of a few MB that training and generation allocate and free thousands of times.
+
+    By default each may go back to the system and come from it anew, its pages cleared: a tenth of a small model's time.
+    Larger blocks always do, such as the cache of keys and values: they are few, and would leave holes that nothing fits.
+    Does nothing where the C library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 * 2**20)
