@@ -134,12 +134,32 @@ def step_table(section: Results, most_peers: int = 3) -> str:
     return made + _workload(section["workload"]) + _failures(section)
 
 
+def long_run_table(section: Results, warm_up: int = 2) -> str:
+    """Peak memory up to some steps; the cost of a step after a warm-up, and of all of them."""
+    base, *_ = records = [record for record in section["contenders"] if record["samples"]]
+    last = max(len(record["samples"]) for record in records)
+    steps = sorted({min(step, last) for step in (1, 3, 6, 12, 18, 24)})
+    first = min(warm_up, last - 1)
+    rows = []
+    for record in records:
+        peaks = [f"{max(values(record, 'peak_mib')[:step]) / 1024:.1f}" for step in steps]
+        faster = spread(ratios(base, record)[first:], ".2f")
+        total = sum(values(record))
+        all_faster = f"{sum(values(base)) / total:.2f}"
+        rows.append(
+            [record["name"], *peaks, spread(values(record)[first:], ".1f"), faster, f"{total:,.0f}", all_faster]
+        )
+    head = ["contender", *(f"peak GiB, {step} step{'s' * (step > 1)}" for step in steps)]
+    head += [f"CPU seconds a step, after {first}", "times faster", "all steps, start included, CPU s", "times faster"]
+    return table(head, rows) + _workload(section["workload"]) + _failures(section)
+
+
 def _workload(facts: dict[str, Any]) -> str:
     sides = (
         f"{side} {facts[side]['median']}/{facts[side]['p90']}/{facts[side]['most']}"
         for side in ("prompt", "real", "generated")
     )
-    return f"\n\nWorkload: {facts['pairs']} pairs, warm-up included; tokens (median/90 %/most): {', '.join(sides)}."
+    return f"\n\nWorkload: {facts['pairs']} pairs, those of a warm-up included; tokens (median/90 %/most): {', '.join(sides)}."
 
 
 def generation_table(section: Results) -> str:
@@ -228,6 +248,7 @@ def machine(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "step": step_table,
     "without_amx": step_table,
+    "long_run": long_run_table,
     "authors": step_table,
     "trl_settings": lambda section: step_table(section, most_peers=1),
     "generation": generation_table,

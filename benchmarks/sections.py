@@ -82,6 +82,18 @@ def without_amx(plan: Plan) -> dict[str, Any]:
     return {"contenders": records, "workload": describe(folder), "least_flops": lengths}
 
 
+def long_run(plan: Plan) -> dict[str, Any]:
+    """Whether memory grows: as many steps as it takes to see, from the first one on."""
+    steps = 1 if plan.is_quick else 24
+    model, folder, lengths = _step_workload("long_run", plan, steps, warm_up=0)
+    contenders = [
+        _trl("TRL, its best settings", model, folder, **_best_at(1)),
+        _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
+    ]
+    records = plan.play(contenders, steps, warm_up=0)
+    return {"contenders": records, "workload": describe(folder), "least_flops": lengths}
+
+
 def authors(plan: Plan) -> dict[str, Any]:
     """A training step against that of the authors' released code, re-created."""
     model, folder, lengths = _step_workload("authors", plan, plan.rounds)
@@ -242,6 +254,7 @@ SECTIONS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     for section in (
         step,
         without_amx,
+        long_run,
         authors,
         generation,
         iteration,
@@ -310,14 +323,14 @@ def _template_tokens(encoder: Any) -> int:
     return len(encoder.prompt_ids(turns))
 
 
-def _step_workload(name: str, plan: Plan, rounds: int) -> tuple[str, Path, list[float]]:
+def _step_workload(name: str, plan: Plan, rounds: int, warm_up: int = WARM_UP) -> tuple[str, Path, list[float]]:
     """Batches to warm up with, then one a round; with the least work of each round."""
     model, encoder = _smollm2()
     rounds = 1 if plan.is_quick else rounds
     usual = Lengths(64, 32, longest=128) if plan.is_quick else Lengths()
-    folder = _write(name, encoder, [usual] * BATCH * (WARM_UP + rounds), BATCH)
+    folder = _write(name, encoder, [usual] * BATCH * (warm_up + rounds), BATCH)
     pairs = read_pairs(str(folder))
-    starts = range(WARM_UP * BATCH, len(pairs), BATCH)
+    starts = range(warm_up * BATCH, len(pairs), BATCH)
     return model, folder, [least_flops(pairs[start : start + BATCH], Shape()) for start in starts]
 
 
