@@ -2,7 +2,7 @@
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
 # make test    install, then run the tests
 # make check   format, lint, types, tests
-# make bench   install TRL beside it, then measure speed and memory against it (an hour or more on two CPU cores)
+# make bench   install TRL beside it, then measure speed and memory against it (two to three hours on two CPU cores)
 # make bench-vllm   the same for vLLM on CPU: generation only (a large install, about 10 minutes)
 
 PYTHON ?= python3

@@ -58,9 +58,9 @@ def ratios(base: Record, record: Record) -> list[float]:
     return [one / other for one, other in zip(values(base), values(record), strict=False)]
 
 
-def peak(record: Record) -> float:
-    """Peak memory in GiB over all rounds."""
-    return max(values(record, "peak_mib")) / 1024
+def peak(record: Record, rounds: int | None = None) -> float:
+    """Peak memory in GiB over the first so many rounds; None: over all."""
+    return max(values(record, "peak_mib")[:rounds]) / 1024
 
 
 def of(section: Results, word: str) -> list[Record]:
@@ -142,7 +142,7 @@ def long_run_table(section: Results, warm_up: int = 2) -> str:
     first = min(warm_up, last - 1)
     rows = []
     for record in records:
-        peaks = [f"{max(values(record, 'peak_mib')[:step]) / 1024:.1f}" for step in steps]
+        peaks = [f"{peak(record, step):.1f}" for step in steps]
         faster = spread(ratios(base, record)[first:], ".2f")
         total = sum(values(record))
         all_faster = f"{sum(values(base)) / total:.2f}"

@@ -16,8 +16,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def rounded(length: int) -> int:
-    """The next multiple of ``LENGTH_STEP``, which is at least one."""
-    return max(1, -(-length // LENGTH_STEP)) * LENGTH_STEP
+    """The next multiple of ``LENGTH_STEP``."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def round_up(tensor: Tensor, dim: int = 0) -> Tensor:
@@ -27,7 +27,7 @@ def round_up(tensor: Tensor, dim: int = 0) -> Tensor:
     and never lets go of it, so that passes of ever different lengths would take tens of MB more every step.
     """
     missing = rounded(tensor.shape[dim]) - tensor.shape[dim] if tensor.device.type == "cpu" else 0
-    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim % tensor.ndim) + (0, missing)) if missing else tensor
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing)) if missing else tensor
 
 
 def keep_freed_memory() -> None:
