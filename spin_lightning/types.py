@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from signal import Signals
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
 from torch import Tensor
 
@@ -44,19 +44,41 @@ class Interrupted(Exception):
         self.exit_code = 130 if name == "SIGINT" else 143
 
 
-class Message(TypedDict):
-    """One turn of a conversation. ``role`` is system, user, assistant or tool."""
+class Message(TypedDict, total=False):
+    """One turn of a conversation, as chat templates read it. ``role`` is system, developer, user, assistant or tool.
 
-    role: str
-    content: str
+    Beside role and text it has only what the data gives: ``reasoning_content`` and ``tool_calls`` of an assistant;
+    ``name`` and ``tool_call_id`` of a tool's answer.
+    """
+
+    role: Required[str]
+    content: Required[str]
+    reasoning_content: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the user's SFT data: what was asked, and the real answer to it."""
+    """One row of the user's SFT data: what was asked, and the real answer to it.
+
+    Attributes:
+        prompt: The turns before the real answer.
+        real: The text of the real answer. May be empty where ``real_extras`` has tool calls.
+        real_extras: What else the turn of the real answer has: ``reasoning_content``, ``tool_calls``.
+        tools: Definitions of the tools that may be called (JSON schema, as chat templates take them).
+    """
 
     prompt: tuple[Message, ...]
     real: str
+    real_extras: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def real_turn(self) -> Message:
+        """The real answer as a turn of the conversation."""
+        return {"role": "assistant", "content": self.real, **self.real_extras}  # type: ignore[typeddict-item]
 
 
 @dataclass(frozen=True)
