@@ -149,7 +149,7 @@ def write_workload(name: str, folder: Path, exchanges: Sequence[Exchange], encod
     steps, for everybody else. The package shuffles its rows; they are written so that the shuffle gives that order too.
     """
     from spin_lightning.data import ResumableSampler
-    from spin_lightning.formats import load_rows
+    from spin_lightning.rows import load_rows
 
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 from spin_lightning.batches import collate_pairs, collate_prompts
 from spin_lightning.encoding import Encoder
 from spin_lightning.files import sha256_of, write_json
-from spin_lightning.formats import LoadedRows, Tally, load_rows, prompt_key
+from spin_lightning.formats import Tally, prompt_key
 from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
 from spin_lightning.models import load_tokenizer
+from spin_lightning.rows import LoadedRows, load_rows
 from spin_lightning.types import Prompt, Row, UserError
 
 T = TypeVar("T")
@@ -56,19 +57,21 @@ class SyntheticDataModule(L.LightningDataModule):
     """Prompts and real responses of an SFT data set, and the pairs the opponent makes of them.
 
     Args:
-        train_data: A file (JSON, JSONL, CSV, Parquet), a folder saved by ``datasets``, or a hub name.
+        train_data: A file (JSON, JSONL, CSV, TSV, Parquet; also .gz or .zst), a folder, or a hub name. Several: a map from each to
+            its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random half, 2 each row twice.
         val_data: The same, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
         val_fraction: Share of the rows held out where ``val_data`` is not given. 0 trains without a held-out NLL.
         format: ``auto`` detects it and says so; else messages, prompt_completion, alpaca, sharegpt, real_generated or
             chosen_rejected.
-        columns: Map from the format's column names to those of the data, such as ``{prompt: question}``.
+        columns: Map from the format's column names to those of the data, such as ``{prompt: question}``. ``{system: ""}`` leaves a
+            column unread.
         split: Which split of a hub data set or a saved folder.
         data_revision: Commit or tag of a hub data set.
-        max_rows: Read no more than this many rows. None reads all.
+        max_rows: Read no more than this many rows, of each source. None reads all.
         on_bad_row: ``error`` refuses data with bad rows, and shows the first five; ``drop`` leaves them out, counted by kind in
             ``data_report.json`` and on screen. Bad are rows without a real answer or a question, with a missing or wrong type, an
-            unknown role, a NUL character, half a surrogate pair, or more than a million characters; in JSONL also lines that are
-            not JSON or not UTF-8.
+            unknown role, an answer that is marked as not to be trained on or as undesirable, a NUL character, half a surrogate
+            pair, or more than a million characters; in JSONL also lines that are not JSON or not UTF-8.
         prompt_template: None uses the tokenizer's chat template. Else ``alpaca``, ``spin``, ``chatml``, a text with ``{prompt}``,
             a Jinja template, or a file with one.
         max_prompt_tokens: Rows with longer prompts are left out, and counted.
@@ -81,7 +84,7 @@ class SyntheticDataModule(L.LightningDataModule):
         keep_prompts_together: Put all pairs of a prompt next to each other, so that a batch computes the prompt and its real response
             once. Pays with ``answers_per_prompt`` above 1; costs variety, as a batch then holds fewer prompts: raise ``batch_size`` with it.
         num_workers: Processes that collate batches.
-        seed: Of the answers, of the order of the batches and of the held-out rows. The game has no other randomness, so
+        seed: Of the answers, of the order of the batches, of the held-out rows and of the rows that a weight draws. The game has no other randomness, so
             ``seed_everything`` does not change it.
         tokenizer_name_or_path: None takes the model's.
 
@@ -94,8 +97,8 @@ class SyntheticDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train_data: str,
-        val_data: str | None = None,
+        train_data: str | dict[str, float],
+        val_data: str | dict[str, float] | None = None,
         val_fraction: float = 0.05,
         format: str = "auto",
         columns: dict[str, str] | None = None,
@@ -178,25 +181,27 @@ class SyntheticDataModule(L.LightningDataModule):
             revision=self.data_revision,
             max_rows=self.max_rows,
             on_bad_row=self.on_bad_row,
+            seed=self.seed,
         )
         train = read(self.train_data)
         self.report = {"train_data": _describe("data", self.train_data, train), "val_data": None}
-        rows = list(zip(train.places, train.rows, strict=True))
+        rows = list(zip(train.places, train.rows, train.times, strict=True))
         if self.val_data is not None:
             val = read(self.val_data)
             self.report["val_data"] = _describe("held-out data", self.val_data, val)
-            val_rows = list(zip(val.places, val.rows, strict=True))
-        else:
+            val_rows = list(zip(val.places, val.rows, val.times, strict=True))
+        else:  # before rows are repeated: all copies of a row are on one side
             rows, val_rows = self._hold_out(rows)
+            val_rows = [(where, row, 1) for where, row, _ in val_rows]
         tokenizer = self._load_tokenizer() if self.tokenizer is None else self.tokenizer
         self.encoder = Encoder(tokenizer, self.prompt_template)
-        self.prompts = self._encode(rows, "train")
+        self.prompts = self._encode(_repeated(rows), "train")
         if not self.prompts:
             raise UserError(
-                f"all {len(rows)} prompts of {self.train_data} are longer than max_prompt_tokens={self.max_prompt_tokens}, "
+                f"all {self.report['train']['rows']} prompts of {self.train_data} are longer than max_prompt_tokens={self.max_prompt_tokens}, "
                 "so nothing is left to train on. Raise data.max_prompt_tokens."
             )
-        self.val_prompts = self._encode(val_rows, "held_out")
+        self.val_prompts = self._encode(_repeated(val_rows), "held_out")
         self.report["prompts_sha256"] = self.prompts_hash
         self.refuse_longer_than(self.encoder.tokenizer.model_max_length)
 
@@ -319,9 +324,19 @@ class SyntheticDataModule(L.LightningDataModule):
         )
 
 
-def _describe(what: str, source: str, loaded: LoadedRows) -> dict[str, Any]:
+def _repeated(rows: list[tuple[str, Row, int]]) -> list[tuple[str, Row]]:
+    """Each row as often as its source's weight says."""
+    return [(where, row) for where, row, times in rows for _ in range(times)]
+
+
+def _describe(what: str, source: str | dict[str, float], loaded: LoadedRows) -> dict[str, Any]:
     """Say what was read and what is strange about it; the same as part of the report."""
-    print(f"{what}: {loaded.description}")
+    for line in loaded.description.splitlines():
+        print(f"{what}: {line}")
+    for note in loaded.notes:
+        print(f"note: {note}")
+    for key, tally in loaded.unused_keys.items():
+        print(f"note: {key!r} inside turns has no effect: in {tally.count} rows, the first {tally.first[0]}")
     for kind, tally in loaded.dropped.items():
         print(f"note: bad rows that were dropped, {kind}: {tally.count}, the first {tally.first[0]}")
     _print_noted(loaded.noted)
@@ -330,9 +345,15 @@ def _describe(what: str, source: str, loaded: LoadedRows) -> dict[str, Any]:
         "format": loaded.format,
         "description": loaded.description,
         "rows_read": loaded.num_read,
-        "rows_kept": len(loaded.rows),
-        "rows_dropped": loaded.num_read - len(loaded.rows),
+        "rows_kept": sum(loaded.times),
+        "rows_dropped": sum(tally.count for tally in loaded.dropped.values()),
         "dropped": _as_dicts(loaded.dropped),
+        "notes": loaded.notes,
+        "unused_turn_keys": [{"key": key, **asdict(tally)} for key, tally in loaded.unused_keys.items()],
+        "sources": [
+            {"source": name, "weight": weight, "rows_read": part.num_read, "format": part.format}
+            for name, weight, part in loaded.parts
+        ],
         **_as_dicts(loaded.noted),
     }
 

@@ -1,37 +1,56 @@
-"""From the user's file, folder or hub data set to rows: what was asked, and the real answer.
+"""A record to a row: every column layout that can be read, and all checks of what was asked and answered.
 
-Owns every file kind and column layout that can be read, and all checks of a row. No tokenizer and no model: lengths
-are judged later. Texts are kept to the letter, nothing is stripped; of a turn only its role and its text are read.
+No files, no tokenizer and no model: lengths are judged later. Texts are kept to the letter, nothing is stripped. Of a turn
+its role and its text are read, an assistant's reasoning and tool calls, and what says whose tool answers. A key without a
+value (None) is absent, because data sets fill the keys that a turn does not have.
 
-Nothing is guessed. Columns that fit two formats are an error, and so is a folder without files named after the split,
-because a wrong guess would train on a test set. Nothing is silent: whatever is dropped or strange is counted, with the
-first places. Rows and lines are counted from 1, as in an editor.
+Nothing is guessed: columns that fit two layouts are an error. A name of ours goes before its aliases, and a layout that uses
+more of the columns before one that uses some of them.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import glob
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
+from itertools import islice, product, takewhile
+from typing import Any, NamedTuple
 
 from spin_lightning.types import Message, Row, UserError
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-SHAREGPT_ROLES = {**ROLES, "human": "user", "gpt": "assistant", "observation": "tool"}
+#: Who speaks, in any spelling and case, as the role that chat templates know.
+ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai", "claude"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
+}
+_PLAIN_ROLES = ("user", "assistant", "system", "developer", "tool")
+#: The text of their turns is a tool call, or a list of them, as JSON.
+CALLING_ROLES = {"function_call", "tool_call", "tool_calls"}
+TURN_KEYS = (("role", "content"), ("from", "value"))
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+#: False or 0 under one of them: the assistant turn is not to be trained on.
+TRAINED_KEYS = ("weight", "train", "training", "loss")
+TEXT_PARTS = ("text", "input_text", "output_text")
+#: Columns that every layout may have beside its own, with their aliases.
+COMMON_COLUMNS = {
+    "system": ("system_prompt", "system_message"),
+    "history": (),
+    "tools": ("functions",),
+    "label": ("kto_tag",),
+}
+#: Columns that often decide a prompt or an answer: where they are not read, that is worth a line of its own.
+COLUMNS_THAT_MATTER = {"input", "context", "documents", "instruction", *REASONING_KEYS}
 #: A longer row is a bad row: some tokenizers take minutes for it, and no context holds it.
 MAX_ROW_CHARACTERS = 1_000_000
 NUM_EXAMPLES = 5
 
 
-class _BadRow(Exception):
+class BadRow(Exception):
     """Why one row cannot be used: ``kind`` in two words, for counting, and the whole reason.
 
     ``load_rows`` collects them, so that one message shows them all.
@@ -62,26 +81,12 @@ class Tally:
             self.first.append(where)
 
 
-@dataclass(frozen=True)
-class LoadedRows:
-    """The rows of one source, the format they were read as, and one sentence that tells a user what was read.
+class Turn(NamedTuple):
+    """A turn as it was read: whether its answer may be trained on, and its keys that have no effect."""
 
-    Attributes:
-        places: Where each row is from, as ``train.jsonl, line 4``.
-        num_read: Rows in the source, with those that were dropped.
-        dropped: The bad rows by kind. Empty unless they are to be dropped.
-        noted: What is strange about the rows that were kept: ``exact_duplicates`` repeat an earlier row,
-            ``repeated_prompts`` give another answer to an earlier prompt, ``dropped_turns`` go on after the last
-            assistant turn; and files with ``byte_order_marks``.
-    """
-
-    rows: list[Row]
-    format: str
-    description: str
-    places: list[str]
-    num_read: int
-    dropped: dict[str, Tally]
-    noted: dict[str, Tally]
+    message: Message
+    is_trained: bool = True
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,19 +94,33 @@ class Format:
     """One column layout. ``read`` turns a record into the conversation up to and including the real answer.
 
     ``ignored`` columns belong to the format but are never read: the opponent writes the losing answer afresh.
+    ``aliases`` are other names of its columns, which are looked for where our name is not among the data's.
     """
 
     required: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], list[Message]]
+    read: Callable[[Mapping[str, Any]], list[Turn]]
     expected: str
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> set[str]:
+        return {*self.required, *self.optional, *self.ignored, *COMMON_COLUMNS}
 
 
-# --- One record to one conversation ---------------------------------------------------------------------------------
+class Reading(NamedTuple):
+    """The format that fits a source, and which of the user's columns each of ours is."""
+
+    format: str
+    origin: dict[str, str]
 
 
-def _shown(value: Any) -> str:
+# --- Values ---------------------------------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: its type and its beginning."""
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
@@ -111,301 +130,7 @@ def _listed(values: Iterable[Any]) -> str:
     return repr(first[:8]) if len(first) < 9 else f"{first[:8]} and more"
 
 
-def _wrong_type(value: Any, expected: str) -> _BadRow:
-    return _BadRow("missing" if value is None else "wrong type", f"{expected}, got {_shown(value)}")
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(value, f"{what} must be text")
-    if "\0" in value:  # ends the text in some tokenizers, and is never meant
-        raise _BadRow("NUL character", f"{what} holds a NUL character at character {value.index(chr(0))}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character, and tokenizers crash on it
-        reason = f"{what} holds half of a surrogate pair at character {error.start}"
-        raise _BadRow("half a surrogate pair", reason) from None
-    return value
-
-
-def _turns(
-    value: Any, column: str, keys: tuple[str, str] = ("role", "content"), roles: Mapping[str, str] = ROLES
-) -> list[Message]:
-    role_key, text_key = keys
-    if not isinstance(value, list):
-        raise _wrong_type(value, f"column {column!r} must be a list of turns")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        where = f"turn {number} of {column!r}"
-        if not isinstance(turn, dict) or not {role_key, text_key} <= turn.keys():
-            got = f"the keys {_listed(turn)}" if isinstance(turn, dict) else _shown(turn)
-            raise _BadRow("malformed turn", f"{where} must have {role_key!r} and {text_key!r}, got {got}")
-        role = turn[role_key]
-        if not isinstance(role, str) or role not in roles:
-            raise _BadRow("wrong role", f"{where} has {role_key} {repr(role)[:40]}, expected one of {', '.join(roles)}")
-        if turn.get("tool_calls"):
-            reason = f"{where} has tool_calls, which are not read: write the call into {text_key!r}"
-            raise _BadRow("tool calls", reason)
-        turns.append(Message(role=roles[role], content=_text(turn[text_key], where)))
-    return turns
-
-
-def _read_alpaca(record: Mapping[str, Any]) -> list[Message]:
-    question = [_text(record["instruction"], "column 'instruction'"), _text(record["input"] or "", "column 'input'")]
-    asked = Message(role="user", content="\n".join(part for part in question if part.strip()))
-    answer = Message(role="assistant", content=_text(record["output"], "column 'output'"))
-    return [*_system(record), asked, answer]
-
-
-def _read_sharegpt(record: Mapping[str, Any]) -> list[Message]:
-    return _system(record) + _turns(record["conversations"], "conversations", ("from", "value"), SHAREGPT_ROLES)
-
-
-def _system(record: Mapping[str, Any]) -> list[Message]:
-    text = _text(record["system"] or "", "column 'system'")
-    return [Message(role="system", content=text)] if text.strip() else []
-
-
-def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Message]]:
-    """A reader for an answer column (text or turns) with a ``prompt`` column (text, turns or absent)."""
-
-    def read(record: Mapping[str, Any]) -> list[Message]:
-        prompt, answer = record["prompt"], record[column]
-        if prompt is None or isinstance(prompt, list):
-            asked = _turns(prompt or [], "prompt")
-        else:
-            asked = [Message(role="user", content=_text(prompt, "column 'prompt'"))]
-        if not isinstance(answer, list):
-            if prompt is None:
-                reason = f"column 'prompt' is empty, which is allowed only if {column!r} is a whole conversation"
-                raise _BadRow("missing", reason)
-            return [*asked, Message(role="assistant", content=_text(answer, f"column {column!r}"))]
-        turns = _turns(answer, column)
-        if turns and turns[0]["role"] == "assistant":
-            return asked + turns
-        if isinstance(prompt, list) and turns[: len(asked)] != asked:
-            reason = f"{column!r} is a whole conversation, but it does not begin with the turns of 'prompt'"
-            raise _BadRow("another prompt", reason)
-        return turns  # the whole conversation is in the answer column, a text prompt only repeats its question
-
-    return read
-
-
-_TEXT_OR_TURNS = "as text or as a list of {role, content} turns"
-#: Every readable layout. The order is that of the messages, not of preference: two that fit are an error.
-FORMATS: dict[str, Format] = {
-    "messages": Format(
-        ("messages",),
-        lambda record: _turns(record["messages"], "messages"),
-        "a list of {role, content} turns with an assistant turn after a user turn",
-    ),
-    "prompt_completion": Format(
-        ("prompt", "completion"), _read_answer("completion"), f"prompt and completion, each {_TEXT_OR_TURNS}"
-    ),
-    "alpaca": Format(
-        ("instruction", "output"),
-        _read_alpaca,
-        "instruction, input and output as text; input follows the instruction on a new line",
-        optional=("input", "system"),
-    ),
-    "sharegpt": Format(
-        ("conversations",),
-        _read_sharegpt,
-        "a list of {from, value} turns; for {role, content} turns set data.columns: {messages: conversations}",
-        optional=("system",),
-    ),
-    "real_generated": Format(
-        ("real",), _read_answer("real"), f"the real answer {_TEXT_OR_TURNS}", ("prompt",), ("generated",)
-    ),
-    "chosen_rejected": Format(
-        ("chosen",), _read_answer("chosen"), f"the chosen answer {_TEXT_OR_TURNS}", ("prompt",), ("rejected",)
-    ),
-}
-#: Stands in when no record has columns at all, so that the records themselves are reported.
-_NO_COLUMNS = Format((), lambda record: [], "one object with columns per row")
-
-
-def _split_last_answer(turns: list[Message]) -> tuple[Row, int]:
-    """The row whose real answer is the last assistant turn, and how many turns after it were dropped."""
-    size = sum(len(turn["content"]) for turn in turns)
-    if size > MAX_ROW_CHARACTERS:
-        raise _BadRow("too long", f"has {size:,} characters, but a row may have {MAX_ROW_CHARACTERS:,}")
-    answers = [position for position, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not answers:
-        raise _BadRow("no answer", f"there is no assistant turn, got roles {_listed(turn['role'] for turn in turns)}")
-    prompt, real = turns[: answers[-1]], turns[answers[-1]]["content"]
-    if not real.strip():
-        raise _BadRow("blank answer", "the real answer is blank, there is nothing to learn")
-    if not any(turn["role"] == "user" and turn["content"].strip() for turn in prompt):
-        raise _BadRow("blank prompt", "the prompt is blank: no user turn with text comes before the real answer")
-    return Row(prompt=tuple(prompt), real=real), len(turns) - answers[-1] - 1
-
-
-# --- One source to records: (where, columns). A line that cannot be parsed is yielded as a _BadRow -------------------
-
-
-def _decode(data: bytes, offset: int = 0) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte, position = data[error.start], offset + error.start
-        reason = f"must be UTF-8 text, got byte 0x{byte:02x} at byte offset {position}"
-        raise _BadRow("not UTF-8", reason) from None
-    return text if offset else text.removeprefix("\ufeff")
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    data = path.read_bytes()
-    if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        yield from _read_jsonl(path)
-        return
-    expected = "Expected a list of objects, or one object per line. Mend that line."
-    try:
-        records = json.loads(_decode(data))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno} column {error.colno}: not JSON ({error.msg}). {expected}"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets without end
-        raise UserError(f"{path}: not JSON that can be read ({error}). {expected}") from None
-    yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            record: Any
-            try:
-                text = _decode(line, offset)
-                record = json.loads(text) if text.strip() else None
-            except _BadRow as reason:
-                text, record = "?", reason
-            except json.JSONDecodeError as error:
-                record = _BadRow("not JSON", f"not JSON: {error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-                record = _BadRow("not JSON", f"not JSON that can be read: {error}")
-            offset += len(line)
-            if text.strip():
-                yield f"{path}, line {number}", record
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses answers above 128 KiB
-    # strict: a quote that is never closed is an error, instead of swallowing the rest of the file
-    reader = csv.DictReader(io.StringIO(_decode(path.read_bytes()), newline=""), restkey="", strict=True)
-    try:
-        for number, record in enumerate(reader, 1):
-            reason = f"has more cells than the {len(reader.fieldnames or [])} columns of the header"
-            is_too_long = isinstance(record.get(""), list)
-            yield f"{path}, row {number}", _BadRow("too many cells", reason) if is_too_long else record
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, the record after line {reader.line_num}: not CSV ({error}). Expected commas between "
-            "cells, and quotes that are closed and doubled inside a cell. Mend that record."
-        ) from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", record
-    except (ValueError, OSError) as error:  # not parquet, a page that does not unpack, text that is not UTF-8
-        raise UserError(f"{path} must be a parquet file of UTF-8 text: {error}. Is the download whole?") from None
-
-
-_FILE_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-def _read_files(paths: Iterable[Path], marked: Tally) -> Iterator[tuple[str, Any]]:
-    for path in paths:
-        if path.suffix.lower() not in _FILE_READERS:
-            raise UserError(f"{path} must end in one of {', '.join(_FILE_READERS)}. Convert it, or name its files.")
-        with path.open("rb") as file:
-            if file.read(3) == codecs.BOM_UTF8:
-                marked.add(str(path))
-        try:
-            yield from _FILE_READERS[path.suffix.lower()](path)
-        except _BadRow as reason:  # only JSONL can go on behind a byte that is not UTF-8
-            raise UserError(f"{path} {reason}. Save it as UTF-8.") from None
-
-
-def _read_dataset(dataset: Any, source: str) -> Iterator[tuple[str, Any]]:
-    number = 0
-    for batch in dataset.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield f"{source}, row {number}", dict(zip(batch, values, strict=True))
-
-
-def _read_hub(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    name, _, config = source.partition(":")
-    try:
-        dataset = datasets.load_dataset(name, config or None, split=split, revision=revision)
-    except Exception as error:  # the library raises a dozen types; each is the user's to mend
-        raise UserError(
-            f"no local file or folder is called {source!r}, and the hub data set could not be read: tried "
-            f"load_dataset({name!r}, {config or None!r}, split={split!r}, revision={revision!r}), "
-            f"got {type(error).__name__}: {error}\n"
-            "Check the network, the name (name:config picks a configuration) and data.split, or give a local file "
-            f"or folder ({', '.join(_FILE_READERS)}, or Dataset.save_to_disk)."
-        ) from error
-    return _read_dataset(dataset, source)
-
-
-def _read_folder(folder: Path, split: str, marked: Tally) -> tuple[Iterator[tuple[str, Any]], bool]:
-    """The records of a folder, and whether the split was used to choose them."""
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        import datasets
-
-        dataset = datasets.load_from_disk(str(folder))
-        if isinstance(dataset, datasets.Dataset):
-            return _read_dataset(dataset, str(folder)), False
-        if split not in dataset:
-            raise UserError(f"{folder} has no split {split!r}, it has {sorted(dataset)}. Set data.split to one.")
-        return _read_dataset(dataset[split], str(folder)), True
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _FILE_READERS)
-    chosen = [path for path in files if path.name.replace(".", "-").startswith(f"{split}-")]
-    if not chosen:
-        raise UserError(
-            f"folder {folder} must hold files of split {split!r}, as {split}.jsonl or {split}-00000-of-00002.parquet, "
-            f"got {[path.name for path in files]}. Set data.split, or name the files: '{folder / '*.jsonl'}'."
-        )
-    return _read_files(chosen, marked), True
-
-
-def _open_source(
-    source: str, split: str, revision: str | None, marked: Tally
-) -> tuple[Iterator[tuple[str, Any]], list[str]]:
-    """The records of a source, and a note for each setting that has no meaning there. Counts byte order marks."""
-    path = Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or path.suffix.lower() in _FILE_READERS or glob.has_magic(source)
-    if not path.exists() and not looks_local:
-        return _read_hub(source, split, revision), []
-    notes = [] if revision is None else [f"revision {revision!r} is ignored, it is for the hub"]
-    if path.is_dir():
-        records, is_split_used = _read_folder(path, split, marked)
-    else:
-        files = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        if not files:
-            hint = f"there is no folder {path.parent}"
-            if path.parent.is_dir():
-                hint = f"{path.parent} has {_near(path.name, (p.name for p in path.parent.iterdir())) or 'no files'}"
-            raise UserError(f"{path} does not exist: {hint}. Correct the path.")
-        records, is_split_used = _read_files(files, marked), False
-    if not is_split_used and split != "train":
-        notes.append(f"split {split!r} is ignored, there are no splits here")
-    return records, notes
-
-
-def _near(name: str, choices: Iterable[str]) -> str:
+def near(name: str, choices: Iterable[str]) -> str:
     """The choices as a list to print, with those that look like the name."""
     choices = sorted(choices)
     close = get_close_matches(name, choices, n=3, cutoff=0.6)
@@ -413,157 +138,520 @@ def _near(name: str, choices: Iterable[str]) -> str:
     return f"{listed} (did you mean {' or '.join(map(repr, close))}?)" if close else listed
 
 
-# --- Columns, and the public function -------------------------------------------------------------------------------
+def _wrong_type(value: Any, expected: str) -> BadRow:
+    return BadRow("missing" if value is None else "wrong type", f"{expected}, got {shown(value)}")
 
 
-def _choose_format(name: str, columns: Mapping[str, str], found: list[str], source: str) -> str:
-    """The one format that fits the columns of the source and the column map."""
-    known = {key: {*f.required, *f.optional, *f.ignored} for key, f in FORMATS.items()}
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type(value, f"{what} must be text")
+    if "\0" in value:  # ends the text in some tokenizers, and is never meant
+        raise BadRow("NUL character", f"{what} holds a NUL character at character {value.index(chr(0))}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character, and tokenizers crash on it
+        reason = f"{what} holds half of a surrogate pair at character {error.start}"
+        raise BadRow("half a surrogate pair", reason) from None
+    return value
+
+
+def _content(value: Any, what: str) -> str:
+    """The text of a turn, which may be a list of text parts."""
+    if not isinstance(value, list):
+        return _text(value, what)
+    texts = []
+    for part in value:
+        if not isinstance(part, dict):
+            raise _wrong_type(value, f"{what} must be text")
+        kind = part.get("type") or "text"
+        if kind not in TEXT_PARTS or "text" not in part:
+            raise BadRow(
+                "not text", f"{what} has a part of type {str(kind)[:40]!r}, only parts of type 'text' are read"
+            )
+        texts.append(_text(part["text"], f"a part of {what}"))
+    return "".join(texts)
+
+
+def _parsed(value: Any) -> Any:
+    """A list or an object that is written as JSON text, as in a CSV cell; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _list(value: Any, expected: str) -> list[Any]:
+    value = _parsed(value)
+    if not isinstance(value, list):
+        raise _wrong_type(value, f"{expected}")
+    return value
+
+
+def _cleaned(value: Any, what: str) -> Any:
+    """A JSON value with checked texts, and without the keys that have no value."""
+    if isinstance(value, str):
+        return _text(value, what)
+    if isinstance(value, list):
+        return [_cleaned(item, what) for item in value]
+    if isinstance(value, dict):
+        return {_text(key, what): _cleaned(item, what) for key, item in value.items() if item is not None}
+    return value
+
+
+# --- Turns ----------------------------------------------------------------------------------------------------------
+
+
+def is_turn(value: Any) -> bool:
+    """Whether it looks like a turn of a conversation."""
+    return isinstance(value, dict) and any({*keys} <= value.keys() for keys in TURN_KEYS)
+
+
+def _turns(value: Any, column: str) -> list[Turn]:
+    turns = _list(value, f"column {column!r} must be a list of turns")
+    return [_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: Any, where: str) -> Turn:
+    if isinstance(turn, dict) and len(turn) == 2 and turn.get("role") in _PLAIN_ROLES and "content" in turn:  # most are
+        return Turn({"role": turn["role"], "content": _content(turn["content"], where)})
+    given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
+    role_key, text_key = next((keys for keys in TURN_KEYS if keys[0] in given), (None, None))
+    if role_key is None or text_key is None:
+        got = f"the keys {_listed(turn)}" if isinstance(turn, dict) else shown(turn)
+        raise BadRow("malformed turn", f"{where} must have 'role' and 'content', got {got}")
+    speaker = given[role_key]
+    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        expected = ", ".join(ROLES)
+        raise BadRow("wrong role", f"{where} has {role_key} {repr(speaker)[:40]}, expected one of {expected}")
+    content, extras = given.get(text_key), _extras(role, given, where)
+    if speaker.lower() in CALLING_ROLES and "tool_calls" not in extras:
+        content, extras["tool_calls"] = "", _calls(content, where)
+    if content is None and "tool_calls" in extras:
+        content = ""
+    elif content is None and text_key not in turn:
+        raise BadRow("malformed turn", f"{where} must have {text_key!r}, got the keys {_listed(turn)}")
+    message: Message = {"role": role, "content": _content(content, where), **extras}  # type: ignore[typeddict-item]
+    if len(given) == 2:
+        return Turn(message)
+    is_trained = role != "assistant" or _is_trained(given, where)
+    used = {role_key, text_key, *(("function_call", *REASONING_KEYS) if role == "assistant" else ()), *extras}
+    used |= {key for key in TRAINED_KEYS if role == "assistant" and given.get(key) in (False, 0)}
+    used |= {"weight"} if role == "assistant" and given.get("weight") == 1 else set()
+    return Turn(message, is_trained, tuple(k for k in given if k not in used and given[k] not in ("", [], {})))
+
+
+def _extras(role: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a turn has beside role and text, as chat templates take it."""
+    if role == "tool":
+        return {key: _text(given[key], f"{key} of {where}") for key in ("tool_call_id", "name") if given.get(key)}
+    if role != "assistant" or len(given) == 2:
+        return {}
+    extras: dict[str, Any] = {}
+    reasoning = {_text(given[key], f"{key} of {where}") for key in REASONING_KEYS if key in given} - {""}
+    if len(reasoning) > 1:
+        raise BadRow("malformed turn", f"{where} has two different texts under {', '.join(REASONING_KEYS)}")
+    if reasoning:
+        extras["reasoning_content"] = reasoning.pop()
+    calls = [given[key] for key in ("tool_calls", "function_call") if given.get(key)]
+    if len(calls) > 1:
+        raise BadRow("malformed call", f"{where} has both tool_calls and function_call")
+    if calls:
+        extras["tool_calls"] = _calls(calls[0], where)
+    return extras
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls in OpenAI's layout, with the arguments as an object, which is what chat templates expect."""
+    value = _parsed(value)
+    calls = []
+    for given in value if isinstance(value, list) else [value]:
+        call = _cleaned(given, f"a tool call of {where}")
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow("malformed call", f"a tool call of {where} must have a name and arguments, got {shown(given)}")
+        arguments = function.get("arguments", function.get("parameters", {}))
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments) if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            reason = (
+                f"the arguments of {function['name'][:40]!r} in {where} must be a JSON object, got {shown(arguments)}"
+            )
+            raise BadRow("malformed call", reason)
+        number = {"id": call["id"]} if "id" in call else {}
+        arguments = _cleaned_texts(arguments, where)
+        calls.append({**number, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _cleaned_texts(arguments: dict[str, Any], where: str) -> dict[str, Any]:
+    """The arguments, whose texts are checked. What a JSON text spells as null was meant, and stays."""
+    _cleaned(arguments, f"a tool call of {where}")
+    return arguments
+
+
+def _is_trained(given: Mapping[str, Any], where: str) -> bool:
+    weight = given.get("weight", 1)
+    if not isinstance(weight, int | float):
+        raise _wrong_type(weight, f"weight of {where} must be 0 or 1")
+    return not any(isinstance(given.get(key), int | float) and not given[key] for key in TRAINED_KEYS)
+
+
+# --- Layouts --------------------------------------------------------------------------------------------------------
+
+
+def _user(text: Any, what: str) -> Turn:
+    return Turn({"role": "user", "content": _text(text, what)})
+
+
+def _assistant(text: Any, what: str) -> Turn:
+    return Turn({"role": "assistant", "content": _text(text, what)})
+
+
+def _read_alpaca(record: Mapping[str, Any]) -> list[Turn]:
+    asked = [_text(record["instruction"], "column 'instruction'")]
+    if record["input"] is not None:
+        asked.append(_text(record["input"], "column 'input'"))
+    question = "\n".join(part for part in asked if part.strip())
+    return [_user(question, "the question"), _assistant(record["output"], "column 'output'")]
+
+
+def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Turn]]:
+    """A reader for an answer column (text or turns) with a ``prompt`` column (text, turns or absent)."""
+
+    def read(record: Mapping[str, Any]) -> list[Turn]:
+        prompt, answer = record["prompt"], record[column]
+        if prompt is None or isinstance(prompt, list):
+            asked = _turns(prompt or [], "prompt")
+        else:
+            asked = [_user(prompt, "column 'prompt'")]
+        if not isinstance(answer, list):
+            if prompt is None:
+                reason = f"column 'prompt' is empty, which is allowed only if {column!r} is a whole conversation"
+                raise BadRow("missing", reason)
+            return [*asked, _assistant(answer, f"column {column!r}")]
+        turns = _turns(answer, column)
+        if turns and turns[0].message["role"] == "assistant":
+            return asked + turns
+        if isinstance(prompt, list) and not _begins_with(turns, asked):
+            reason = f"{column!r} is a whole conversation, but it does not begin with the turns of 'prompt'"
+            raise BadRow("another prompt", reason)
+        return turns  # the whole conversation is in the answer column, a text prompt only repeats its question
+
+    return read
+
+
+def _begins_with(turns: Sequence[Turn], start: Sequence[Turn]) -> bool:
+    return [turn.message for turn in turns[: len(start)]] == [turn.message for turn in start]
+
+
+_TEXT_OR_TURNS = "as text or as a list of {role, content} turns"
+_PROMPTS = ("question", "instruction", "query", "input", "problem", "user")
+#: Every readable layout. The order is that of the messages, not of preference: two that fit are an error.
+FORMATS: dict[str, Format] = {
+    "messages": Format(
+        ("messages",),
+        lambda record: _turns(record["messages"], "messages"),
+        "a list of {role, content} turns with an assistant turn after a user turn",
+        aliases={"messages": ("conversation", "dialog", "dialogue", "chat")},
+    ),
+    "prompt_completion": Format(
+        ("prompt", "completion"),
+        _read_answer("completion"),
+        f"prompt and completion, each {_TEXT_OR_TURNS}",
+        aliases={"prompt": _PROMPTS, "completion": ("answer", "response", "output", "solution", "assistant")},
+    ),
+    "alpaca": Format(
+        ("instruction", "output"),
+        _read_alpaca,
+        "instruction, input and output as text; input follows the instruction on a new line",
+        optional=("input",),
+        aliases={"instruction": ("question",), "input": ("context",), "output": ("response", "answer")},
+    ),
+    "sharegpt": Format(
+        ("conversations",),
+        lambda record: _turns(record["conversations"], "conversations"),
+        "a list of {from, value} or {role, content} turns with an assistant turn after a user turn",
+    ),
+    "real_generated": Format(
+        ("real",),
+        _read_answer("real"),
+        f"the real answer {_TEXT_OR_TURNS}",
+        ("prompt",),
+        ("generated",),
+        {"prompt": _PROMPTS},
+    ),
+    "chosen_rejected": Format(
+        ("chosen",),
+        _read_answer("chosen"),
+        f"the chosen answer {_TEXT_OR_TURNS}",
+        ("prompt",),
+        ("rejected",),
+        {"prompt": _PROMPTS},
+    ),
+}
+#: Stands in when no record has columns at all, so that the records themselves are reported.
+NO_COLUMNS = Format((), lambda record: [], "one object with columns per row")
+
+
+def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, set[str]]:
+    """The row of a record, whose columns have our names.
+
+    Returns:
+        The row; how many turns after its real answer were dropped; and the keys of its turns that have no effect.
+
+    Raises:
+        BadRow: The record has no question, no real answer, or something of the wrong type.
+    """
+    _refuse_undesirable(record.get("label"))
+    tools = _tools(record.get("tools"))
+    turns = layout.read(record)
+    if record.get("system") is not None or record.get("history") is not None:
+        turns = _with_context(turns, record)
+    row, num_dropped = _split_last_answer([turn.message for turn in turns], [turn.is_trained for turn in turns], tools)
+    unused = {key for turn in turns for key in turn.unused} if any(turn.unused for turn in turns) else set()
+    return row, num_dropped, unused
+
+
+def _refuse_undesirable(label: Any) -> None:
+    if label is False or str(label).lower() in ("false", "0"):
+        raise BadRow(
+            "undesirable answer",
+            f"column 'label' is {label!r}: the completion is one to be avoided. If your label means something else, "
+            "--data.columns '{label: \"\"}' leaves it unread",
+        )
+
+
+def _with_context(turns: list[Turn], record: Mapping[str, Any]) -> list[Turn]:
+    """The conversation behind its ``system`` text and its ``history``, wherever these are not in it already."""
+    head = list(takewhile(lambda turn: turn.message["role"] in ("system", "developer"), turns))
+    rest = turns[len(head) :]
+    system = "" if record.get("system") is None else _text(record["system"], "column 'system'")
+    if system.strip():
+        written = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
+        if written and written[0] != system:
+            raise BadRow("two system texts", f"column 'system' has {system[:40]!r}, a system turn {written[0][:40]!r}")
+        head = head if written else [Turn({"role": "system", "content": system}), *head]
+    history = list(_history(record.get("history")))
+    return [*head, *([] if _begins_with(rest, history) else history), *rest]
+
+
+def _history(value: Any) -> Iterator[Turn]:
+    if value is None or value == "":
+        return
+    for number, item in enumerate(_list(value, "column 'history' must be a list of [question, answer] pairs"), 1):
+        where = f"item {number} of 'history'"
+        if isinstance(item, dict):
+            yield _turn(item, where)
+        elif isinstance(item, list | tuple) and len(item) == 2:
+            yield from (_user(item[0], f"the question of {where}"), _assistant(item[1], f"the answer of {where}"))
+        else:
+            raise BadRow("malformed turn", f"{where} must be a pair of question and answer, got {shown(item)}")
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """Definitions of tools in OpenAI's layout: a list of them, each an object or its JSON text, or JSON text of it all."""
+    if value is None or value in ("", [], {}):
+        return ()
+    value = _parsed(value)
+    tools = []
+    for item in value if isinstance(value, list) else [value]:
+        tool = _cleaned(_parsed(item), "a definition in 'tools'")
+        if not isinstance(tool, dict):
+            raise BadRow(
+                "malformed tools",
+                f"column 'tools' must be a list of tool definitions, or JSON text of one, got {shown(item)}. If your "
+                "column means something else, --data.columns '{tools: \"\"}' leaves it unread",
+            )
+        is_bare = "name" in tool and "function" not in tool and tool.get("type", "function") == "function"
+        tool = {key: value for key, value in tool.items() if not is_bare or key != "type"}
+        tools.append({"type": "function", "function": tool} if is_bare else tool)
+    return tuple(tools)
+
+
+def _split_last_answer(
+    turns: Sequence[Message], is_trained: Sequence[bool], tools: tuple[dict[str, Any], ...]
+) -> tuple[Row, int]:
+    """The row whose real answer is the last assistant turn to train on, and how many turns after it were dropped."""
+    size = sum(len(turn["content"]) for turn in turns)
+    if tools or any(len(turn) > 2 for turn in turns):
+        size += len(json.dumps([tools, [{**turn, "content": ""} for turn in turns]], ensure_ascii=False, default=str))
+    if size > MAX_ROW_CHARACTERS:
+        raise BadRow("too long", f"has {size:,} characters, but a row may have {MAX_ROW_CHARACTERS:,}")
+    answers = [position for position, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise BadRow("no answer", f"there is no assistant turn, got roles {_listed(turn['role'] for turn in turns)}")
+    last = next((position for position in reversed(answers) if is_trained[position]), None)
+    if last is None:
+        marks = ", ".join(TRAINED_KEYS)
+        raise BadRow("untrained answer", f"every assistant turn is marked as not to be trained on ({marks} 0 or false)")
+    prompt, real = turns[:last], turns[last]["content"]
+    extras = {key: value for key, value in turns[last].items() if key not in ("role", "content")}
+    if not real.strip() and "tool_calls" not in extras:
+        raise BadRow("blank answer", "the real answer is blank, there is nothing to learn")
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in prompt):
+        raise BadRow("blank prompt", "the prompt is blank: no user turn with text comes before the real answer")
+    return Row(tuple(prompt), real, extras, tools), len(turns) - last - 1
+
+
+def prompt_key(row: Row) -> tuple[Any, ...]:
+    """The row's prompt, with all that decides it, as something to compare and to look up."""
+    key: tuple[Any, ...] = tuple((message["role"], message["content"]) for message in row.prompt)
+    extras = [{**message, "content": ""} for message in row.prompt if len(message) > 2]
+    if extras or row.tools:
+        places = [number for number, message in enumerate(row.prompt) if len(message) > 2]
+        key += (json.dumps([places, extras, row.tools], sort_keys=True, default=str),)
+    return key
+
+
+def answer_key(row: Row) -> tuple[str, ...]:
+    """The same of the real answer."""
+    return (row.real, json.dumps(row.real_extras, sort_keys=True, default=str)) if row.real_extras else (row.real,)
+
+
+# --- Which layout fits ----------------------------------------------------------------------------------------------
+
+
+def _readings(name: str, columns: Mapping[str, str], found: Sequence[str]) -> Iterator[Reading]:
+    """Every way to find the layout's columns among those of the data."""
+    layout = FORMATS[name]
+    is_mapped = not columns.keys().isdisjoint(layout.required)  # then the user has said which column is which
+
+    def names(ours: str, is_required: bool) -> list[str | None]:
+        if ours in columns:
+            return [columns[ours] or None]
+        if ours in found:
+            return [ours]
+        aliases = (*layout.aliases.get(ours, ()), *COMMON_COLUMNS.get(ours, ()))
+        theirs: list[str | None] = [alias for alias in aliases if alias in found and alias not in columns.values()]
+        if is_required:
+            return [] if is_mapped else theirs
+        return theirs if len(theirs) == 1 else [None]
+
+    ours = [*layout.required, *layout.optional, *COMMON_COLUMNS]
+    for theirs in product(*(names(name, name in layout.required) for name in ours)):
+        origin = {a: b for a, b in zip(ours, theirs, strict=True) if b is not None}
+        if len({*origin.values()}) == len(origin) or columns:
+            yield Reading(name, origin)
+
+
+def fits(columns: Sequence[str]) -> bool:
+    """Whether an object with these keys is a row of some layout.
+
+    Example:
+        >>> fits(["id", "question", "answer"]), fits(["version", "data"])
+        (True, False)
+    """
+    return any(True for name in FORMATS for _ in _readings(name, {}, columns))
+
+
+def choose_format(
+    name: str, columns: Mapping[str, str], found: list[str], source: str, example: Mapping[str, Any]
+) -> Reading:
+    """The one format that fits the columns of the source and the column map.
+
+    Args:
+        name: A key of :data:`FORMATS`, or ``"auto"``.
+        columns: From our column names to the user's; ``""`` leaves a column unread.
+        found: The columns of the source.
+        source: Its name, for messages.
+        example: One of its records, from which a remedy is made.
+
+    Raises:
+        UserError: No format fits, or more than one; with the setting that would read the source.
+    """
+    known = {key: layout.known for key, layout in FORMATS.items()}
     allowed = set().union(*known.values()) if name == "auto" else known[name]
     for ours, theirs in columns.items():
         if ours not in allowed:
-            raise UserError(f"data.columns maps {ours!r}, expected one of {_near(ours, allowed)}. Rename that key.")
-        if theirs not in found:
+            raise UserError(f"data.columns maps {ours!r}, expected one of {near(ours, allowed)}. Rename that key.")
+        if theirs not in found and (theirs or ours in (set() if name == "auto" else set(FORMATS[name].required))):
             raise UserError(
-                f"data.columns maps {ours!r} to {theirs!r}, but {source} has the columns {_near(theirs, found)}."
+                f"data.columns maps {ours!r} to {theirs!r}, but {source} has the columns {near(theirs, found)}."
                 " Correct the name."
             )
-    present = {*found, *columns}
-    fitting = [key for key in FORMATS if present.issuperset(FORMATS[key].required) and known[key] >= columns.keys()]
-    if name in fitting:
-        return name
-    if name == "auto" and len(fitting) == 1:
-        return fitting[0]
-    if name == "auto" and fitting:
+    names = [key for key in FORMATS if known[key] >= columns.keys()] if name == "auto" else [name]
+    fitting = [
+        reading
+        for key in names
+        for reading in _readings(key, columns, found)
+        if {*FORMATS[key].required} <= reading.origin.keys()
+    ]
+    plain = [r for r in fitting if all(r.origin[c] == columns.get(c, c) for c in FORMATS[r.format].required)]
+    best = _most_specific(plain or fitting)
+    if len(best) == 1:
+        return best[0]
+    has = f"It has {', '.join(map(repr, found))}."
+    formats = list(dict.fromkeys(reading.format for reading in best))
+    if len(formats) > 1:
         raise UserError(
-            f"the columns of {source} fit more than one format: {', '.join(fitting)}. It has "
-            f"{', '.join(map(repr, found))}. Set data.format to the one to read."
+            f"the columns of {source} fit more than one format: {', '.join(formats)}. {has} Set data.format to the one to "
+            f"read: {' or '.join(f'--data.format {key}' for key in formats)}."
+        )
+    if best:
+        flags = [_flag({ours: reading.origin[ours] for ours in FORMATS[reading.format].required}) for reading in best]
+        raise UserError(
+            f"the columns of {source} fit {formats[0]!r} in more than one way. {has} Say which is which: "
+            f"{' or '.join(flags[:4])}."
         )
     listed = {name: FORMATS[name]} if name != "auto" else FORMATS
     layouts = "".join(f"\n  {key}: {', '.join(layout.required)}" for key, layout in listed.items())
     raise UserError(
         f"the columns of {source} do not fit: it has {', '.join(map(repr, found))}, expected for{layouts}"
-        "\nSay which of your columns is which, for example data.columns: {prompt: question, completion: answer}."
+        f"\n{_remedy(name, found, example)}"
     )
 
 
-def prompt_key(row: Row) -> tuple[tuple[str, str], ...]:
-    """The row's prompt as something to compare and to look up."""
-    return tuple((message["role"], message["content"]) for message in row.prompt)
+def _most_specific(readings: Sequence[Reading]) -> list[Reading]:
+    """Those that do not use a part of what another one uses; of equals the first."""
+    used = [{*reading.origin.values()} for reading in readings]
+    return [
+        reading
+        for number, reading in enumerate(readings)
+        if not any(used[number] < other for other in used) and used[number] not in used[:number]
+    ]
 
 
-def load_rows(
-    source: str,
-    *,
-    split: str = "train",
-    format: str = "auto",
-    columns: dict[str, str] | None = None,
-    revision: str | None = None,
-    max_rows: int | None = None,
-    on_bad_row: Literal["error", "drop"] = "error",
-) -> LoadedRows:
-    """Every row of a file, folder or hub data set, checked, or one error that shows what is wrong with them.
-
-    Files are read where they lie, without a copy in a cache.
-
-    Args:
-        source: A .json, .jsonl, .csv or .parquet file, a glob of them, a folder with files named after the split or
-            made by ``save_to_disk``, or a hub name, as ``name`` or ``name:config``. What exists here comes first.
-        split: Which split of a folder or a hub data set. A single file has none.
-        format: A key of :data:`FORMATS`, or ``"auto"``: the one format whose required columns are all there.
-        columns: From our column names to the user's, as ``{"prompt": "question", "completion": "answer"}``. With it,
-            ``"auto"`` considers only formats that know every name on the left.
-        revision: Branch, tag or commit of a hub data set.
-        max_rows: Read only the first rows.
-        on_bad_row: ``error`` refuses a source with bad rows, and shows the first five; ``drop`` leaves them out, and
-            counts them. A file that cannot be read on behind its mistake is refused in any case.
-
-    Returns:
-        The rows in the order of the source. Turns after the last assistant turn are dropped, and counted in
-        ``description``, which also names the columns that are not used. Duplicates are kept, and counted.
-
-    Raises:
-        UserError: The source is missing, empty or unreadable, no format or more than one fits, or rows are bad.
+def _flag(columns: Mapping[str, str]) -> str:
+    """The option that maps the columns, as it is typed in a shell.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "train.jsonl")
-        >>> _ = path.write_text('{"question": "1 + 1?", "answer": "2"}')
-        >>> loaded = load_rows(str(path), columns={"prompt": "question", "completion": "answer"})
-        >>> loaded.rows
-        [Row(prompt=({'role': 'user', 'content': '1 + 1?'},), real='2')]
-        >>> loaded.description.replace(str(path), "train.jsonl")
-        "read 1 row of train.jsonl as 'prompt_completion': columns prompt (yours: question), completion (yours: answer)"
+        >>> _flag({"prompt": "text_in", "completion": "text out"})
+        '--data.columns \\'{prompt: text_in, completion: "text out"}\\''
     """
-    columns = columns or {}
-    if format != "auto" and format not in FORMATS:
-        raise UserError(f"data.format must be 'auto' or one of {_near(format, FORMATS)}, got {format!r}.")
-    if max_rows is not None and max_rows < 1:
-        raise UserError(f"data.max_rows must be at least 1, or absent to read all rows, got {max_rows}.")
-    if on_bad_row not in ("error", "drop"):
-        raise UserError(f"data.on_bad_row must be 'error' or 'drop', got {on_bad_row!r}.")
-    noted = {name: Tally() for name in ("byte_order_marks", "dropped_turns", "exact_duplicates", "repeated_prompts")}
-    records, notes = _open_source(source, split, revision, noted["byte_order_marks"])
-    taken = list(islice(records, max_rows))
-    if not taken:
-        raise UserError(f"{source} must hold at least one row, got none. Is it the right file and split?")
+    pairs = (
+        f"{ours}: {theirs if re.fullmatch(r'[A-Za-z][A-Za-z0-9_]*', theirs) else json.dumps(theirs)}"
+        for ours, theirs in columns.items()
+    )
+    quoted = f"{{{', '.join(pairs)}}}".replace("'", "'\\''")
+    return f"--data.columns '{quoted}'"
 
-    found = list(dict.fromkeys(column for _, record in taken if isinstance(record, dict) for column in record))
-    layout, read_as = _NO_COLUMNS, "objects with columns"
-    if found:
-        format = _choose_format(format, columns, found, source)
-        layout = FORMATS[format]
-    origin = {ours: columns.get(ours, ours) for ours in layout.required + layout.optional}
-    used = [
-        ours if origin[ours] == ours else f"{ours} (yours: {origin[ours]})" for ours in origin if origin[ours] in found
-    ]
-    if used:
-        read_as = f"{format!r}: column{'s' * (len(used) > 1)} {', '.join(used)}"
 
-    rows: list[Row] = []
-    places: list[str] = []
-    bad = Tally()
-    dropped: dict[str, Tally] = {}
-    first_places: dict[Any, str] = {}  # of each prompt, and of each row
-    for where, record in taken:
-        try:
-            if isinstance(record, _BadRow):
-                raise record
-            if not isinstance(record, dict):
-                raise _BadRow("not an object", f"must be an object with columns, got {_shown(record)}")
-            turns = layout.read({ours: record.get(theirs) for ours, theirs in origin.items()})
-            row, num_dropped_turns = _split_last_answer(turns)
-        except _BadRow as reason:
-            bad.add(f"{where}: {reason}")
-            dropped.setdefault(reason.kind, Tally()).add(f"{where}: {reason}")
-            continue
-        prompt = prompt_key(row)
-        if earlier := first_places.get((prompt, row.real)):
-            noted["exact_duplicates"].add(f"{where} repeats {earlier}")
-        elif earlier := first_places.get(prompt):
-            noted["repeated_prompts"].add(f"{where} asks as {earlier} did")
-        first_places.setdefault(prompt, where)
-        first_places.setdefault((prompt, row.real), where)
-        if num_dropped_turns:
-            noted["dropped_turns"].add(where)
-        rows.append(row)
-        places.append(where)
-    if bad.count and (on_bad_row == "error" or not rows):
-        more = f"\n  and {bad.count - len(bad.first)} more" if bad.count > len(bad.first) else ""
-        shown = "".join(f"\n  {example}" for example in bad.first)
-        cure = ", or set data.on_bad_row: drop to leave them out" if rows else ""
-        raise UserError(
-            f"{bad.count} of {len(taken)} rows of {source} cannot be read as {read_as}{shown}{more}"
-            f"\nExpected {layout.expected}. Mend or remove these rows{cure}."
+_ASKED = r"prompt|question|instruct|quer(y|ies)|problem|request|user|human|source|(^|_)(q|x|in|input|ask|asked)(_|$)"
+_ANSWERED = r"complet|answer|respon|solution|reply|replies|assist|target|label|gpt|(^|_)(a|y|out|output)(_|$)"
+
+
+def _remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
+    """What to set so that these columns are read, made from their names and from one record."""
+    for column, value in example.items():
+        parsed = _parsed(value)
+        if isinstance(parsed, list) and parsed and is_turn(parsed[0]) and name in ("auto", "messages", "sharegpt"):
+            return f"Column {column!r} holds turns. Set {_flag({FORMATS[name if name != 'auto' else 'messages'].required[0]: column})}."
+    texts = [column for column in found if isinstance(example.get(column), str)]
+    if "text" in texts and not any(re.search(_ANSWERED, column, re.IGNORECASE) for column in texts):
+        return (
+            "In 'text' the prompt and the answer are not apart, so it is unknown where the real answer begins. Write them "
+            'apart, as {"prompt": ..., "completion": ...} or as {"messages": [{"role": ..., "content": ...}, ...]}.'
         )
-
-    ignored = [columns.get(ours, ours) for ours in layout.ignored]
-    unused = [column for column in found if column not in origin.values() and column not in ignored]
-    parts = [f"read {len(rows)} row{'s' * (len(rows) > 1)} of {source} as {read_as}"]
-    parts += [f"column {c!r} is ignored: the opponent answers afresh" for c in ignored if c in found]
-    parts += [f"not used: {', '.join(map(repr, unused))}"] if unused else []
-    num_shortened = noted["dropped_turns"].count
-    parts += [f"{num_shortened} had turns after the last assistant turn, which were dropped"] if num_shortened else []
-    parts += [f"{bad.count} of {len(taken)} rows are bad and were dropped"] if bad.count else []
-    parts += [f"stopped at max_rows={max_rows}"] if max_rows == len(taken) else []
-    return LoadedRows(rows, format, "; ".join(parts + notes), places, len(taken), dropped, noted)
+    if len(texts) < 2:
+        return "A row needs what was asked and the real answer: two columns with text, or one with a list of turns."
+    answer = next((c for c in texts if re.search(_ANSWERED, c, re.IGNORECASE)), None)
+    prompt = next((c for c in texts if c != answer and re.search(_ASKED, c, re.IGNORECASE)), None)
+    is_sure = prompt is not None and answer is not None
+    prompt = prompt or next(column for column in texts if column != answer)
+    answer = answer or next(column for column in texts if column != prompt)
+    ours = FORMATS[name].required if name != "auto" and len(FORMATS[name].required) == 2 else ("prompt", "completion")
+    flag = _flag(dict(zip(ours, (prompt, answer), strict=True)))
+    return f"Say which of your columns is which: {flag}" + ("." if is_sure else ", if these are the right ones.")

@@ -11,7 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from spin_lightning.formats import FORMATS, MAX_ROW_CHARACTERS, load_rows
+from spin_lightning.formats import FORMATS, MAX_ROW_CHARACTERS
+from spin_lightning.rows import load_rows
 from spin_lightning.types import Row, UserError
 
 
@@ -204,7 +205,10 @@ def test_settings_without_meaning_for_a_file_are_named(tmp_path):
 
 def test_unreadable_files_are_named_with_the_place(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
-    assert "must end in one of .json, .jsonl, .csv, .parquet" in error_of(tmp_path / "a.txt")
+    assert (
+        "must end in one of .json, .jsonl, .ndjson, .csv, .tsv, .parquet (all but Parquet also with .gz or .zst behind)"
+        in error_of(tmp_path / "a.txt")
+    )
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"prompt": "\xff"}')  # 9 bytes, then 12 before the bad one
     message = error_of(tmp_path / "a.jsonl", columns={"prompt": "a", "completion": "a"})
     assert f"{tmp_path / 'a.jsonl'}, line 2: must be UTF-8 text, got byte 0xff at byte offset 21\n" in message
@@ -320,14 +324,15 @@ def test_two_fitting_formats_are_refused_until_one_is_named(tmp_path):
 
 
 def test_unknown_columns_list_every_format_and_the_remedy(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
+    source = write_jsonl(tmp_path / "a.jsonl", {"text_in": "q", "text_out": "a"})
     message = error_of(source)
-    assert f"the columns of {source} do not fit: it has 'question', 'answer', expected for" in message
+    assert f"the columns of {source} do not fit: it has 'text_in', 'text_out', expected for" in message
     for name, layout in FORMATS.items():
         assert f"\n  {name}: {', '.join(layout.required)}" in message
-    assert "data.columns: {prompt: question, completion: answer}" in message
+    assert message.endswith("which: --data.columns '{prompt: text_in, completion: text_out}'.")
     message = error_of(source, format="alpaca")
     assert "\n  alpaca: instruction, output\n" in message and "sharegpt" not in message
+    assert "--data.columns '{instruction: text_in, output: text_out}'" in message
     message = error_of(source, format="sharegtp")
     assert "data.format must be 'auto' or one of" in message
     assert "did you mean 'sharegpt'?), got 'sharegtp'" in message
@@ -351,7 +356,9 @@ def test_wrong_column_maps_name_near_matches(tmp_path):
     assert "did you mean 'question'?" in message
     assert "did you mean 'completion'?" in error_of(source, columns={"completon": "answer"})
     message = error_of(source, columns={"messages": "question"}, format="alpaca")
-    assert "data.columns maps 'messages', expected one of 'input', 'instruction', 'output', 'system'" in message
+    assert (
+        "data.columns maps 'messages', expected one of 'history', 'input', 'instruction', 'label', 'output'" in message
+    )
 
 
 def test_alpaca_columns_with_a_map_for_another_format_do_not_fall_back(tmp_path):
@@ -373,18 +380,23 @@ def test_alpaca_columns_with_a_map_for_another_format_do_not_fall_back(tmp_path)
         ({"messages": "a"}, "column 'messages' must be a list of turns, got str 'a'"),
         ({"messages": None}, "column 'messages' must be a list of turns, got nothing"),
         ({"messages": ["a"]}, "turn 1 of 'messages' must have 'role' and 'content', got str 'a'"),
-        ({"messages": SHAREGPT}, "turn 1 of 'messages' must have 'role' and 'content', got the keys ['from', 'value']"),
-        ({"messages": [turn("human", "a")]}, "turn 1 of 'messages' has role 'human', expected one of system, user"),
+        (
+            {"messages": [{"speaker": "a"}]},
+            "turn 1 of 'messages' must have 'role' and 'content', got the keys ['speaker']",
+        ),
+        ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' must have 'content', got the keys ['role']"),
+        (
+            {"messages": [turn("critic", "a")]},
+            "turn 1 of 'messages' has role 'critic', expected one of system, developer",
+        ),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "has role ['user'], expected one of"),
         ({"messages": [turn("user", "a"), {"role": "assistant", "content": None}]}, "must be text, got nothing"),
         (
             {"messages": [turn("user", "a"), {**turn("assistant", ""), "tool_calls": [{}]}]},
-            "turn 2 of 'messages' has tool_calls, which are not read",
+            "a tool call of turn 2 of 'messages' must have a name and arguments, got dict '{}'",
         ),
         ({"messages": [turn("user", "\ud83d")]}, "turn 1 of 'messages' holds half of a surrogate pair at character 0"),
-        ({"conversations": CHAT}, "must have 'from' and 'value', got the keys ['role', 'content']"),
-        ({"conversations": CHAT}, "set data.columns: {messages: conversations}"),
-        ({"conversations": [{"from": "bing", "value": "a"}]}, "has from 'bing', expected one of"),
+        ({"conversations": [{"from": "cat", "value": "a"}]}, "has from 'cat', expected one of"),
         ({"prompt": 7, "completion": "a"}, "column 'prompt' must be text, got int '7'"),
         ({"prompt": " ", "completion": "a"}, "the prompt is blank"),
         ({"prompt": "a", "completion": 2.5}, "column 'completion' must be text, got float '2.5'"),
@@ -466,9 +478,9 @@ def chat_line(user: object, real: object = "a", **changes: object) -> bytes:
         ("wrong type", chat_line(7), "turn 1 of 'messages' must be text, got int '7'"),
         ("wrong type", chat_line("q", ["a"]), "turn 2 of 'messages' must be text, got list"),
         ("wrong type", b'{"messages": "q"}', "must be a list of turns, got str 'q'"),
-        ("wrong role", chat_line("q", role="model"), "turn 2 of 'messages' has role 'model', expected one of system"),
+        ("wrong role", chat_line("q", role="critic"), "turn 2 of 'messages' has role 'critic', expected one of system"),
         ("malformed turn", b'{"messages": ["q", "a"]}', "turn 1 of 'messages' must have 'role' and 'content'"),
-        ("tool calls", chat_line("q", tool_calls=[{}]), "turn 2 of 'messages' has tool_calls"),
+        ("malformed call", chat_line("q", tool_calls=[{}]), "a tool call of turn 2 of 'messages' must have a name"),
         ("NUL character", chat_line("a\0b"), "turn 1 of 'messages' holds a NUL character at character 1"),
         ("not JSON", b'{"messages": "raw \0 NUL"}', "not JSON: Invalid control character at at column 19"),
         ("half a surrogate pair", chat_line("q", "\ud83d"), "turn 2 of 'messages' holds half of a surrogate pair"),

@@ -23,10 +23,10 @@ from spin_lightning.cli import config_folder, run
 from spin_lightning.demo.skills import is_exact, write_skills
 from spin_lightning.encoding import Encoder
 from spin_lightning.files import read_json, write_json
-from spin_lightning.formats import load_rows
 from spin_lightning.generation import ContinuousGenerator
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.models import load_policy, load_tokenizer
+from spin_lightning.rows import load_rows
 from spin_lightning.types import UserError
 
 MAX_NEW_TOKENS = 32
