@@ -351,7 +351,14 @@ def _describe(what: str, source: str | dict[str, float], loaded: LoadedRows) -> 
         "notes": loaded.notes,
         "unused_turn_keys": [{"key": key, **asdict(tally)} for key, tally in loaded.unused_keys.items()],
         "sources": [
-            {"source": name, "weight": weight, "rows_read": part.num_read, "format": part.format}
+            {
+                "source": name,
+                "weight": weight,
+                "format": part.format,
+                "rows_read": part.num_read,
+                "rows_kept": len(part.rows),
+                "rows_taken": sum(part.times),
+            }
             for name, weight, part in loaded.parts
         ],
         **_as_dicts(loaded.noted),

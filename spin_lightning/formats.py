@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import islice, product, takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from spin_lightning.types import Message, Row, UserError
+
+T = TypeVar("T")
 
 #: Who speaks, in any spelling and case, as the role that chat templates know.
 ROLES = {
@@ -234,7 +236,7 @@ def _turn(turn: Any, where: str) -> Turn:
     elif content is None and text_key not in turn:
         raise BadRow("malformed turn", f"{where} must have {text_key!r}, got the keys {_listed(turn)}")
     message: Message = {"role": role, "content": _content(content, where), **extras}  # type: ignore[typeddict-item]
-    if len(given) == 2:
+    if given.keys() == {role_key, text_key}:
         return Turn(message)
     is_trained = role != "assistant" or _is_trained(given, where)
     used = {role_key, text_key, *(("function_call", *REASONING_KEYS) if role == "assistant" else ()), *extras}
@@ -247,7 +249,7 @@ def _extras(role: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a turn has beside role and text, as chat templates take it."""
     if role == "tool":
         return {key: _text(given[key], f"{key} of {where}") for key in ("tool_call_id", "name") if given.get(key)}
-    if role != "assistant" or len(given) == 2:
+    if role != "assistant":
         return {}
     extras: dict[str, Any] = {}
     reasoning = {_text(given[key], f"{key} of {where}") for key in REASONING_KEYS if key in given} - {""}
@@ -405,50 +407,75 @@ def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, set[s
     Raises:
         BadRow: The record has no question, no real answer, or something of the wrong type.
     """
-    _refuse_undesirable(record.get("label"))
-    tools = _tools(record.get("tools"))
+    common = {column: record.get(column) for column in COMMON_COLUMNS}
     turns = layout.read(record)
-    if record.get("system") is not None or record.get("history") is not None:
-        turns = _with_context(turns, record)
+    if any(value is not None for value in common.values()):
+        _common("label", common, _refuse_undesirable)
+        turns = _with_context(turns, _common("system", common, _system), _common("history", common, _history))
+    tools = () if common["tools"] is None else _common("tools", common, _tools)
     row, num_dropped = _split_last_answer([turn.message for turn in turns], [turn.is_trained for turn in turns], tools)
     unused = {key for turn in turns for key in turn.unused} if any(turn.unused for turn in turns) else set()
     return row, num_dropped, unused
 
 
+def is_verdict(labels: Iterable[Any]) -> bool:
+    """Whether a ``label`` column says which answers are desirable (KTO), and is not about something else.
+
+    Example:
+        >>> is_verdict([True, False]), is_verdict(["0", "1"]), is_verdict([0, 1, 2]), is_verdict(["sports"])
+        (True, True, False, False)
+    """
+    values = {str(label).lower() for label in labels if label is not None}
+    return not values.isdisjoint(("true", "false")) or values <= {"0", "1"}
+
+
+def _common(column: str, values: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+    """What is read from a common column; a mistake in it says how the column is left unread."""
+    try:
+        return read(values[column])
+    except BadRow as reason:
+        cure = f"If the column means something else, {_flag({column: ''})} leaves it unread"
+        raise BadRow(reason.kind, f"{reason}. {cure}") from None
+
+
 def _refuse_undesirable(label: Any) -> None:
-    if label is False or str(label).lower() in ("false", "0"):
-        raise BadRow(
-            "undesirable answer",
-            f"column 'label' is {label!r}: the completion is one to be avoided. If your label means something else, "
-            "--data.columns '{label: \"\"}' leaves it unread",
-        )
+    if label is not None and str(label).lower() in ("false", "0"):
+        raise BadRow("undesirable answer", f"column 'label' is {label!r}: the answer is one to be avoided")
 
 
-def _with_context(turns: list[Turn], record: Mapping[str, Any]) -> list[Turn]:
-    """The conversation behind its ``system`` text and its ``history``, wherever these are not in it already."""
-    head = list(takewhile(lambda turn: turn.message["role"] in ("system", "developer"), turns))
-    rest = turns[len(head) :]
-    system = "" if record.get("system") is None else _text(record["system"], "column 'system'")
-    if system.strip():
-        written = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
-        if written and written[0] != system:
-            raise BadRow("two system texts", f"column 'system' has {system[:40]!r}, a system turn {written[0][:40]!r}")
-        head = head if written else [Turn({"role": "system", "content": system}), *head]
-    history = list(_history(record.get("history")))
-    return [*head, *([] if _begins_with(rest, history) else history), *rest]
+def _system(value: Any) -> str:
+    return "" if value is None else _text(value, "column 'system'")
 
 
-def _history(value: Any) -> Iterator[Turn]:
+def _history(value: Any) -> list[Turn]:
     if value is None or value == "":
-        return
+        return []
+    turns: list[Turn] = []
     for number, item in enumerate(_list(value, "column 'history' must be a list of [question, answer] pairs"), 1):
         where = f"item {number} of 'history'"
         if isinstance(item, dict):
-            yield _turn(item, where)
+            turns.append(_turn(item, where))
         elif isinstance(item, list | tuple) and len(item) == 2:
-            yield from (_user(item[0], f"the question of {where}"), _assistant(item[1], f"the answer of {where}"))
+            turns += (_user(item[0], f"the question of {where}"), _assistant(item[1], f"the answer of {where}"))
         else:
             raise BadRow("malformed turn", f"{where} must be a pair of question and answer, got {shown(item)}")
+    return turns
+
+
+def _with_context(turns: list[Turn], system: str, history: list[Turn]) -> list[Turn]:
+    """The conversation behind its ``system`` text and its ``history``, wherever these are not in it already."""
+    head = list(takewhile(lambda turn: turn.message["role"] in ("system", "developer"), turns))
+    rest = turns[len(head) :]
+    if system.strip():
+        written = [turn.message["content"] for turn in turns if turn.message["role"] == "system"]
+        if written and written[0] != system:
+            raise BadRow(
+                "two system texts",
+                f"column 'system' has {system[:40]!r}, but a system turn has {written[0][:40]!r}. To read the turn, leave the "
+                f"column unread: {_flag({'system': ''})}",
+            )
+        head = head if written else [Turn({"role": "system", "content": system}), *head]
+    return [*head, *([] if _begins_with(rest, history) else history), *rest]
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
@@ -462,8 +489,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
         if not isinstance(tool, dict):
             raise BadRow(
                 "malformed tools",
-                f"column 'tools' must be a list of tool definitions, or JSON text of one, got {shown(item)}. If your "
-                "column means something else, --data.columns '{tools: \"\"}' leaves it unread",
+                f"column 'tools' must be a list of tool definitions, or JSON text of one, got {shown(item)}",
             )
         is_bare = "name" in tool and "function" not in tool and tool.get("type", "function") == "function"
         tool = {key: value for key, value in tool.items() if not is_bare or key != "type"}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import gc
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from spin_lightning.formats import (
     Tally,
     answer_key,
     choose_format,
+    is_verdict,
     near,
     prompt_key,
     read_row,
@@ -49,7 +51,7 @@ class LoadedRows:
         unused_keys: The rows whose turns have a key without effect, by that key.
         notes: What else a user should see in a line of its own.
         times: How often each row is to be taken: more than once only in a source with a weight.
-        parts: Of several sources each one's name, weight, and rows as they were read.
+        parts: Of several sources each one's name, weight, and rows as they were read, with how often each is taken.
     """
 
     rows: list[Row]
@@ -122,7 +124,7 @@ def load_rows(
         raise UserError(f"data.on_bad_row must be 'error' or 'drop', got {on_bad_row!r}.")
     settings = (split, format, columns or {}, revision, max_rows, on_bad_row)
     with _collector_paused():
-        if isinstance(source, str | Path):
+        if isinstance(source, str | Path) and not re.fullmatch(r"\{.*\}|\[.*\]", str(source)):
             loaded = _load_source(str(source), *settings)
             loaded.noted.update(_repeats(loaded.places, loaded.rows))
             return loaded
@@ -164,6 +166,9 @@ def _load_source(
     if found:
         reading = choose_format(format, columns, found, name, objects[0])
         layout = FORMATS[reading.format]
+        label = reading.origin.get("label")
+        if label is not None and not is_verdict(record.get(label) for record in objects):
+            del reading.origin["label"]
     read_as = _read_as(reading, found)
 
     rows: list[Row] = []
@@ -205,9 +210,7 @@ def _load_source(
     parts = [f"read {len(rows)} row{'s' * (len(rows) > 1)} of {name} as {read_as}"]
     parts += [f"column {c!r} is ignored: the opponent answers afresh" for c in ignored if c in found]
     parts += [f"not used: {', '.join(map(repr, unused_columns))}"] if unused_columns else []
-    parts += (
-        [f"{shortened.count} had turns after the last assistant turn, which were dropped"] if shortened.count else []
-    )
+    parts += [f"{shortened.count} had turns after the real answer, which were dropped"] if shortened.count else []
     parts += [f"{bad.count} of {len(taken)} rows are bad and were dropped"] if bad.count else []
     parts += [f"stopped at max_rows={max_rows}"] if max_rows == len(taken) else []
     matter = {*COLUMNS_THAT_MATTER, *COMMON_COLUMNS}.union(*COMMON_COLUMNS.values()) - columns.keys()
@@ -269,14 +272,15 @@ def _check_weights(weights: Any) -> None:
 
 def _mixed(parts: list[tuple[str, float, LoadedRows]], seed: int) -> LoadedRows:
     """The sources one after the other, of each the share of its rows that its weight says."""
-    rows, places, times, described = [], [], [], []
-    for name, weight, part in parts:
-        how_often = _shares(len(part.rows), weight, f"share/{seed}/{name}")
+    rows, places, times, shares, described = [], [], [], [], []
+    for position, (_, weight, part) in enumerate(parts):
+        how_often = _shares(len(part.rows), weight, f"share/{seed}/{position}")  # wherever the source lies
+        shares.append(how_often)
         taken = [index for index, often in enumerate(how_often) if often]
         rows += [part.rows[index] for index in taken]
         places += [part.places[index] for index in taken]
         times += [how_often[index] for index in taken]
-        described.append(f"{part.description}; weight {weight:g}: {sum(how_often)} rows are taken")
+        described.append(f"{part.description}; weight {weight:g}: {sum(how_often)} taken")
     loaded = [part for _, _, part in parts]
     return LoadedRows(
         rows,
@@ -289,7 +293,7 @@ def _mixed(parts: list[tuple[str, float, LoadedRows]], seed: int) -> LoadedRows:
         _added([part.unused_keys for part in loaded]),
         [note for part in loaded for note in part.notes],
         times,
-        parts,
+        [(name, weight, replace(part, times=often)) for (name, weight, part), often in zip(parts, shares, strict=True)],
     )
 
 

@@ -19,7 +19,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -148,17 +148,24 @@ def _read_object(value: dict[str, Any], path: Path, source: Source) -> Records:
         for name, items in value.items()
         if isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
     ]
-    if not lists or fits(list(value)) or any(is_turn(value[name][0]) for name in lists):
+    is_packed = bool(value) and all(isinstance(items, list | dict) and items for items in value.values())
+    if fits(list(value)):
+        is_row = bool(lists) or len(value) == 1 or not is_packed  # else it is written column by column
+    else:
+        is_row = any(is_turn(value[name][0]) for name in lists) or not (is_packed or lists)
+    if is_row:
         yield f"{path}, line 1", value
-    elif len(value) == 1:
+    elif len(value) == 1 and lists:
         source.notes.append(f"its rows are the list under {lists[0]!r}")
         yield from ((f"{path}, row {number}", record) for number, record in enumerate(value[lists[0]], 1))
     else:
-        flags = " or ".join(f"'{path}:{name}'" for name in lists)
+        keys = ", ".join(map(repr, islice(value, 8))) + (", ..." if len(value) > 8 else "")
+        flags = " or ".join(f"'{path}:{name}'" for name in lists[:8])
+        cure = f"To read a list in it, name its key behind the file: --data.train_data {flags}."
+        if not lists:
+            cure = "Write it so; with pandas: to_json(path, orient='records', lines=True)."
         raise UserError(
-            f"{path} is one JSON object with the keys {', '.join(map(repr, value))}; expected a list of objects, or one object "
-            f"per line. To read the list under {' or '.join(map(repr, lists))} in it, name it behind the file: "
-            f"--data.train_data {flags}."
+            f"{path} is one JSON object with the keys {keys}; expected a list of objects, or one object per line. {cure}"
         )
 
 
@@ -312,15 +319,23 @@ def _read_folder(folder: Path, split: str, source: Source) -> tuple[Records, boo
     chosen = [path for path in files if path.name.replace(".", "-").startswith(f"{split}-")]
     if chosen:
         return _read_files(chosen, source), True
-    is_named = any(SPLIT_WORDS.intersection(re.split(r"[^a-z]+", path.name.lower())) for path in files)
+    is_named = any(SPLIT_WORDS & _words(path) for path in files)
     if files and split == "train" and not is_named and len({_kind(path) for path in files}) == 1:
         source.notes.append(f"no file in it is named after a split: read all {len(files)}, {_span(files)}")
         return _read_files(files, source), True
-    kind = "".join(_kind(files[0])) if files else ".jsonl"
+    inside = [
+        path for path in sorted(folder.iterdir()) if path.is_dir() and any(_kind(file)[0] for file in path.iterdir())
+    ]
+    named = [path for path in files if split in _words(path)]
+    cure = f", or name one: --data.train_data '{(named or files or inside)[0]}'" if files or inside else ""
     raise UserError(
         f"folder {folder} must hold files of split {split!r}, as {split}.jsonl or {split}-00000-of-00002.parquet, "
-        f"got {[path.name for path in files]}. Set data.split, or name the files: '{folder / f'*{kind}'}'."
+        f"got {[path.name for path in files]}. Set data.split{cure}."
     )
+
+
+def _words(path: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", path.name.lower()))
 
 
 def _span(files: list[Path]) -> str:

@@ -310,7 +310,7 @@ def test_description_names_what_is_not_used(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", pair, {**pair, "real": [*CHAT, turn("user", "thanks")]})
     assert load_rows(source).description == (
         f"read 2 rows of {source} as 'real_generated': column real; column 'generated' is ignored: the opponent "
-        "answers afresh; not used: 'score'; 1 had turns after the last assistant turn, which were dropped"
+        "answers afresh; not used: 'score'; 1 had turns after the real answer, which were dropped"
     )
 
 
