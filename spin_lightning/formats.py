@@ -398,7 +398,7 @@ FORMATS: dict[str, Format] = {
 NO_COLUMNS = Format((), lambda record: [], "one object with columns per row")
 
 
-def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, set[str]]:
+def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, tuple[str, ...]]:
     """The row of a record, whose columns have our names.
 
     Returns:
@@ -414,7 +414,7 @@ def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, set[s
         turns = _with_context(turns, _common("system", common, _system), _common("history", common, _history))
     tools = () if common["tools"] is None else _common("tools", common, _tools)
     row, num_dropped = _split_last_answer([turn.message for turn in turns], [turn.is_trained for turn in turns], tools)
-    unused = {key for turn in turns for key in turn.unused} if any(turn.unused for turn in turns) else set()
+    unused = tuple(dict.fromkeys(key for turn in turns for key in turn.unused))
     return row, num_dropped, unused
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import byte_tokenizer, write_rows
+from jsonargparse import ArgumentParser
 
 from spin_lightning import SyntheticDataModule, TransformersGenerator, formats, sources
 from spin_lightning.data import COUNTED
@@ -25,14 +26,14 @@ def write(path: Path, *rows: tuple[str, str] | bytes) -> str:
     return str(path)
 
 
-def module(source: str, **settings: Any) -> SyntheticDataModule:
+def module(source: str | dict[str, float], **settings: Any) -> SyntheticDataModule:
     defaults = {"val_fraction": 0.0, "batch_size": 1, "generator": TransformersGenerator(max_new_tokens=8)}
     data = SyntheticDataModule(source, **{**defaults, **settings})
     data.tokenizer = byte_tokenizer()
     return data
 
 
-def report_of(source: str, **settings: Any) -> dict[str, Any]:
+def report_of(source: str | dict[str, float], **settings: Any) -> dict[str, Any]:
     data = module(source, **settings)
     data.setup("fit")
     return data.report
@@ -181,3 +182,60 @@ def test_a_batch_of_pairs_counts_every_answer_of_a_prompt(tmp_path):
 
 def test_only_training_needs_a_whole_batch(tmp_path):
     module(write(tmp_path / "rows.jsonl", ("p", "a")), batch_size=8).setup("validate")
+
+
+# --- several sources --------------------------------------------------------------------------------------------------
+
+
+def test_sources_are_mixed_by_their_weights_and_each_is_in_the_report(tmp_path, capsys):
+    a, b = (write(tmp_path / f"{name}.jsonl", *((f"{name}{n}", "x") for n in range(8))) for name in "ab")
+    data = module({a: 2.0, b: 0.5}, val_fraction=0.25)
+    data.setup("fit")
+    report = data.report
+    asked, held_out = ([p.row.prompt[0]["content"] for p in prompts] for prompts in (data.prompts, data.val_prompts))
+    assert len(held_out) == 3 and not set(asked) & set(held_out)  # of 12 different rows, and never a copy of them
+    assert [asked.count(question) for question in dict.fromkeys(asked)] == [
+        2 if question.startswith("a") else 1 for question in dict.fromkeys(asked)
+    ]
+    assert len(set(asked)) == 9 and report["held_out"]["also_trained_on"]["count"] == 0
+    assert (report["train_data"]["rows_read"], report["train_data"]["rows_kept"]) == (16, 20)
+    assert [(part["source"], part["weight"], part["rows_taken"]) for part in report["train_data"]["sources"]] == [
+        (a, 2.0, 16),
+        (b, 0.5, 4),
+    ]
+    assert json.loads(json.dumps(report)) == report
+    printed = capsys.readouterr().out
+    assert f"data: read 8 rows of {a} as" in printed and f"data: read 8 rows of {b} as" in printed
+
+
+def test_one_source_of_weight_one_trains_on_the_same_prompts(tmp_path):
+    source = write(tmp_path / "rows.jsonl", *((f"p{n}", "a") for n in range(12)))
+    plain, mapped = module(source, val_fraction=0.25), module({source: 1.0}, val_fraction=0.25, val_data=None)
+    plain.setup("fit")
+    mapped.setup("fit")
+    assert (plain.prompts_hash, plain.held_out_hash) == (mapped.prompts_hash, mapped.held_out_hash)
+
+
+def test_held_out_data_may_be_several_sources_too(tmp_path):
+    source = write(tmp_path / "rows.jsonl", *((f"p{n}", "a") for n in range(4)))
+    val = write(tmp_path / "val.jsonl", *((f"v{n}", "a") for n in range(4)))
+    assert report_of(source, val_data={val: 0.5})["held_out"]["prompts"] == 2
+
+
+@pytest.mark.parametrize("text", ["{a.jsonl: 1.0, b.jsonl: 0.5}", '{"a.jsonl": 1, "b.jsonl": 0.5}'])
+def test_sources_with_weights_are_read_from_the_command_line(text):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SyntheticDataModule, "data", skip={"generator"})
+    given = parser.parse_args([f"--data.train_data={text}", "--data.val_data=v.jsonl"])
+    assert given.data.train_data == {"a.jsonl": 1.0, "b.jsonl": 0.5} and given.data.val_data == "v.jsonl"
+
+
+def test_keys_and_columns_without_effect_are_notes_of_their_own(tmp_path, capsys):
+    turns = [{"role": "user", "content": "q", "name": "bob"}, {"role": "assistant", "content": "a", "loss": 1.5}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "context": "c"}))
+    report = report_of(str(tmp_path / "rows.jsonl"))
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    for words in ("column 'context' of ", "'name' inside turns has no effect: in 1 rows", "'loss' inside turns"):
+        assert [note for note in notes if words in note]
+    assert [entry["key"] for entry in report["train_data"]["unused_turn_keys"]] == ["name", "loss"]
+    assert len(report["train_data"]["notes"]) == 1

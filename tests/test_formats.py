@@ -1,17 +1,19 @@
-"""Every source kind, every column layout, and every message of ``spin_lightning.formats``."""
+"""Every kind of source, every column layout, and every message about them."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
+from time import process_time
 
 import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from spin_lightning.formats import FORMATS, MAX_ROW_CHARACTERS
+from spin_lightning.formats import FORMATS, MAX_ROW_CHARACTERS, prompt_key
 from spin_lightning.rows import load_rows
 from spin_lightning.types import Row, UserError
 
@@ -240,6 +242,124 @@ def test_max_rows_stops_early_and_must_be_positive(tmp_path):
     assert "data.max_rows must be at least 1" in error_of(source, max_rows=0)
 
 
+def packed(data: bytes, suffix: str) -> bytes:
+    return gzip.compress(data) if suffix.endswith(".gz") else pyarrow.Codec("zstd").compress(data, asbytes=True)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".json", ".jsonl", ".ndjson", ".csv", ".tsv"])
+def test_packed_files_are_read_as_they_are(tmp_path, kind, packing):
+    text = "\n".join(map(json.dumps, RECORDS))
+    if kind == ".json":
+        text = json.dumps(RECORDS)
+    elif kind in (".csv", ".tsv"):
+        cells = [["prompt", "completion"], *([r["prompt"], '"' + r["completion"] + '"'] for r in RECORDS)]
+        text = "\n".join(("," if kind == ".csv" else "\t").join(row) for row in cells)
+    (tmp_path / f"a{kind}{packing}").write_bytes(packed(text.encode(), packing))
+    assert load_rows(str(tmp_path / f"a{kind}{packing}")).rows == ROWS
+
+
+def test_packed_files_may_have_parts_and_must_be_whole(tmp_path):
+    line = json.dumps(RECORDS[0]).encode() + b"\n"
+    for packing in (".gz", ".zst"):
+        path = tmp_path / f"a.jsonl{packing}"
+        path.write_bytes(packed(line, packing) + packed(line, packing))
+        assert load_rows(str(path)).rows == ROWS[:1] * 2
+        path.write_bytes(packed(line * 9, packing)[:-4])
+        assert f"{path} cannot be read" in error_of(path) and "Is the download whole?" in error_of(path)
+    (tmp_path / "a.parquet.gz").write_bytes(b"")
+    assert "must end in one of" in error_of(tmp_path / "a.parquet.gz")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "cell", "said"),
+    [
+        (".csv", ";", "separated by a semicolon"),
+        (".csv", "\t", "separated by a tab"),
+        (".csv", "|", "separated by a bar"),
+        (".tsv", ",", "separated by a comma"),
+        (".tsv", "\t", ""),
+        (".csv", ",", ""),
+    ],
+)
+def test_what_separates_cells_is_seen_in_the_header_and_said(tmp_path, suffix, cell, said):
+    path = tmp_path / f"a{suffix}"
+    path.write_text(f'prompt{cell}completion\n"p {cell} p"{cell}c\n')
+    loaded = load_rows(str(path))
+    assert loaded.rows == [asked(f"p {cell} p", "c")]
+    assert said in loaded.description and (said != "") == ("separated" in loaded.description)
+
+
+def test_columns_of_one_name_are_refused_by_that_name(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,completion\np,c,d\n")
+    message = error_of(tmp_path / "a.csv", on_bad_row="drop")
+    assert "'completion' stands more than once" in message and "Rename or remove one" in message
+    (tmp_path / "b.csv").write_text(",prompt,completion,,\n0,p,c,,\n1,q,d,,\n")  # an index, and a spreadsheet's rest
+    assert load_rows(str(tmp_path / "b.csv")).rows == [asked("p", "c"), asked("q", "d")]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_document_may_be_a_list_or_hold_one_whatever_its_name(tmp_path, suffix, indent):
+    path = tmp_path / f"a{suffix}"
+    path.write_text(json.dumps(RECORDS, indent=indent))
+    assert load_rows(str(path)).rows == ROWS
+    path.write_text(json.dumps({"data": RECORDS}, indent=indent))
+    loaded = load_rows(str(path))
+    assert loaded.rows == ROWS and loaded.places == [f"{path}, row 1", f"{path}, row 2"]
+    assert "its rows are the list under 'data'" in loaded.description
+    path.write_text("\n".join(json.dumps(record, indent=indent) for record in RECORDS))
+    loaded = load_rows(str(path))
+    assert loaded.rows == ROWS and loaded.places == [f"{path}, line 1", f"{path}, line {5 if indent else 2}"]
+    path.write_text(json.dumps({"id": 1, "messages": CHAT, "tools": [TOOL]}, indent=indent))
+    assert [row.real for row in load_rows(str(path)).rows] == ["d"]
+
+
+def test_a_json_document_with_more_in_it_is_refused_once_and_read_by_its_key(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1", "train": RECORDS, "test": RECORDS[:1]}, indent=2))
+    message = error_of(path)
+    assert "is one JSON object with the keys 'version', 'train', 'test'; expected a list of objects" in message
+    assert message.endswith(f"--data.train_data '{path}:train' or '{path}:test'.") and "line" not in message[:60]
+    assert load_rows(f"{path}:train").rows == ROWS
+    assert "with a list under 'trian', got an object with" in error_of(f"{path}:trian")
+    for by_column in ({"prompt": ["a"], "completion": ["b"]}, {"prompt": {"0": "a"}, "completion": {"0": "b"}}):
+        path.write_text(json.dumps(by_column))
+        assert "orient='records', lines=True" in error_of(path)
+
+
+def test_a_mistake_in_an_indented_document_is_one_message_with_its_place(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(RECORDS[0], indent=2) + '\n{\n  "prompt": oops\n}')
+    assert f"{path}, line 6 column 13: not JSON" in error_of(path, on_bad_row="drop")
+    path.write_bytes(json.dumps(RECORDS[0]).encode("utf-16"))
+    assert "must be UTF-8 text, got UTF-16. Save it as UTF-8." in error_of(path)
+
+
+def test_a_folder_of_nameless_parts_is_read_whole_and_said(tmp_path):
+    write_jsonl(tmp_path / "part-00001.jsonl", RECORDS[1])
+    write_jsonl(tmp_path / "part-00000.jsonl", RECORDS[0])
+    loaded = load_rows(str(tmp_path))
+    assert loaded.rows == ROWS
+    assert (
+        "no file in it is named after a split: read all 2, part-00000.jsonl to part-00001.jsonl" in loaded.description
+    )
+    assert "must hold files of split 'dev'" in error_of(tmp_path, split="dev")
+    write_jsonl(tmp_path / "my_test.jsonl", RECORDS[0])  # now a wrong guess would train on it
+    assert "must hold files of split 'train'" in error_of(tmp_path)
+    write_jsonl(tmp_path / "my_train.jsonl", RECORDS[0])
+    assert f"--data.train_data '{tmp_path / 'my_train.jsonl'}'" in error_of(tmp_path)
+
+
+def test_many_rows_take_little_time(tmp_path):
+    source = write_jsonl(
+        tmp_path / "a.jsonl", *({"messages": [turn("user", f"{n}?"), turn("assistant", "a")]} for n in range(20_000))
+    )
+    start = process_time()
+    assert len(load_rows(source).rows) == 20_000
+    assert process_time() - start < 1.5  # a quarter of a second on a slow core
+
+
 # --- Formats --------------------------------------------------------------------------------------------------------
 
 CHAT = [
@@ -250,6 +370,8 @@ CHAT = [
     turn("assistant", "d"),
 ]
 CHAT_ROW = Row(prompt=tuple(CHAT[:4]), real="d")  # type: ignore[arg-type]
+FUNCTION = {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+TOOL = {"type": "function", "function": FUNCTION}
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
@@ -364,6 +486,392 @@ def test_wrong_column_maps_name_near_matches(tmp_path):
 def test_alpaca_columns_with_a_map_for_another_format_do_not_fall_back(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", {"instruction": "q", "output": "a"})
     assert "do not fit" in error_of(source, columns={"completion": "output"})
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "question"),
+    [
+        ({"question": "q", "answer": "a"}, "prompt_completion", "q"),
+        ({"prompt": "q", "response": "a"}, "prompt_completion", "q"),
+        ({"instruction": "q", "response": "a"}, "prompt_completion", "q"),
+        ({"input": "q", "output": "a"}, "prompt_completion", "q"),
+        ({"query": "q", "response": "a"}, "prompt_completion", "q"),
+        ({"user": "q", "assistant": "a"}, "prompt_completion", "q"),
+        ({"problem": "q", "solution": "a"}, "prompt_completion", "q"),
+        ({"prompt": "q", "completion": "a", "response": "x", "output": "y"}, "prompt_completion", "q"),
+        ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, "alpaca", "q\nc"),
+        ({"instruction": "q", "input": "c", "output": "a", "text": "x"}, "alpaca", "q\nc"),
+        ({"instruction": "q", "input": "c", "response": "a"}, "alpaca", "q\nc"),
+        ({"question": "q", "context": "c", "answer": "a"}, "alpaca", "q\nc"),
+        ({"question": "q", "chosen": "a", "rejected": "x"}, "chosen_rejected", "q"),
+        ({"conversation": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
+        ({"dialog": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
+        ({"dialogue": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
+        ({"conversations": [turn("user", "q"), turn("assistant", "a")]}, "sharegpt", "q"),
+        ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "messages", "q"),
+        ({"messages": [turn("user", "q"), turn("assistant", "a")], "question": "x", "answer": "y"}, "messages", "q"),
+    ],
+)
+def test_other_spellings_are_read_and_the_layout_that_uses_more_columns_wins(tmp_path, record, name, question):
+    loaded = load_rows(write_jsonl(tmp_path / "a.jsonl", record))
+    assert (loaded.format, loaded.rows) == (name, [asked(question, "a")])
+
+
+def test_no_alias_makes_ambiguous_what_has_our_own_names(tmp_path):
+    aliases = {alias: "x" for layout in FORMATS.values() for names in layout.aliases.values() for alias in names}
+    for name, layout in FORMATS.items():
+        ours = {"messages": CHAT, "conversations": CHAT}
+        record = {column: ours.get(column, "q") for column in (*layout.required, *layout.optional)}
+        taken = {"instruction", "output"} & aliases.keys() - record.keys()  # together they are alpaca's own names
+        others = {alias: text for alias, text in aliases.items() if alias not in taken}
+        loaded = load_rows(write_jsonl(tmp_path / "a.jsonl", {**others, **record}))
+        assert loaded.format == name and loaded.rows == [read_one(tmp_path, record)]
+
+
+def test_two_spellings_that_fit_are_refused_with_the_flags_that_read_them(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", {"problem": "q", "solution": "a", "answer": "4"})
+    message = error_of(source)
+    assert "fit 'prompt_completion' in more than one way" in message
+    assert "--data.columns '{prompt: problem, completion: answer}' or " in message
+    assert load_rows(source, columns={"prompt": "problem", "completion": "answer"}).rows == [asked("q", "4")]
+
+
+@pytest.mark.parametrize(
+    ("record", "remedy"),
+    [
+        ({"in": "q", "out": "a", "id": 1}, "--data.columns '{prompt: in, completion: out}'."),
+        ({"foo": "q", "bar": "a"}, "--data.columns '{prompt: foo, completion: bar}', if these are the right ones."),
+        ({"Prompt": "q", "my answer": "a"}, "--data.columns '{prompt: Prompt, completion: \"my answer\"}'."),
+        ({"my_chat": CHAT}, "Column 'my_chat' holds turns. Set --data.columns '{messages: my_chat}'."),
+        ({"text": "### Human: q ### Assistant: a", "n": 1}, "In 'text' the prompt and the answer are not apart"),
+        ({"prompt": "q"}, "A row needs what was asked and the real answer"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused_with_what_would_read_them(tmp_path, record, remedy):
+    source = write_jsonl(tmp_path / "a.jsonl", record)
+    assert remedy in error_of(source)
+    if flag := re.search(r"--data.columns '({.*?})'", remedy):
+        pairs = (pair.split(": ") for pair in flag[1].strip("{}").split(", "))
+        assert load_rows(source, columns={ours: theirs.strip('"') for ours, theirs in pairs}).rows
+
+
+@pytest.mark.parametrize("speaker", ["gpt", "chatgpt", "bing", "bard", "model", "assistant", "GPT"])
+def test_every_name_of_the_assistant_is_read(tmp_path, speaker):
+    record = {"conversations": [{"from": "Human", "value": "q"}, {"from": speaker, "value": "a"}]}
+    assert read_one(tmp_path, record) == asked("q", "a")
+
+
+def test_text_parts_are_joined_and_other_parts_are_named(tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b", "image_url": None}]
+    record = {
+        "messages": [{"role": "developer", "content": "d"}, {"role": "user", "content": parts}, turn("assistant", "c")]
+    }
+    assert read_one(tmp_path, record) == Row((turn("developer", "d"), turn("user", "a b")), "c")
+    record["messages"][1]["content"] = [*parts, {"type": "image_url", "image_url": {"url": "u"}}]
+    assert "turn 2 of 'messages' has a part of type 'image_url'" in error_of(write_jsonl(tmp_path / "a.jsonl", record))
+
+
+SYSTEM = turn("system", "be brief")
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"messages": [turn("user", "q"), turn("assistant", "a")], "system": "be brief"}, [SYSTEM, turn("user", "q")]),
+        (
+            {"messages": [SYSTEM, turn("user", "q"), turn("assistant", "a")], "system": "be brief"},
+            [SYSTEM, turn("user", "q")],
+        ),
+        ({"prompt": "q", "completion": "a", "system_prompt": "be brief"}, [SYSTEM, turn("user", "q")]),
+        ({"prompt": "q", "completion": "a", "system": None, "history": None}, [turn("user", "q")]),
+        (
+            {"instruction": "q", "input": "", "output": "a", "history": [["x", "y"]], "system": "be brief"},
+            [SYSTEM, turn("user", "x"), turn("assistant", "y"), turn("user", "q")],
+        ),
+        (
+            {"messages": [SYSTEM, turn("user", "q"), turn("assistant", "a")], "history": [["x", "y"]]},
+            [SYSTEM, turn("user", "x"), turn("assistant", "y"), turn("user", "q")],
+        ),
+        (
+            {
+                "messages": [turn("user", "x"), turn("assistant", "y"), turn("user", "q"), turn("assistant", "a")],
+                "history": [["x", "y"]],
+            },
+            [turn("user", "x"), turn("assistant", "y"), turn("user", "q")],
+        ),
+    ],
+)
+def test_a_system_text_and_a_history_stand_before_the_conversation_once(tmp_path, record, prompt):
+    assert read_one(tmp_path, record) == Row(tuple(prompt), "a")
+
+
+def test_a_common_column_can_be_left_unread(tmp_path):
+    record = {"messages": [SYSTEM, turn("user", "q"), turn("assistant", "a")], "system": "linux"}
+    source = write_jsonl(tmp_path / "a.jsonl", record)
+    assert "column 'system' has 'linux', but a system turn has 'be brief'" in error_of(source)
+    assert "--data.columns '{system: \"\"}'" in error_of(source)
+    loaded = load_rows(source, columns={"system": ""})
+    assert loaded.rows == [Row((SYSTEM, turn("user", "q")), "a")] and "not used: 'system'" in loaded.description
+
+
+def test_columns_that_often_matter_get_a_line_of_their_own_where_they_are_not_read(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", {"prompt": "q", "completion": "a", "context": "c", "id": 1})
+    loaded = load_rows(source)
+    assert "not used: 'context', 'id'" in loaded.description
+    assert [note for note in loaded.notes if f"column 'context' of {source} is not read" in note] == loaded.notes != []
+
+
+# --- Which turn is the real answer ----------------------------------------------------------------------------------
+
+
+def weighted(weight: object, key: str = "weight") -> dict[str, object]:
+    return {**turn("assistant", "b"), key: weight}
+
+
+@pytest.mark.parametrize("mark", [weighted(0), weighted(0.0), weighted(False, "train"), weighted(0, "loss")])
+def test_an_answer_that_is_not_to_be_trained_on_is_never_the_real_one(tmp_path, mark):
+    only = {"messages": [turn("user", "q"), mark]}
+    source = write_jsonl(tmp_path / "a.jsonl", only, {"messages": CHAT})
+    assert "line 1: every assistant turn is marked as not to be trained on" in error_of(source)
+    assert load_rows(source, on_bad_row="drop").dropped["untrained answer"].count == 1
+    earlier = {"messages": [turn("user", "p"), {**turn("assistant", "a"), "weight": 1}, turn("user", "q"), mark]}
+    loaded = load_rows(write_jsonl(tmp_path / "a.jsonl", earlier))
+    assert loaded.rows == [asked("p", "a")] and loaded.noted["dropped_turns"].count == 1
+    later = {"messages": [turn("user", "q"), mark, turn("user", "r"), weighted(1)]}
+    loaded = load_rows(write_jsonl(tmp_path / "a.jsonl", later))
+    assert loaded.rows == [Row((turn("user", "q"), turn("assistant", "b"), turn("user", "r")), "b")]
+    assert not loaded.unused_keys
+
+
+@pytest.mark.parametrize("label", [False, "False", "false", 0])
+def test_an_undesirable_completion_is_no_real_answer(tmp_path, label):
+    good = {"prompt": "q", "completion": "a", "label": True if label != 0 or label is False else 1}
+    source = write_jsonl(tmp_path / "a.jsonl", good, {**good, "label": label})
+    message = error_of(source)
+    assert f"line 2: column 'label' is {label!r}" in message and "--data.columns '{label: \"\"}'" in message
+    loaded = load_rows(source, on_bad_row="drop")
+    assert loaded.rows == [asked("q", "a")] and loaded.dropped["undesirable answer"].count == 1
+
+
+def test_a_label_about_something_else_is_not_read_and_said(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", *({"prompt": "q", "completion": "a", "label": n} for n in range(3)))
+    loaded = load_rows(source)
+    assert len(loaded.rows) == 3 and "not used: 'label'" in loaded.description and "'label'" in loaded.notes[0]
+
+
+def test_keys_of_turns_without_effect_are_counted_by_name(tmp_path):
+    turns = [
+        {**turn("user", "q"), "name": "bob", "score": None},
+        {**turn("assistant", "a"), "loss": True, "tool_calls": None},
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", {"messages": turns}, {"messages": [turns[0], turn("assistant", "b")]})
+    assert {key: tally.count for key, tally in load_rows(source).unused_keys.items()} == {"name": 2, "loss": 1}
+
+
+@pytest.mark.parametrize("value", [False, 0, 5, ["x"]])
+def test_an_input_that_is_not_text_is_a_bad_row(tmp_path, value):
+    source = write_jsonl(tmp_path / "a.jsonl", {"instruction": "q", "input": value, "output": "a"})
+    assert "column 'input' must be text, got" in error_of(source)
+
+
+# --- Tools and reasoning --------------------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+
+
+def calling(**extras: object) -> dict[str, object]:
+    return {"role": "assistant", "content": None, **extras}
+
+
+@pytest.mark.parametrize(
+    ("calls", "answer"),
+    [
+        ({"tool_calls": [{"id": "c1", **CALL}]}, {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"}),
+        (
+            {"tool_calls": [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}]},
+            {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"},
+        ),
+        (
+            {"function_call": {"name": "add", "arguments": '{"x": 1}'}},
+            {"role": "function", "content": "2", "name": "add"},
+        ),
+        ({"tool_calls": [{"name": "add", "arguments": {"x": 1, "y": None}}]}, {"role": "tool", "content": "2"}),
+    ],
+)
+@pytest.mark.parametrize(
+    "tools",
+    [{"tools": [TOOL]}, {"tools": json.dumps([FUNCTION])}, {"functions": [FUNCTION]}, {"tools": [json.dumps(TOOL)]}],
+)
+def test_tool_calls_and_definitions_are_read_as_chat_templates_take_them(tmp_path, calls, answer, tools):
+    record = {**tools, "messages": [turn("user", "1 + 1?"), calling(**calls), answer, turn("assistant", "2")]}
+    row = read_one(tmp_path, record)
+    number = {"id": "c1"} if "c1" in str(calls) else {}
+    assert row.prompt == (
+        turn("user", "1 + 1?"),
+        {"role": "assistant", "content": "", "tool_calls": [{**number, **CALL}]},
+        {**answer, "role": "tool"},
+    )
+    assert (row.real, row.real_extras, row.tools) == ("2", {}, (TOOL,))
+
+
+def test_a_call_can_be_the_real_answer(tmp_path):
+    asks = turn("user", "1 + 1?")
+    row = read_one(tmp_path, {"messages": [asks, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]})
+    assert row == Row((asks,), "", {"tool_calls": [CALL]}, (TOOL,))
+    spoken = [
+        {"from": "human", "value": "1 + 1?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+    ]
+    assert read_one(tmp_path, {"conversations": spoken, "tools": json.dumps([FUNCTION])}) == row
+    spoken += [{"from": "observation", "value": "2"}, {"from": "gpt", "value": "two"}]
+    row = read_one(tmp_path, {"conversations": spoken})
+    assert row.prompt[1:] == ({"role": "assistant", "content": "", "tool_calls": [CALL]}, turn("tool", "2"))
+
+
+def test_what_a_data_set_fills_into_calls_and_definitions_is_left_out(tmp_path):
+    other = {
+        "type": "function",
+        "function": {"name": "greet", "parameters": {"type": "object", "properties": {"who": {"type": "string"}}}},
+    }
+    records = [
+        {"messages": [turn("user", "q"), calling(tool_calls=[CALL])], "tools": [TOOL]},
+        {"messages": [turn("user", "q"), {**turn("assistant", "a"), "tool_calls": None}], "tools": [other]},
+        {"messages": [turn("user", "r"), turn("assistant", "b")], "tools": None},
+    ]
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(records).to_parquet(str(path))
+    loaded = load_rows(str(path))
+    assert loaded.rows == [
+        Row((turn("user", "q"),), "", {"tool_calls": [CALL]}, (TOOL,)),
+        Row((turn("user", "q"),), "a", {}, (other,)),
+        asked("r", "b"),
+    ]
+    assert not loaded.unused_keys and loaded.noted["repeated_prompts"].count == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "extras", "reason"),
+    [
+        ("malformed call", {"tool_calls": [{"function": {"arguments": "{}"}}]}, "must have a name and arguments"),
+        ("malformed call", {"tool_calls": "add(1)"}, "must have a name and arguments, got str 'add(1)'"),
+        (
+            "malformed call",
+            {"tool_calls": [{"name": "add", "arguments": "{x: 1}"}]},
+            "the arguments of 'add' in turn 2",
+        ),
+        ("malformed call", {"tool_calls": [{"name": "add", "arguments": [1]}]}, "must be a JSON object, got list"),
+        (
+            "malformed call",
+            {"tool_calls": [CALL], "function_call": CALL["function"]},
+            "both tool_calls and function_call",
+        ),
+        ("NUL character", {"tool_calls": [{"name": "add", "arguments": '{"x": "\\u0000"}'}]}, "a tool call of turn 2"),
+        ("wrong type", {"reasoning_content": 5}, "reasoning_content of turn 2 of 'messages' must be text"),
+        ("malformed turn", {"reasoning_content": "x", "thinking": "y"}, "two different texts"),
+    ],
+)
+def test_a_call_or_a_reasoning_that_cannot_be_read_is_a_bad_row(tmp_path, kind, extras, reason):
+    record = {"messages": [turn("user", "q"), {**turn("assistant", "a"), **extras}]}
+    source = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT}, record)
+    assert reason in error_of(source)
+    assert load_rows(source, on_bad_row="drop").dropped[kind].count == 1
+
+
+def test_tools_without_definitions_are_bad_rows_that_can_be_read_without(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT, "tools": ["search"]})
+    assert "must be a list of tool definitions" in error_of(source) and '{tools: ""}' in error_of(source)
+    assert load_rows(source, columns={"tools": ""}).rows == [CHAT_ROW]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_kept_with_its_turn(tmp_path, key):
+    first = {**turn("assistant", "b"), key: "so"}
+    row = read_one(
+        tmp_path, {"messages": [turn("user", "a"), first, turn("user", "c"), {**turn("assistant", "d"), key: "hm"}]}
+    )
+    assert row.prompt[1] == {**turn("assistant", "b"), "reasoning_content": "so"}
+    assert (row.real, row.real_extras) == ("d", {"reasoning_content": "hm"})
+    assert row.real_turn == {"role": "assistant", "content": "d", "reasoning_content": "hm"}
+
+
+def test_prompts_differ_by_all_that_decides_them(tmp_path):
+    asks, says = turn("user", "a"), turn("assistant", "b")
+    plain = Row((asks, says, turn("user", "c")), "d")
+    assert prompt_key(plain) == (("user", "a"), ("assistant", "b"), ("user", "c"))
+    called = Row((asks, {**says, "tool_calls": [CALL]}, turn("user", "c")), "d")
+    thought = Row((asks, {**says, "reasoning_content": "so"}, turn("user", "c")), "d")
+    armed = Row(plain.prompt, "d", tools=(TOOL,))
+    assert len({prompt_key(row) for row in (plain, called, thought, armed)}) == 4
+    records = [{"messages": [asks, {**says, "thinking": text}]} for text in ("x", "y", "x")]
+    noted = load_rows(write_jsonl(tmp_path / "a.jsonl", *records)).noted
+    assert (noted["exact_duplicates"].count, noted["repeated_prompts"].count) == (1, 1)
+
+
+# --- Several sources ------------------------------------------------------------------------------------------------
+
+
+def write_numbered(path: Path, size: int) -> str:
+    return write_jsonl(path, *({"prompt": f"{path.stem}{n}", "completion": "c"} for n in range(size)))
+
+
+def test_a_weight_is_the_share_of_a_sources_rows(tmp_path):
+    a, b, c = (write_numbered(tmp_path / f"{name}.jsonl", 10) for name in "abc")
+    mixed = load_rows({a: 1.0, b: 0.5, c: 2.5})
+    taken = {
+        name: sum(t for t, place in zip(mixed.times, mixed.places, strict=True) if place.startswith(name))
+        for name in (a, b, c)
+    }
+    assert taken == {a: 10, b: 5, c: 25}
+    assert sorted(set(mixed.times[15:])) == [2, 3] and set(mixed.times[:15]) == {1}
+    assert mixed.places == sorted(mixed.places, key=lambda p: (p.split(",")[0], int(p.split()[-1])))  # in their order
+    assert load_rows({a: 1.0, b: 0.5, c: 2.5}) == mixed
+    assert load_rows({a: 1.0, b: 0.5, c: 2.5}, seed=1).places != mixed.places
+    assert "weight 0.5: 5 taken" in mixed.description and len(mixed.parts) == 3
+
+
+def test_the_rows_that_are_drawn_do_not_depend_on_where_the_files_lie(tmp_path):
+    (tmp_path / "x").mkdir()
+    rows = [load_rows({write_numbered(folder / "a.jsonl", 40): 0.5}).rows for folder in (tmp_path, tmp_path / "x")]
+    assert rows[0] == rows[1] and len(rows[0]) == 20
+
+
+def test_one_source_of_weight_one_is_the_source_itself(tmp_path):
+    source = write_numbered(tmp_path / "a.jsonl", 9)
+    plain, mapped = load_rows(source), load_rows({source: 1.0})
+    assert (mapped.rows, mapped.places, mapped.times, mapped.noted) == (
+        plain.rows,
+        plain.places,
+        plain.times,
+        plain.noted,
+    )
+
+
+def test_what_is_counted_in_several_sources_is_counted_over_all(tmp_path):
+    a = write_jsonl(tmp_path / "a.jsonl", *RECORDS, {"prompt": "p"})
+    b = write_jsonl(
+        tmp_path / "b.jsonl", {"question": "1 + 1?", "answer": "2"}, {"question": "1 + 1?", "answer": "two"}, 7
+    )
+    mixed = load_rows({a: 1, b: 1}, on_bad_row="drop")
+    assert {kind: tally.count for kind, tally in mixed.dropped.items()} == {"missing": 1, "not an object": 1}
+    assert (mixed.noted["exact_duplicates"].count, mixed.noted["repeated_prompts"].count) == (1, 1)
+    assert mixed.noted["exact_duplicates"].first == [f"{b}, line 1 repeats {a}, line 1"] and mixed.num_read == 6
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"a.jsonl": 0}, "the weight of 'a.jsonl' must be a number above 0, got 0."),
+        ({"a.jsonl": float("nan")}, "must be a number above 0, got nan"),
+        ({"a.jsonl": True}, "must be a number above 0, got True"),
+        ({}, "a map from each of several to its weight, as {a.jsonl: 1.0, b.jsonl: 0.5}; got dict '{}'"),
+        (["a.jsonl"], "must be one source, or a map"),
+        ("{a.jsonl: x}", "must be one source, or a map"),
+    ],
+)
+def test_a_mix_without_right_weights_is_refused(source, message):
+    with pytest.raises(UserError) as caught:
+        load_rows(source)
+    assert message in str(caught.value)
 
 
 # --- Bad rows -------------------------------------------------------------------------------------------------------
