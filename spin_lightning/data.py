@@ -335,7 +335,7 @@ def _describe(what: str, source: str | dict[str, float], loaded: LoadedRows) -> 
         print(f"{what}: {line}")
     for note in loaded.notes:
         print(f"note: {note}")
-    for key, tally in loaded.unused_keys.items():
+    for key, tally in itertools.islice(loaded.unused_keys.items(), 20):
         print(f"note: {key!r} inside turns has no effect: in {tally.count} rows, the first {tally.first[0]}")
     for kind, tally in loaded.dropped.items():
         print(f"note: bad rows that were dropped, {kind}: {tally.count}, the first {tally.first[0]}")

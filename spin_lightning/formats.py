@@ -211,6 +211,10 @@ def is_turn(value: Any) -> bool:
 
 
 def _turns(value: Any, column: str) -> list[Turn]:
+    if isinstance(value, dict) and value and all(isinstance(items, list) for items in value.values()):
+        value = [
+            dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)
+        ]  # one list a key
     turns = _list(value, f"column {column!r} must be a list of turns")
     return [_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(turns, 1)]
 

@@ -62,12 +62,12 @@ def _decode(data: bytes, offset: int = 0) -> str:
 
 def _read_json(file: BinaryIO, path: Path, source: Source, key: str) -> Records:
     """Objects one a line; or one JSON document of them; or objects that each take several lines."""
-    start = []  # up to the second line that is not blank
+    start, filled = [], []  # up to the second line that is not blank
     for line in file:
         start.append(line)
-        if sum(bool(line.strip()) for line in start) == 2:
+        filled += [line] if line.strip() else []
+        if len(filled) == 2:
             break
-    filled = [line for line in start if line.strip()]
     if filled and (key or _is_document(filled)):
         yield from _read_document(_decode(b"".join(start) + file.read()), path, source, key)
     else:
@@ -246,6 +246,16 @@ _OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
     ".gz": lambda path: cast(BinaryIO, gzip.GzipFile(path)),
     ".zst": _open_zst,
 }
+#: How files begin that are something else than their name says.
+_MARKS = {
+    codecs.BOM_UTF16_LE: "UTF-16 text. Save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16 text. Save it as UTF-8",
+    b"\x1f\x8b": "a gzip file. Let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file. Let its name end in .zst",
+    b"PK\x03\x04": "a zip file or a spreadsheet. Unpack it, or save it as CSV",
+    b"PAR1": "a Parquet file. Let its name end in .parquet",
+    b"version https://git-lfs": "a pointer of Git LFS instead of the data. Run: git lfs pull",
+}
 _FILE_KINDS = f"{', '.join(_READERS)} (all but Parquet also with .gz or .zst behind)"
 
 
@@ -263,11 +273,12 @@ def _read_files(paths: Iterable[Path], source: Source, key: str = "") -> Records
             raise UserError(f"{path} must end in one of {_FILE_KINDS}. Convert it, or name its files.")
         try:
             with _OPENERS[packed](path) as file:
-                beginning = cast(Any, file).peek(4)[:4]
+                beginning = cast(Any, file).peek(64)[:64]
                 if beginning.startswith(codecs.BOM_UTF8):
                     source.byte_order_marks.add(str(path))
-                if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise UserError(f"{path} must be UTF-8 text, got UTF-16. Save it as UTF-8.")
+                for mark, what in _MARKS.items():
+                    if beginning.startswith(mark) and (mark, kind) != (b"PAR1", ".parquet"):
+                        raise UserError(f"{path} must hold what its name says, got {what}.")
                 yield from _READERS[kind](file, path, source, key)
         except BadRow as reason:  # only JSONL can go on behind a byte that is not UTF-8
             raise UserError(f"{path} {reason}. Save it as UTF-8.") from None

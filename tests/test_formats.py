@@ -333,7 +333,21 @@ def test_a_mistake_in_an_indented_document_is_one_message_with_its_place(tmp_pat
     path.write_text(json.dumps(RECORDS[0], indent=2) + '\n{\n  "prompt": oops\n}')
     assert f"{path}, line 6 column 13: not JSON" in error_of(path, on_bad_row="drop")
     path.write_bytes(json.dumps(RECORDS[0]).encode("utf-16"))
-    assert "must be UTF-8 text, got UTF-16. Save it as UTF-8." in error_of(path)
+    assert f"{path} must hold what its name says, got UTF-16 text. Save it as UTF-8." in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "cure"),
+    [
+        (packed(b"{}", ".gz"), "Let its name end in .gz"),
+        (packed(b"{}", ".zst"), "Let its name end in .zst"),
+        (b"PAR1...", "Let its name end in .parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Run: git lfs pull"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused_once(tmp_path, data, cure):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    assert cure in error_of(tmp_path / "a.jsonl") and "rows of" not in error_of(tmp_path / "a.jsonl")
 
 
 def test_a_folder_of_nameless_parts_is_read_whole_and_said(tmp_path):
@@ -569,6 +583,14 @@ def test_text_parts_are_joined_and_other_parts_are_named(tmp_path):
     assert read_one(tmp_path, record) == Row((turn("developer", "d"), turn("user", "a b")), "c")
     record["messages"][1]["content"] = [*parts, {"type": "image_url", "image_url": {"url": "u"}}]
     assert "turn 2 of 'messages' has a part of type 'image_url'" in error_of(write_jsonl(tmp_path / "a.jsonl", record))
+
+
+def test_turns_may_be_written_as_one_list_for_each_key_and_as_json_in_a_cell(tmp_path):
+    by_key = {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}
+    assert load_rows(write_parquet(tmp_path / "a.parquet", [by_key])).rows == [asked("q", "a")]
+    cell = json.dumps([turn("user", "q"), turn("assistant", "a")]).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'id,messages\n1,"{cell}"\n')
+    assert load_rows(str(tmp_path / "a.csv")).rows == [asked("q", "a")]
 
 
 SYSTEM = turn("system", "be brief")
