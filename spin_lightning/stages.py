@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 import spin_lightning
 from spin_lightning.callbacks import ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
 from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, last_checkpoint
+from spin_lightning.class_defaults import own_defaults
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import read_json, replacing
 from spin_lightning.module import SpinLightningModule
@@ -105,7 +106,8 @@ class StageCLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         try:
             # Lightning's own also warns that `args` were given: here they always are
-            self.config = parser.parse_args(args)
+            with own_defaults():
+                self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(f"{error}{self._did_you_mean(str(error))}") from error
 
