@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,11 @@ def log_ratios(policy: PairLogProbs, opponent: PairLogProbs) -> tuple[Tensor, Te
 
 def _output(losses: Tensor, real_rewards: Tensor, generated_rewards: Tensor) -> PairLossOutput:
     return PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach())
+
+
+def _described(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
 
 
 def _values(setting: T | list[T]) -> list[T]:
@@ -92,6 +97,32 @@ class PairLoss(nn.Module, ABC):
         for name, value in vars(self).items():
             if not name.startswith("_"):
                 check_schedule(f"model.loss.{name}", value, iterations)
+
+    def __call__(self, policy: PairLogProbs, *args: Any, **kwargs: Any) -> PairLossOutput:
+        """What :meth:`forward` gives, made sure to be one loss and two rewards a pair.
+
+        Raises:
+            UserError: ``forward`` returned something else; the message names the class.
+        """
+        name = type(self).__name__
+        if "_parameters" not in vars(self):
+            raise UserError(f"{name}.__init__ must begin with super().__init__(), which was not called. Add that line.")
+        output = super().__call__(policy, *args, **kwargs)
+        wanted = tuple(policy.real.shape)
+        if not isinstance(output, PairLossOutput):
+            found = _described(output)
+        else:
+            wrong = {key: value for key, value in vars(output).items() if getattr(value, "shape", None) != wanted}
+            found = ", ".join(f"{key} as {_described(value)}" for key, value in wrong.items())
+            if not found and policy.real.requires_grad and torch.is_grad_enabled() and not output.losses.requires_grad:
+                found = "losses without a gradient"
+        if found:
+            raise UserError(
+                f"{name} must return a PairLossOutput with one entry a pair in losses, real_rewards and generated_rewards, "
+                f"each of shape {wanted}, the losses with a gradient; got {found}. End its forward with return "
+                "PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach()), without a mean or a sum."
+            )
+        return cast(PairLossOutput, output)
 
     @abstractmethod
     def forward(

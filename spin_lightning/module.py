@@ -91,6 +91,10 @@ class SpinLightningModule(PolicyModule):
                 )
         if opponent not in OPPONENTS:
             raise UserError(f"model.opponent must be one of {sorted(OPPONENTS)}, got {opponent!r}.")
+        if loss is not None and not isinstance(loss, PairLoss):
+            raise UserError(
+                f"model.loss must be a PairLoss, got {type(loss).__name__}. Derive it from spin_lightning.PairLoss."
+            )
         self.beta = beta
         self.loss = loss if loss is not None else SpinLoss()
         self.opponent = OPPONENTS[opponent]()
