@@ -74,6 +74,9 @@ class PairLoss(nn.Module, ABC):
     needs_initial_log_probs = False
     #: The loss wants ``policy.initial_response``.
     needs_initial_response = False
+    #: What the rewards compare the policy with, so that they are 0 where it is as likely. None: with nothing, they are
+    #: log-probs of the policy alone, and always negative.
+    reference: str | None = "the opponent"
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +86,11 @@ class PairLoss(nn.Module, ABC):
     def learns_from_identical(self) -> bool:
         """Whether a pair whose two responses are the same tokens can have a gradient in this iteration."""
         return False
+
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference."""
+        return "lower the learning rate or raise beta"
 
     def now(self, setting: T | list[T]) -> T:
         """A setting of this loss as it holds in the current iteration."""
@@ -189,6 +197,12 @@ class SpinLoss(PairLoss):
         """Only through the term on the real response alone: the margin of an identical pair is constant."""
         return self.now(self.nll_weight) > 0
 
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference."""
+        term = "raise the loss's nll_weight" if self.now(self.nll_weight) else "give the loss an nll_weight"
+        return f"lower the learning rate, raise beta, or {term}"
+
     def forward(
         self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
     ) -> PairLossOutput:
@@ -221,6 +235,7 @@ class AlphaSpinLoss(SpinLoss):
     """
 
     needs_initial_log_probs = True
+    reference = "its reference between the opponent and the first one"
 
     def __init__(
         self,
@@ -267,6 +282,7 @@ class TSpinLoss(PairLoss):
     """
 
     needs_initial_response = True
+    reference = None
 
     def __init__(self, link: Link = "logistic", anchor_weight: float | list[float] = 0.1) -> None:
         super().__init__()
@@ -332,6 +348,11 @@ class SpaceLoss(PairLoss):
         """Always: an identical pair pulls its log-ratio to 0, and dropping it would bias the optimum."""
         return True
 
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference. Beta has to be 1."""
+        return "lower the learning rate"
+
     def check(self, beta: float | list[float], iterations: int) -> None:
         super().check(beta, iterations)
         for value in _values(beta):
@@ -369,6 +390,11 @@ class IpoLoss(PairLoss):
             _require(lambda value: value > 0, "target", target, "positive or null", "null is 1 / (2 beta) nats.")
         self.target = target
 
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference."""
+        return "lower the learning rate or " + ("raise beta" if self.target is None else "lower the loss's target")
+
     def forward(
         self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
     ) -> PairLossOutput:
@@ -398,6 +424,11 @@ class DpopLoss(PairLoss):
     def learns_from_identical(self) -> bool:
         """Through the penalty: it lifts a real response that fell, whatever the generated one is."""
         return self.now(self.penalty_weight) > 0
+
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference."""
+        return "lower the learning rate, raise beta, or raise the loss's penalty_weight"
 
     def forward(
         self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
