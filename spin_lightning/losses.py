@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ def _output(losses: Tensor, real_rewards: Tensor, generated_rewards: Tensor) -> 
     return PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach())
 
 
+def _described(value: object) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+
+
 def _values(setting: T | list[T]) -> list[T]:
     return setting if isinstance(setting, list) else [setting]
 
@@ -69,6 +74,9 @@ class PairLoss(nn.Module, ABC):
     needs_initial_log_probs = False
     #: The loss wants ``policy.initial_response``.
     needs_initial_response = False
+    #: What the rewards compare the policy with, so that they are 0 where it is as likely. None: with nothing, they are
+    #: log-probs of the policy alone, and always negative.
+    reference: str | None = "the opponent"
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,6 +86,11 @@ class PairLoss(nn.Module, ABC):
     def learns_from_identical(self) -> bool:
         """Whether a pair whose two responses are the same tokens can have a gradient in this iteration."""
         return False
+
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference."""
+        return "lower the learning rate or raise beta"
 
     def now(self, setting: T | list[T]) -> T:
         """A setting of this loss as it holds in the current iteration."""
@@ -92,6 +105,32 @@ class PairLoss(nn.Module, ABC):
         for name, value in vars(self).items():
             if not name.startswith("_"):
                 check_schedule(f"model.loss.{name}", value, iterations)
+
+    def __call__(self, policy: PairLogProbs, *args: Any, **kwargs: Any) -> PairLossOutput:
+        """What :meth:`forward` gives, made sure to be one loss and two rewards a pair.
+
+        Raises:
+            UserError: ``forward`` returned something else; the message names the class.
+        """
+        name = type(self).__name__
+        if "_parameters" not in vars(self):
+            raise UserError(f"{name}.__init__ must begin with super().__init__(), which was not called. Add that line.")
+        output = super().__call__(policy, *args, **kwargs)
+        wanted = tuple(policy.real.shape)
+        if not isinstance(output, PairLossOutput):
+            found = _described(output)
+        else:
+            wrong = {key: value for key, value in vars(output).items() if getattr(value, "shape", None) != wanted}
+            found = ", ".join(f"{key} as {_described(value)}" for key, value in wrong.items())
+            if not found and policy.real.requires_grad and torch.is_grad_enabled() and not output.losses.requires_grad:
+                found = "losses without a gradient"
+        if found:
+            raise UserError(
+                f"{name} must return a PairLossOutput with one entry a pair in losses, real_rewards and generated_rewards, "
+                f"each of shape {wanted}, the losses with a gradient; got {found}. End its forward with return "
+                "PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach()), without a mean or a sum."
+            )
+        return cast(PairLossOutput, output)
 
     @abstractmethod
     def forward(
@@ -158,6 +197,12 @@ class SpinLoss(PairLoss):
         """Only through the term on the real response alone: the margin of an identical pair is constant."""
         return self.now(self.nll_weight) > 0
 
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference."""
+        term = "raise the loss's nll_weight" if self.now(self.nll_weight) else "give the loss an nll_weight"
+        return f"lower the learning rate, raise beta, or {term}"
+
     def forward(
         self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
     ) -> PairLossOutput:
@@ -190,6 +235,7 @@ class AlphaSpinLoss(SpinLoss):
     """
 
     needs_initial_log_probs = True
+    reference = "its reference between the opponent and the first one"
 
     def __init__(
         self,
@@ -236,6 +282,7 @@ class TSpinLoss(PairLoss):
     """
 
     needs_initial_response = True
+    reference = None
 
     def __init__(self, link: Link = "logistic", anchor_weight: float | list[float] = 0.1) -> None:
         super().__init__()
@@ -301,6 +348,11 @@ class SpaceLoss(PairLoss):
         """Always: an identical pair pulls its log-ratio to 0, and dropping it would bias the optimum."""
         return True
 
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference. Beta has to be 1."""
+        return "lower the learning rate"
+
     def check(self, beta: float | list[float], iterations: int) -> None:
         super().check(beta, iterations)
         for value in _values(beta):
@@ -338,6 +390,11 @@ class IpoLoss(PairLoss):
             _require(lambda value: value > 0, "target", target, "positive or null", "null is 1 / (2 beta) nats.")
         self.target = target
 
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference."""
+        return "lower the learning rate or " + ("raise beta" if self.target is None else "lower the loss's target")
+
     def forward(
         self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None
     ) -> PairLossOutput:
@@ -367,6 +424,11 @@ class DpopLoss(PairLoss):
     def learns_from_identical(self) -> bool:
         """Through the penalty: it lifts a real response that fell, whatever the generated one is."""
         return self.now(self.penalty_weight) > 0
+
+    @property
+    def remedy(self) -> str:
+        """What helps where training makes the real responses less likely than under the reference."""
+        return "lower the learning rate, raise beta, or raise the loss's penalty_weight"
 
     def forward(
         self, policy: PairLogProbs, opponent: PairLogProbs, beta: float, initial: PairLogProbs | None = None

@@ -20,6 +20,11 @@ ALIASES = {
 }
 
 
+def wins(real_rewards: Tensor, generated_rewards: Tensor) -> Tensor:
+    """1 for a pair whose real response has the higher reward, one half for a tie, else 0; shape ``(B,)``."""
+    return (real_rewards > generated_rewards).float() + 0.5 * (real_rewards == generated_rewards).float()
+
+
 class RewardAccuracy(Metric):
     """Share of pairs whose real response has the higher reward; a tie counts one half.
 
@@ -40,7 +45,7 @@ class RewardAccuracy(Metric):
         self.add_state("pairs", torch.tensor(0.0), dist_reduce_fx="sum", persistent=True)
 
     def update(self, real_rewards: Tensor, generated_rewards: Tensor) -> None:
-        self.wins += (real_rewards > generated_rewards).sum() + 0.5 * (real_rewards == generated_rewards).sum()
+        self.wins += wins(real_rewards, generated_rewards).sum()
         self.pairs += real_rewards.numel()
 
     def compute(self) -> Tensor:
@@ -48,7 +53,7 @@ class RewardAccuracy(Metric):
 
 
 class PairMetrics(nn.Module):
-    """Rewards, margins, accuracy and log-probs of the pairs seen in an epoch."""
+    """Rewards, margins, accuracy and log-probs of the pairs of an update, and of those of an epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,14 +63,15 @@ class PairMetrics(nn.Module):
         self.accuracy: Any = RewardAccuracy()
         for metric in means.values():
             metric.persistent(mode=True)  # an epoch's mean survives a resume in the middle of it
+        self._update: list[dict[str, Tensor]] = []  # the batches of the update in progress
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow the model to its device, but not to its dtype: sums that come from a checkpoint stay exact."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
-    def forward(self, parts: Sequence[tuple[PairLossOutput, PairLogProbs]]) -> dict[str, Tensor]:
-        """Add a batch, given in parts, and return this batch's own values."""
+    def forward(self, parts: Sequence[tuple[PairLossOutput, PairLogProbs]], is_first: bool = True) -> dict[str, Tensor]:
+        """Add a batch, given in parts, and return the values over all batches of its update. ``is_first`` begins another."""
         real = torch.cat([output.real_rewards for output, _ in parts])
         generated = torch.cat([output.generated_rewards for output, _ in parts])
         values = {
@@ -75,9 +81,14 @@ class PairMetrics(nn.Module):
             "logps/real": torch.cat([policy.real.detach() for _, policy in parts]),
             "logps/generated": torch.cat([policy.generated.detach() for _, policy in parts]),
         }
-        batch = {name: self.means[name](value) for name, value in values.items()}
-        batch["rewards/accuracies"] = self.accuracy(real, generated)
-        return with_aliases(batch)
+        for name, value in values.items():
+            self.means[name].update(value)
+        self.accuracy.update(real, generated)
+        self._update = [*([] if is_first else self._update), values]
+        whole = {name: torch.cat([batch[name] for batch in self._update]) for name in values}
+        means = {name: value.float().mean() for name, value in whole.items()}
+        means["rewards/accuracies"] = wins(whole["rewards/real"], whole["rewards/generated"]).mean()
+        return with_aliases(means)
 
     def compute(self) -> dict[str, Tensor]:
         """The values over everything since the last reset."""

@@ -91,6 +91,10 @@ class SpinLightningModule(PolicyModule):
                 )
         if opponent not in OPPONENTS:
             raise UserError(f"model.opponent must be one of {sorted(OPPONENTS)}, got {opponent!r}.")
+        if loss is not None and not isinstance(loss, PairLoss):
+            raise UserError(
+                f"model.loss must be a PairLoss, got {type(loss).__name__}. Derive it from spin_lightning.PairLoss."
+            )
         self.beta = beta
         self.loss = loss if loss is not None else SpinLoss()
         self.opponent = OPPONENTS[opponent]()
@@ -127,23 +131,23 @@ class SpinLightningModule(PolicyModule):
         return pair_log_probs(self.policy, batch)
 
     def training_step(self, batch: list[PairBatch], batch_idx: int) -> Tensor:
-        """The SPIN loss of one batch of pairs (Eq. 4.7): the mean over its pairs, in one pass or several."""
+        """The SPIN loss of one batch of pairs (Eq. 4.7): its share of the mean over the update's pairs."""
         beta = at_iteration(self.beta, self.iteration)
         num_pairs = sum(map(len, batch))
         seen = []
 
-        def loss_of(part: PairBatch) -> Tensor:
+        def sum_of(part: PairBatch) -> Tensor:
             policy = self.pair_log_probs(part)
             if self._gate_is_due:
                 check_gate(self.loss, beta, part, policy, self.compute_dtype, self.iteration, self._recompute(part))
                 self._gate_is_due = False
             output = self.loss(policy, self.opponent.log_probs(part), beta, part.initial)
             seen.append((output, policy))
-            return output.losses.sum() / num_pairs
+            return output.losses.sum()
 
-        loss = self.sum_in_passes(loss_of, batch)
-        self.log("loss", loss, prog_bar=True, batch_size=num_pairs)
-        self.log_dict(self.metrics(seen), batch_size=num_pairs)
+        is_first = not self._update.count
+        loss = self.mean_of_update(sum_of, batch, num_pairs)
+        self.log_dict(self.metrics(seen, is_first=is_first), batch_size=num_pairs)
         return loss
 
     def on_train_epoch_start(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -33,8 +34,27 @@ if TYPE_CHECKING:
 MOST_NON_FINITE = 10
 
 
+@dataclass
+class _Update:
+    """What the batches of the update in progress add up to."""
+
+    batches: list[Any] = field(default_factory=list)
+    is_complete: bool = False  # with the batch in progress
+    divisor: int = 0  # the first batch's count, which every batch's sum is divided by
+    count: int = 0  # of what the mean is over, so far
+    total: Any = 0.0  # of the losses so far, divided by divisor
+
+
 class PolicyModule(L.LightningModule):
-    """A language model under training. Subclasses add ``training_step``."""
+    """A language model under training. Subclasses add ``training_step``.
+
+    An update's loss is one mean over all its batches, however many ``trainer.accumulate_grad_batches`` makes them and
+    however long each is: batches that are accumulated train like one batch with all their rows.
+
+    Attributes:
+        update_loss: The loss of the update in progress: the mean over its batches so far.
+        update_is_complete: Whether the batch in progress, or else the last one, is its update's last.
+    """
 
     policy: PreTrainedModel
 
@@ -78,7 +98,7 @@ class PolicyModule(L.LightningModule):
         self.on_non_finite = on_non_finite
         self.first_step = -1  # optimiser steps when the iteration in progress began
         self._non_finite_in_a_row = 0
-        self._batches: list[Any] = []  # of the update in progress
+        self._update = _Update()
         #: Which iteration the schedules are at, and how many epochs it has. A callback sets them; SFT is one iteration.
         self.iteration = 0
         self.epochs_in_iteration: int | None = None
@@ -171,16 +191,56 @@ class PolicyModule(L.LightningModule):
             self.lr_schedule
         ]
 
-    def sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
+    def mean_of_update(self, sum_of: Callable[[Any], Tensor], parts: Sequence[Any], count: int) -> Tensor:
+        """What a batch contributes to its update, as ``training_step`` returns it; logs the update's loss so far.
+
+        Until an update's last batch is known, so is not what its mean is over. So all its batches are divided by the first
+        one's count, and the gradient is put right once it is whole: not at all where all batches count alike.
+
+        Args:
+            sum_of: The sum of the losses of one part of the batch, a scalar. Called once for each part.
+            parts: The parts of the batch.
+            count: Of what the loss is a mean in this batch: its pairs, responses or tokens.
+        """
+        update = self._update
+        update.divisor = update.divisor or count
+        loss = self._sum_in_passes(lambda part: sum_of(part) / update.divisor, parts)
+        update.count += count
+        update.total = update.total + loss.detach()
+        self.log("loss", self.update_loss, prog_bar=True, batch_size=sum(map(len, parts)))
+        return loss
+
+    @property
+    def update_loss(self) -> Tensor:
+        return self._update.total * (self._update.divisor / self._update.count)
+
+    @property
+    def update_is_complete(self) -> bool:
+        return self._update.is_complete
+
+    def on_after_backward(self) -> None:
+        """Make the gradient that of the update's mean, before anything reads it. Lightning divided by the number of batches asked for."""
+        update = self._update
+        if not update.is_complete or not update.count:  # a training step of one's own
+            return
+        factor = self.trainer.accumulate_grad_batches * update.divisor / update.count
+        if factor != 1:
+            for weight in self.policy.parameters():
+                if weight.grad is not None:
+                    weight.grad.mul_(factor)
+
+    def _sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
         """The sum of the losses of a batch's parts, one part in memory at a time."""
         if self.compute_dtype is torch.float16:  # its gradients have to be scaled before they are taken
             return torch.stack([loss_of(part) for part in parts]).sum()
         return sum_in_passes(loss_of, parts, [weight for weight in self.policy.parameters() if weight.requires_grad])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._batches.clear()
-        self._batches.append(batch)
+        num_batches = self.trainer.accumulate_grad_batches
+        if batch_idx % num_batches == 0:
+            self._update = _Update()
+        self._update.batches.append(batch)
+        self._update.is_complete = (batch_idx + 1) % num_batches == 0 or self.trainer.is_last_batch
 
     def configure_gradient_clipping(
         self,
@@ -239,7 +299,7 @@ class PolicyModule(L.LightningModule):
         """The beginnings of the prompts whose gradient an update would have used."""
         tokenizer = self.trainer.datamodule.encoder.tokenizer  # type: ignore[attr-defined]
         lines = []
-        for part in (part for batch in self._batches for part in batch):
+        for part in (part for batch in self._update.batches for part in batch):
             responses, start = getattr(part, "responses", part), 0
             for prompt_length, *lengths in responses.lengths:
                 text = tokenizer.decode(responses.input_ids[start : start + prompt_length][-60:])

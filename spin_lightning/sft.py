@@ -21,7 +21,7 @@ class SftLightningModule(PolicyModule):
         model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file.
         learning_rate: Peak of the schedule.
         optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
-        average: ``token`` divides a batch's NLL by its number of response tokens, as SFT does elsewhere;
+        average: ``token`` divides an update's NLL by its number of response tokens, as SFT does elsewhere;
             ``response`` by its number of responses, the scale of the gradient self-play has at beta = 2.
         max_updates: End after this many optimiser steps, which the schedule then spans. Unlike ``trainer.max_steps``, which
             Lightning does not resume exactly at an epoch's end. None: ``trainer.max_epochs`` decides.
@@ -98,8 +98,6 @@ class SftLightningModule(PolicyModule):
 
     def training_step(self, batch: list[ResponseBatch], batch_idx: int) -> Tensor:
         """Negative log-likelihood of the real responses."""
-        size = sum(map(len, batch))
-        divisor = sum(int(part.response_lengths.sum()) for part in batch) if self.average == "token" else size
-        loss = self.sum_in_passes(lambda part: -response_log_probs(self.policy, part).sum() / divisor, batch)
-        self.log("loss", loss, prog_bar=True, batch_size=size)
-        return loss
+        by_token = self.average == "token"
+        count = sum(int(part.response_lengths.sum()) if by_token else len(part) for part in batch)
+        return self.mean_of_update(lambda part: -response_log_probs(self.policy, part).sum(), batch, count)

@@ -22,9 +22,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import spin_lightning
 from spin_lightning.callbacks import ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
+from spin_lightning.callbacks.settings import SETTINGS, check_finished
 from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, last_checkpoint
+from spin_lightning.class_defaults import own_defaults
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import read_json, replacing
+from spin_lightning.models import load_tokenizer
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.policy import PolicyModule
 from spin_lightning.redaction import redacted
@@ -72,6 +75,7 @@ class StageCLI(LightningCLI):
     module_class: type[PolicyModule]
     run_key: str  # the section that holds output_dir
     over_file: str  # written last in the run's folder
+    is_over = False
 
     def __init__(self, args: Sequence[str]) -> None:
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_a_tip)
@@ -105,7 +109,8 @@ class StageCLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         try:
             # Lightning's own also warns that `args` were given: here they always are
-            self.config = parser.parse_args(args)
+            with own_defaults():
+                self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(f"{error}{self._did_you_mean(str(error))}") from error
 
@@ -117,6 +122,8 @@ class StageCLI(LightningCLI):
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__
             raise (cause or error) from None
+        if self.is_over:
+            self._end()
 
     def _did_you_mean(self, message: str) -> str:
         """The settings that read like the words of an error message."""
@@ -137,10 +144,8 @@ class StageCLI(LightningCLI):
             return
         output_dir = Path(config[self.run_key].output_dir)
         if self._is_over(output_dir, config):
-            print(
-                f"the run in {output_dir} is over; its models are in {output_dir}. For another run set --{self.run_key}.output_dir."
-            )
-            raise RunIsOver
+            self.is_over = True
+            return
         config.weights_only = True
         if config.ckpt_path is None and (checkpoint := last_checkpoint(str(output_dir))):
             print(f"continuing the run in {output_dir} from {checkpoint}")
@@ -148,6 +153,36 @@ class StageCLI(LightningCLI):
 
     def _is_over(self, output_dir: Path, config: Any) -> bool:
         return (output_dir / self.over_file).exists()
+
+    def _end(self) -> None:
+        """Say that the run is over, if it is the one that this command would play. No model is loaded.
+
+        Raises:
+            RunIsOver: It is.
+            UserError: It was another; the message shows each setting that differs.
+        """
+        config = self.config["fit"]
+        output_dir = Path(config[self.run_key].output_dir)
+        if self._names_other_data(output_dir / "config.yaml"):  # which may hold the same rows
+            if self.datamodule.tokenizer_name_or_path is None:
+                model = self.model
+                self.datamodule.tokenizer = load_tokenizer(
+                    model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+                )
+            self.datamodule.setup("fit")
+        allowed = config.checkpoint.allow_changes or []
+        check_finished(self.trainer, self.model, self.datamodule, output_dir / SETTINGS, allowed)
+        print(
+            f"the run in {output_dir} is over; its models are in {output_dir}. For another run set --{self.run_key}.output_dir."
+        )
+        raise RunIsOver
+
+    def _names_other_data(self, path: Path) -> bool:
+        if not path.exists():
+            return True
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        now = redacted({name: self.config["fit"]["data"][name] for name in ("train_data", "val_data")})
+        return any(before.get(name) != value for name, value in now.items())
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "spin_lightning"
 
 #: A module may import those of lower ranks only.
 RANKS = [
-    {"version", "types", "cpu_memory"},
+    {"version", "types", "cpu_memory", "class_defaults"},
     {"files", "redaction", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm"},
     {"checkpoints"},
     {"log_probs", "losses", "encoding", "formats", "models", "model_card"},

@@ -19,7 +19,7 @@ from spin_lightning.losses import (
     SpinLoss,
     TSpinLoss,
 )
-from spin_lightning.types import PairLogProbs, UserError
+from spin_lightning.types import PairLogProbs, PairLossOutput, UserError
 
 REAL_LENGTHS, GENERATED_LENGTHS = [3, 5, 2, 7], [4, 1, 6, 2]
 
@@ -393,3 +393,53 @@ def test_a_loss_of_ones_own_is_a_subclass_with_forward():
     torch.testing.assert_close(Sharper()(*arguments, 0.5).losses, SpinLoss()(*arguments, 1.0).losses)
     with pytest.raises(UserError, match=r"model.loss.sharpness is a list of 1 values"):
         Sharper([2.0]).check(0.5, iterations=2)
+
+
+WRONG_ANSWERS = {
+    "Tensor of shape ()": lambda losses, rewards: losses.mean(),
+    "Tensor of shape (2,)": lambda losses, rewards: losses,
+    "tuple": lambda losses, rewards: (losses, rewards, rewards),
+    "NoneType": lambda losses, rewards: None,
+    "losses as Tensor of shape ()": lambda losses, rewards: PairLossOutput(losses.mean(), rewards, rewards),
+    "losses as Tensor of shape (2, 1)": lambda losses, rewards: PairLossOutput(losses[:, None], rewards, rewards),
+    "generated_rewards as float": lambda losses, rewards: PairLossOutput(losses, rewards, 0.0),
+    "real_rewards as Tensor of shape (1,)": lambda losses, rewards: PairLossOutput(losses, rewards[:1], rewards),
+    "losses without a gradient": lambda losses, rewards: PairLossOutput(losses.detach(), rewards, rewards),
+}
+
+
+@pytest.mark.parametrize("found", WRONG_ANSWERS)
+def test_loss_that_returns_the_wrong_thing_is_named_with_what_came(found):
+    class MyLoss(PairLoss):
+        def forward(self, policy, opponent, beta, initial=None):
+            margin = policy.real - policy.generated
+            return WRONG_ANSWERS[found](-torch.nn.functional.logsigmoid(margin), margin.detach())
+
+    lengths = torch.tensor([3, 4])
+    weights = torch.tensor([-4.0, -5.0], requires_grad=True)
+    policy = PairLogProbs(weights, weights * 2, lengths, lengths)
+    with pytest.raises(UserError) as refusal:
+        MyLoss()(policy, policy, 1.0)
+    message = str(refusal.value)
+    assert message.startswith("MyLoss must return a PairLossOutput with one entry a pair in losses, real_rewards")
+    assert "each of shape (2,)" in message and f"; got {found}. End its forward with return" in message
+
+
+def test_loss_that_forgets_to_call_its_base_class_says_so():
+    class MyLoss(SpinLoss):
+        def __init__(self):
+            pass
+
+    lengths = torch.tensor([3])
+    policy = PairLogProbs(torch.tensor([-4.0]), torch.tensor([-4.0]), lengths, lengths)
+    with pytest.raises(
+        UserError, match=r"MyLoss.__init__ must begin with super\(\).__init__\(\), which was not called"
+    ):
+        MyLoss()(policy, policy, 1.0)
+
+
+def test_loss_without_gradient_is_right_where_none_is_asked_for():
+    lengths = torch.tensor([3])
+    policy = PairLogProbs(torch.tensor([-4.0], requires_grad=True), torch.tensor([-4.0]), lengths, lengths)
+    with torch.no_grad():
+        assert SpinLoss()(policy, policy, 1.0).losses == pytest.approx(math.log(2))

@@ -44,8 +44,9 @@ class ExportPolicy(L.Callback):
             trainer.datamodule.write_report(self.output_dir)  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        if outputs["loss"].isfinite():
-            self._state["last_loss"] = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        module: Any = pl_module
+        if module.update_is_complete and module.update_loss.isfinite():
+            self._state["last_loss"] = float(module.update_loss)
             self._state.setdefault("first_loss", self._state["last_loss"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning as L
 
 from spin_lightning.callbacks.progress import starting_metrics
+from spin_lightning.losses import PairLoss, SpinLoss
 from spin_lightning.pair_store import PairStore
 from spin_lightning.types import UserError
 
@@ -21,7 +23,7 @@ class Health(L.Callback):
 
     Args:
         stop: ``equilibrium`` ends the game when nearly all generated answers equal the real ones. ``harm`` does so too, and
-            when the held-out NLL is worse than that of the model the game started from. ``never`` only speaks.
+            when the held-out NLL is worse than that of the model the game started from, or no number. ``never`` only speaks.
 
     Attributes:
         remarks: What was said, as ``(iteration, sentence)``.
@@ -56,10 +58,10 @@ class Health(L.Callback):
             if self.stop != "never":
                 trainer.datamodule.game.stop(f"equilibrium: {identical:.0%} of the answers are identical")  # type: ignore[attr-defined]
         elif identical >= 0.5:
-            self._say(
-                iteration,
-                f"{identical:.0%} of the pairs are identical and teach nothing, so this iteration is shorter; it may be the last useful one",
-            )
+            uses = "are identical and teach nothing, so this iteration is shorter"
+            if _loss_of(module).learns_from_identical:
+                uses = "are identical, which this loss trains on too"
+            self._say(iteration, f"{identical:.0%} of the pairs {uses}; it may be the last useful one")
         if clipped > report["real_clipped_share"] + 0.1:
             self._say(
                 iteration,
@@ -79,23 +81,27 @@ class Health(L.Callback):
     def on_iteration_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, summary: dict[str, Any]
     ) -> None:
-        metrics, nll = summary["epoch_metrics"], summary["val_nll"]
-        if metrics["rewards/real"] < 0:
+        metrics, nll, loss = summary["epoch_metrics"], summary["val_nll"], _loss_of(module)
+        reward, accuracy = metrics["rewards/real"], metrics["rewards/accuracies"]
+        if loss.reference is not None and reward < 0:
             self._say(
                 iteration,
-                f"the policy finds the real answers less likely than the opponent did (reward {metrics['rewards/real']:.3f}): lower the learning rate, raise beta, or give the loss an nll_weight",
+                f"the policy finds the real answers less likely than {loss.reference} did (reward {reward:.3f}): {loss.remedy}",
             )
-        if metrics["rewards/accuracies"] > 0.95:
-            self._say(
-                iteration,
-                f"the policy tells {metrics['rewards/accuracies']:.0%} of the pairs apart: they are memorised, or a trivial cue such as length or format gives them away",
-            )
+        if accuracy > 0.95:
+            why = "they are memorised, or a trivial cue such as length or format gives them away"
+            if loss.reference is None:
+                why = "this loss has no reference to compare with, so shorter answers are enough for that"
+            self._say(iteration, f"the policy tells {accuracy:.0%} of the pairs apart: {why}")
         if nll is None:
             return
-        if self.nll and nll > self.nll[0] * (1 + HARM_SHARE):
-            self._say(iteration, f"held-out NLL is {nll:.3f}, worse than the {self.nll[0]:.3f} measured first")
+        first = self.nll[0] if self.nll else math.nan
+        # NaN must not pass, so the condition asks for what is right
+        if not (math.isfinite(nll) and not nll > first * (1 + HARM_SHARE)):
+            worse = "worse than" if math.isfinite(nll) else "which is no number, after"
+            self._say(iteration, f"held-out NLL is {nll:.3f}, {worse} the {first:.3f} measured first")
             if self.stop == "harm":
-                trainer.datamodule.game.stop(f"harm: held-out NLL {nll:.3f} against {self.nll[0]:.3f} at the start")  # type: ignore[attr-defined]
+                trainer.datamodule.game.stop(f"harm: held-out NLL {nll:.3f} against {first:.3f} at the start")  # type: ignore[attr-defined]
         elif self.nll and nll > self.nll[-1]:
             self._say(iteration, f"held-out NLL rose from {self.nll[-1]:.3f} to {nll:.3f} in this iteration")
         elif self.nll:
@@ -105,3 +111,8 @@ class Health(L.Callback):
     def _say(self, iteration: int, sentence: str) -> None:
         self.remarks.append((iteration, sentence))
         print(f"health, iteration {iteration}: {sentence}.")
+
+
+def _loss_of(module: Any) -> PairLoss:
+    """What the rewards and the pairs of a module mean."""
+    return getattr(module, "loss", None) or SpinLoss()

@@ -158,8 +158,9 @@ class SelfPlay(L.Callback):
             self._clock.update(first_step=trainer.global_step, started=time.monotonic())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        if outputs["loss"].isfinite():
-            self._clock["last_loss"] = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        module: Any = pl_module
+        if module.update_is_complete and module.update_loss.isfinite():
+            self._clock["last_loss"] = float(module.update_loss)
             self._clock.setdefault("first_loss", self._clock["last_loss"])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -38,6 +38,8 @@ HARMLESS = {
     "model.gradient_checkpointing",
     "model.on_non_finite",
 }
+#: What the data holds, by the names in the record.
+OF_DATA = ("data.prompts_sha256", "data.held_out_sha256", "data.encoding_sha256")
 _OF_TRAINER = (
     "precision",
     "accumulate_grad_batches",
@@ -47,31 +49,68 @@ _OF_TRAINER = (
 _LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches")
 
 
-def settings_of(trainer: L.Trainer) -> dict[str, Any]:
-    """Every setting that decides a run's results, by the name it has on the command line."""
-    module: Any = trainer.lightning_module
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    optimizer = getattr(trainer.optimizers[0], "inner", trainer.optimizers[0])
+def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Every setting that decides a run's results, by the name it has on the command line.
+
+    Those of what the data holds are among them if it was read. Needs neither the model nor a fit.
+    """
     found = {
-        **_arguments_of(module, "model"),
-        **_arguments_of(data, "data"),
         "model.optimizer.class": type(optimizer).__qualname__,
         **{f"model.optimizer.{key}": _plain(value) for key, value in optimizer.defaults.items() if key != "lr"},
         **{f"data.generator.{key}": value for key, value in data.generator.sampling.items()},
-        "data.prompts_sha256": data.prompts_hash,
-        "data.held_out_sha256": data.held_out_hash,
-        "data.encoding_sha256": data.encoder.fingerprint,
         **{f"trainer.{name}": _plain(getattr(trainer, name)) for name in _OF_TRAINER},
         **{f"trainer.{name}": repr(getattr(trainer, name)) for name in _LIMITS},  # 1 batch is not 1.0, all of them
     }
-    if data.game is not None:
-        found |= _arguments_of(data.game, "self_play")
-    else:
+    if data.prompts:
+        hashes = (data.prompts_hash, data.held_out_hash, data.encoder.fingerprint)
+        found |= dict(zip(OF_DATA, hashes, strict=True))
+    parts = _parts_of(trainer, module, data)
+    for prefix, part in parts.items():
+        found |= _arguments_of(part, prefix)
+    if "self_play" not in parts:
         found["trainer.max_epochs"] = trainer.max_epochs
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Health):  # it may end the game
-            found |= _arguments_of(callback, "health")
     return redacted({key: value for key, value in sorted(found.items()) if key not in HARMLESS})
+
+
+def _parts_of(trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
+    """What the arguments of decide the results, by its name on the command line."""
+    parts = {"model": module, "data": data}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "ensure_iteration"):
+            parts["self_play"] = callback
+        elif isinstance(callback, Health):  # it may end the game
+            parts["health"] = callback
+    return parts
+
+
+def _completed(record: dict[str, Any], trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
+    """The settings of a record; arguments that its version did not know yet had their defaults."""
+    defaults = {
+        f"{prefix}.{name}": _plain(parameter.default)
+        for prefix, part in _parts_of(trainer, module, data).items()
+        for name, parameter in inspect.signature(type(part).__init__).parameters.items()
+        if hasattr(part, name) and f"{prefix}.{name}" not in HARMLESS
+    }
+    return {**defaults, **record["settings"]}
+
+
+def check_finished(trainer: L.Trainer, module: Any, data: Any, path: Path, allow_changes: list[str]) -> None:
+    """Make sure that a run that is over is the one this command would play. Without model and fit; the rows only if they were read.
+
+    Raises:
+        UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new.
+    """
+    record = read_json(path)
+    if record is None:  # removed: nothing to compare with
+        return
+    optimizer = module.optimizer([torch.zeros(1, 1, requires_grad=True)])
+    settings, old = settings_of(trainer, module, data, optimizer), _completed(record, trainer, module, data)
+    old = {key: value for key, value in old.items() if key in settings or key not in OF_DATA}
+    if refused := [key for key in _differing(old, settings) if key not in allow_changes]:
+        raise UserError(
+            f"the run in {path.parent} is over, and had other settings than this command gives:{_shown(refused, old, settings)}\n"
+            "Use another folder to play with these settings, or the settings it had to see that it is over."
+        )
 
 
 def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> None:
@@ -81,7 +120,10 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
         UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new. Or there is no
             record to compare with.
     """
-    settings, now, record = settings_of(trainer), versions(), read_json(path)
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    optimizer = getattr(trainer.optimizers[0], "inner", trainer.optimizers[0])
+    settings = settings_of(trainer, module, data, optimizer)
+    now, record = versions(), read_json(path)
     changes: list[dict[str, Any]] = []
     if record is None and trainer.ckpt_path is not None and path.name not in allow_changes:
         raise UserError(
@@ -89,11 +131,11 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
             f"with those of this command: --checkpoint.allow_changes '[{path.name}]'."
         )
     if record is not None:
-        old, changes = record["settings"], record["changes"]
+        old, changes = _completed(record, trainer, module, data), record["changes"]
         if trainer.ckpt_path is None:
             old, changes = settings, []  # it begins again: only what was installed is compared
-        differing = [key for key in sorted({*old, *settings}) if not _agree(old.get(key), settings.get(key))]
-        shown = "".join(f"\n  {key}: {old.get(key)!r} -> {settings.get(key)!r}" for key in differing)
+        differing = _differing(old, settings)
+        shown = _shown(differing, old, settings)
         if refused := [key for key in differing if key not in allow_changes]:
             raise UserError(
                 f"the run in {path.parent} began with other settings than this command gives:{shown}\n"
@@ -134,6 +176,14 @@ def _plain(value: Any) -> Any:
     if callable(value) and not hasattr(value, "parameters") and not hasattr(value, "check"):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return {"class": type(value).__qualname__, **_arguments_of(value, "")}
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [key for key in sorted({*old, *new}) if not _agree(old.get(key), new.get(key))]
+
+
+def _shown(keys: list[str], old: dict[str, Any], new: dict[str, Any]) -> str:
+    return "".join(f"\n  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 
 def _agree(old: Any, new: Any) -> bool:
