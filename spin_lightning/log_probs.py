@@ -251,6 +251,33 @@ def _choose(model: nn.Module) -> Way:
     return chosen
 
 
+@torch.no_grad()
+def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
+    """How far rounding moves the log-prob of one token, in nats (root mean square): the same sequences in passes of other
+    shapes. Over prompts too, for the more tokens; as many sequences as the batch has tokens for.
+
+    At most what two ways through a model may differ by.
+    """
+    way, ids, tokens = way_through(model), batch.input_ids.tolist(), 0
+    sequences: list[list[int]] = []
+    for _, places in _sequences(batch):
+        tokens += len(places)
+        if sequences and tokens > len(ids):
+            break
+        sequences.append([ids[place] for place in places])
+    whole = move_data_to_device(pack([([], [sequence]) for sequence in sequences]), batch.input_ids.device)
+    is_shared = isinstance(way, partial) and way.func is _shared
+    other: Way = partial(_separate, **way.keywords) if is_shared else _alone  # type: ignore[union-attr]
+    was_training = model.training
+    model.eval()
+    try:
+        values, others = (_token_log_probs(each, model, whole) for each in (way, other))
+    finally:
+        model.train(was_training)
+    difference = float((values - others).double().square().mean().sqrt()) if len(values) else 0.0
+    return min(difference, AGREEMENT[compute_dtype(values.device, model)])
+
+
 def compute_dtype(device: torch.device, model: nn.Module) -> torch.dtype:
     """The dtype the matrix products of a model run in, here and now."""
     if torch.is_autocast_enabled(device.type):
