@@ -79,16 +79,18 @@ def token_log_probs(
 
 @torch.no_grad()
 def is_linear(model: nn.Module) -> bool:
-    """Whether a model's logits are its hidden states times one matrix: no bias, scaling, capping or adapter."""
+    """Whether a model's logits are its hidden states times one matrix: no bias, scaling, capping or adapter.
+
+    False also where that cannot be found out: whatever a model's code raises is no reason to stop here.
+    """
     head = _causal(model).get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
         return False
-    try:
-        logits = logits_of(model)
-    except ValueError:
-        return False
     hidden = torch.randn(3, head.in_features, generator=torch.Generator().manual_seed(0)).to(head.weight) * 10
-    return torch.equal(logits(hidden), F.linear(hidden, head.weight))
+    try:
+        return torch.equal(logits_of(model)(hidden), F.linear(hidden, head.weight))
+    except Exception:
+        return False
 
 
 def _causal(model: Any) -> Any:
@@ -97,9 +99,16 @@ def _causal(model: Any) -> Any:
 
 class _GivenHiddenStates(nn.Module):
     def forward(self, *args: Any, inputs_embeds: Tensor, **settings: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+        return _HiddenStates([inputs_embeds])
 
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+
+class _HiddenStates(list[Tensor]):
+    """A decoder's output: last hidden states, and nothing else it may have (router logits, a state, ...)."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[0] if name == "last_hidden_state" else None
 
 
 class _LinearHead(torch.autograd.Function):

@@ -2,7 +2,10 @@
 
 No tokenizer, no loading, no Lightning. Each prompt is computed once for all its responses, and only the places that
 predict a response token reach the LM head. Models that cannot do one or the other, found by trying it on the model
-itself at its first batch, take the longer way to the same numbers.
+itself at its first batch, take the longer way to the same numbers. A model that is not causal is refused there.
+
+Where a model's RoPE changes with the length of a pass, sequences on either side of such a boundary never share one: each
+has the number that it has alone.
 """
 
 from __future__ import annotations
@@ -16,15 +19,20 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
-from spin_lightning import head, shared_prompt
+from spin_lightning import head, rope, shared_prompt
 from spin_lightning.batches import pack
 from spin_lightning.cpu_memory import round_up
 from spin_lightning.rms_norm import fuse_rms_norms, unfuse_rms_norms
-from spin_lightning.types import PairBatch, PairLogProbs, ResponseBatch
+from spin_lightning.types import PairBatch, PairLogProbs, ResponseBatch, UserError
 
-#: How closely two ways through one model must agree, in nats a token on average. A prompt that is not seen, or another
-#: response that is, costs about 2 on a real model; rounding a tenth of this.
+#: How closely two ways through one model must agree, in nats a token on average over a response. A prompt that is not
+#: seen, or another response that is, costs about 2 on a real model; rounding a tenth of this. A model whose next token
+#: depends little on what came before, as an untrained one's, must agree more closely, in proportion.
 AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+#: Tokens of the longest sequence that ways are tried on, where a model takes so many.
+PROBE_TOKENS = 128
+#: A token may depend on those after it by so much of how it depends on those before it: the rounding of other experts.
+NOT_CAUSAL = 0.1
 
 
 def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
@@ -39,7 +47,10 @@ def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
 
     Source: log p(y|x) = sum_j log p(y_j | x, y_<j), Chen et al. 2024 (arXiv:2401.01335), section 3.
     """
-    values = way_through(model)(model, batch)
+    way = way_through(model)
+    if not len(batch.scored):  # a zero that has a gradient
+        return torch.zeros(len(batch), device=batch.input_ids.device) * next(model.parameters()).flatten()[0]
+    values = _token_log_probs(way, model, batch)
     return values.new_zeros(len(batch)).index_add(0, batch.response_index, values)
 
 
@@ -62,12 +73,29 @@ _chosen: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
 def way_through(model: nn.Module) -> Way:
     """How a model computes the log-probs of a batch's response tokens: the fastest way that proves right on it.
 
-    The first call for a model tries each way on six short responses and compares with the model's plain forward pass. A
-    model that cannot share prompts, or whose head cannot be taken apart, is told in a printed note.
+    The first call for a model tries each way on a few responses and compares with plain forward passes over each alone. A
+    model that cannot take the fastest is told in a printed note, which says what it takes.
+
+    Raises:
+        UserError: It is not a causal language model.
     """
     if model not in _chosen:
         _chosen[model] = _choose(model)
     return _chosen[model]
+
+
+def _token_log_probs(way: Way, model: nn.Module, batch: ResponseBatch) -> Tensor:
+    """What each scored token adds to its response's log-prob, shape ``(N,)``; no pass crosses a boundary of the RoPE."""
+    boundary = rope.boundary_of(model)
+    if boundary is None:
+        return way(model, batch)
+    places: list[int] = []
+    values: list[Tensor] = []
+    for some, part in _sides(batch, boundary):
+        boundary.settle()
+        places += some
+        values.append(way(model, part))
+    return torch.cat(values)[torch.tensor(places, device=batch.input_ids.device).argsort()]
 
 
 def _shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
@@ -126,7 +154,8 @@ def _end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
 
 def _in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
     """The same in right padded rows ``(R, L)``, with their mask; predictors count through the flattened rows."""
-    sequences = list(_sequences(batch))
+    # a row in which nothing is predicted could have no token at all, and attention over nothing is not a number
+    sequences = [(length, places) for length, places in _sequences(batch) if len(places) > max(length, 1)]
     longest = max(len(sequence) for _, sequence in sequences)
     places, mask = torch.zeros(2, len(sequences), longest, dtype=torch.long)
     predictors: list[int] = []
@@ -138,6 +167,51 @@ def _in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
     return places.to(device), mask.to(device), torch.tensor(predictors, dtype=torch.long, device=device)
 
 
+def _alone(model: nn.Module, batch: ResponseBatch) -> Tensor:
+    """Each response in a pass of its own, without padding or a mask: right by definition, and slow."""
+    boundary, pieces = rope.boundary_of(model), []
+    for prompt_length, sequence in _sequences(batch):
+        first = max(prompt_length, 1)
+        if len(sequence) > first:
+            if boundary is not None:
+                boundary.settle()
+            ids = batch.input_ids[sequence]
+            scores = model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1]
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            pieces.append(scores.gather(1, ids[first:, None]).squeeze(1) - scores.logsumexp(1))
+    return torch.cat(pieces)
+
+
+def _sides(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list[int], ResponseBatch]]:
+    """The batch in parts whose sequences may share a pass, and which of its scored tokens each part has, in its order."""
+    ids, responses, scored = batch.input_ids.tolist(), [], 0
+    for prompt_length, sequence_places in _sequences(batch):
+        sequence = [ids[place] for place in sequence_places]
+        count = max(len(sequence) - max(prompt_length, 1), 0)
+        responses.append((sequence[:prompt_length], sequence[prompt_length:], range(scored, scored + count)))
+        scored += count
+    sides: dict[int, dict[int, list[int]]] = {}
+    groups = (group for group, (_, *lengths) in enumerate(batch.lengths) for _ in lengths)
+    for number, group in enumerate(groups):
+        prompt, response, places = responses[number]
+        if places:
+            side = boundary.side(len(prompt) + len(response))
+            sides.setdefault(side, {}).setdefault(group, []).append(number)
+    for part in sides.values():
+        packed = pack([(responses[own[0]][0], [responses[number][1] for number in own]) for own in part.values()])
+        own_places = [place for own in part.values() for number in own for place in responses[number][2]]
+        yield own_places, move_data_to_device(packed, batch.input_ids.device)
+
+
+#: Ways, fastest first; what a model that is not up to one cannot do; and how its log-probs are computed by it.
+WAYS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
+    (_shared, "share a prompt between its responses", ""),
+    (_separate, "hand over its hidden states", "each response behind a prompt of its own"),
+    (_plain, "be computed in padded rows", "the logits of all tokens of each response behind a prompt of its own"),
+    (_alone, "be computed at all", "each response in a forward pass of its own"),
+)
+
+
 @torch.no_grad()
 def _choose(model: nn.Module) -> Way:
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
@@ -145,37 +219,63 @@ def _choose(model: nn.Module) -> Way:
     config: Any = model.config
     was_training, attention = model.training, config._attn_implementation
     model.eval()
-    failures = []
-    chosen: Way = _plain
+    failures, taken = [], ""
     try:
-        probe = _probe(model)
-        expected, is_linear = _plain(model, probe), head.is_linear(model)
-        for name, way in (
-            ("share a prompt between its responses", _shared),
-            ("hand over its hidden states", _separate),
-        ):
-            chosen = partial(way, is_linear=is_linear)
+        probe, expected, allowed = _reference(model)
+        is_linear = head.is_linear(model)
+        for way, ability, by_way in WAYS:
+            chosen: Way = partial(way, is_linear=is_linear) if way in (_shared, _separate) else way
             try:
                 if way is _shared:
                     shared_prompt.share_prompts(model)
                     fuse_rms_norms(model)
-                difference = float((chosen(model, probe) - expected).abs().mean())
+                differences = (_token_log_probs(chosen, model, probe) - expected).abs()
+                totals = differences.new_zeros(len(probe)).index_add(0, probe.response_index, differences)
+                difference = float((totals / probe.response_lengths).max())
             except Exception as error:  # whatever a model's code does when it is used otherwise than it expects
-                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                reason = _first_line(error)
             else:
-                if difference <= AGREEMENT[compute_dtype(probe.input_ids.device, model)]:
+                if way is _alone or difference <= allowed:
+                    taken = by_way
                     break
                 reason = f"log-probs would differ by {difference:.1g} nats a token"
-            failures.append(f"cannot {name} ({reason})")
+            failures.append(f"cannot {ability} ({reason})")
             config._attn_implementation = attention
             unfuse_rms_norms(model)
-        else:
-            chosen = _plain
     finally:
         model.train(was_training)
     if failures:
-        print(f"note: {type(model).__name__} {', and '.join(failures)}; its log-probs are computed the longer way.")
+        print(
+            f"note: {type(model).__name__} {', and '.join(failures)}; its log-probs are computed the longer way: {taken}."
+        )
     return chosen
+
+
+@torch.no_grad()
+def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
+    """How far rounding moves the log-prob of one token, in nats (root mean square): the same sequences in passes of other
+    shapes. Over prompts too, for the more tokens; as many sequences as the batch has tokens for.
+
+    At most what two ways through a model may differ by.
+    """
+    way, ids, tokens = way_through(model), batch.input_ids.tolist(), 0
+    sequences: list[list[int]] = []
+    for _, places in _sequences(batch):
+        tokens += len(places)
+        if sequences and tokens > len(ids):
+            break
+        sequences.append([ids[place] for place in places])
+    whole = move_data_to_device(pack([([], [sequence]) for sequence in sequences]), batch.input_ids.device)
+    is_shared = isinstance(way, partial) and way.func is _shared
+    other: Way = partial(_separate, **way.keywords) if is_shared else _alone  # type: ignore[union-attr]
+    was_training = model.training
+    model.eval()
+    try:
+        values, others = (_token_log_probs(each, model, whole) for each in (way, other))
+    finally:
+        model.train(was_training)
+    difference = float((values - others).double().square().mean().sqrt()) if len(values) else 0.0
+    return min(difference, AGREEMENT[compute_dtype(values.device, model)])
 
 
 def compute_dtype(device: torch.device, model: nn.Module) -> torch.dtype:
@@ -185,9 +285,59 @@ def compute_dtype(device: torch.device, model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
+    """What ways are tried on, the log-probs of its tokens by plain forward passes, and how closely a way must agree.
+
+    Raises:
+        UserError: The model is not causal, or does not predict tokens at all.
+    """
+    name = type(model).__name__
+    try:
+        probe = _probe(model)
+        expected = _alone(model, probe)
+        *_, (_, longest) = _sequences(probe)
+        future, past, spread = _influences(model, probe.input_ids[longest])
+    except Exception as error:
+        raise UserError(
+            f"{name} cannot be trained as a causal language model, which takes token ids and returns logits of the next: "
+            f"{_first_line(error)}. Use a decoder-only model (AutoModelForCausalLM)."
+        ) from error
+    if future > NOT_CAUSAL * past:
+        raise UserError(
+            f"{name} is not a causal language model: what it predicts after a token changes with the tokens that come later "
+            f"({future:.2g} nats, and {past:.2g} with those before). Such models (BERT, encoders, prefix masks) cannot "
+            "generate from left to right. Use a decoder-only model, or set is_decoder or is_causal in its config."
+        )
+    dtype = compute_dtype(expected.device, model)
+    rounding = 64 * torch.finfo(dtype).eps * (1 + spread)
+    return probe, expected, AGREEMENT[dtype] if past >= 1 else min(AGREEMENT[dtype], AGREEMENT[dtype] * past + rounding)
+
+
+def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float]:
+    """How far the log-probs in the middle of a sequence move when all later tokens change, and when all earlier ones do, on
+    average over the vocabulary, in nats; and the spread of the logits there."""
+    middle, others = len(ids) // 2, ids.roll(3)
+    place = torch.arange(len(ids), device=ids.device)
+    rows = [ids, torch.where(place > middle, others, ids), torch.where(place < middle, others, ids)]
+    logits = torch.stack([model(input_ids=row[None], use_cache=False).logits[0, middle].float() for row in rows])
+    log_probs = logits.log_softmax(-1)
+    is_possible = log_probs.isfinite().all(0)
+    log_probs = log_probs[:, is_possible]
+    future, past = (log_probs[1:] - log_probs[0]).abs().mean(1).tolist()
+    return future, past, float(logits[0, is_possible].std(correction=0))
+
+
 def _probe(model: nn.Module) -> ResponseBatch:
-    """Two prompts and three responses of different lengths, over the whole vocabulary."""
+    """Two prompts and three responses of different lengths, over the whole vocabulary; the last sequence is the longest."""
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    tokens = [(7919 * place + 13) % len(embeddings) for place in range(19)]
-    batch = pack([(tokens[:6], [tokens[6:10], tokens[10:13]]), (tokens[13:16], [tokens[16:]])])
+    most = getattr(model.config, "max_position_embeddings", None)
+    most = min(PROBE_TOKENS, most) if isinstance(most, int) and most > 0 else PROBE_TOKENS
+    a, b, c = most // 4, most // 2, most // 3
+    tokens = [(7919 * place + 13) % len(embeddings) for place in range(a + b + c + most)]
+    first, second, last = tokens[a : a + b], tokens[a + b : a + b + c], tokens[a + b + c :]
+    batch = pack([(tokens[:a], [first, second]), (last[:3], [last[3:]])])
     return move_data_to_device(batch, embeddings.device)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

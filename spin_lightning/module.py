@@ -6,6 +6,7 @@ sets, templates and sampling are not known here.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from spin_lightning.gate import check_gate
-from spin_lightning.log_probs import pair_log_probs
+from spin_lightning.log_probs import pair_log_probs, rounding_of
 from spin_lightning.losses import PairLoss, SpinLoss
 from spin_lightning.metrics import PairMetrics
 from spin_lightning.opponent import Opponent, ResidentOpponent, StoredOpponent
@@ -139,7 +140,9 @@ class SpinLightningModule(PolicyModule):
         def sum_of(part: PairBatch) -> Tensor:
             policy = self.pair_log_probs(part)
             if self._gate_is_due:
-                check_gate(self.loss, beta, part, policy, self.compute_dtype, self.iteration, self._recompute(part))
+                measured = partial(rounding_of, self.policy, part.responses)
+                recompute = self._recompute(part)
+                check_gate(self.loss, beta, part, policy, self.compute_dtype, self.iteration, recompute, measured)
                 self._gate_is_due = False
             output = self.loss(policy, self.opponent.log_probs(part), beta, part.initial)
             seen.append((output, policy))

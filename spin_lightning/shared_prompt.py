@@ -1,14 +1,18 @@
 """Attention over a batch in which each prompt stands once, followed by all its responses.
 
 A response sees its prompt and itself, never another response, and its positions continue those of the prompt: the
-numbers are those of separate sequences. Models of ``transformers`` are not changed; they look their attention up by name,
-and find this one, which leaves every other forward pass (generation, evaluation elsewhere) to the one they had.
+numbers are those of separate sequences. Models of ``transformers`` are not changed; they look their attention and its
+mask up by name, and find these, which leave every other forward pass (generation, evaluation elsewhere) to those they had.
+
+A sliding window is read off the mask that the model asks for, as many models tell their attention nothing of it. A mask
+that is neither causal nor causal with a window is refused, and so is whatever else attention is given but not known here.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +25,10 @@ from spin_lightning.types import ResponseBatch
 SUFFIX = "+shared_prompt"
 #: Rows of the score matrix that the backward pass holds at a time: the part above the diagonal is never computed.
 BLOCK = 256
+#: Rows of a mask that are looked at to tell what kind it is.
+ROWS = 32
+#: Whether the forward pass in progress is one over a ``ResponseBatch``.
+_is_sharing: ContextVar[bool] = ContextVar("is_sharing", default=False)
 
 
 def share_prompts(model: nn.Module) -> None:
@@ -40,22 +48,60 @@ def share_prompts(model: nn.Module) -> None:
     if own not in ("sdpa", "eager"):
         raise NotImplementedError(f"attention {own!r} has no place for a shared prompt")
     AttentionInterface.register(own + SUFFIX, _dispatch(own))
-    AttentionMaskInterface.register(own + SUFFIX, AttentionMaskInterface()[own])
+    AttentionMaskInterface.register(own + SUFFIX, _mask_dispatch(AttentionMaskInterface()[own]))
     config._attn_implementation = own + SUFFIX
 
 
 def hidden_states(decoder: nn.Module, batch: ResponseBatch) -> Tensor:
     """Last hidden states of a batch's tokens, shape ``(T, H)``. After :func:`share_prompts`."""
-    # a mask of four dimensions is passed on as it is, so none is built; the layout takes its place
-    no_mask = torch.empty(1, 1, 1, 1, device=batch.input_ids.device)
-    output = decoder(
-        input_ids=round_up(batch.input_ids)[None],
-        position_ids=round_up(batch.position_ids)[None],
-        attention_mask=no_mask,
-        use_cache=False,
-        layout=batch,
-    )
+    input_ids, position_ids = round_up(batch.input_ids)[None], round_up(batch.position_ids)[None]
+    token = _is_sharing.set(True)
+    try:
+        output = decoder(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            # told that nothing is padding, a model does not look for sequences of its own in the positions
+            attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
+            use_cache=False,
+            layout=batch,
+        )
+    finally:
+        _is_sharing.reset(token)
     return output.last_hidden_state[0, : len(batch.input_ids)]
+
+
+class _Mask(torch.Tensor):
+    """What stands in for a mask: it has no numbers, and tells how far back a token sees. None: to the beginning."""
+
+    window: int | None
+    #: Whatever is made of it is an ordinary tensor, and no mask.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+def _mask_dispatch(own: Callable[..., Any]) -> Callable[..., Any]:
+    def mask(*args: Any, **settings: Any) -> Any:
+        if not _is_sharing.get():
+            return own(*args, **settings)
+        result = torch.empty(1, 1, 1, 1, device=settings.get("device")).as_subclass(_Mask)
+        result.window = _window(settings["mask_function"], settings["kv_length"])
+        return result
+
+    return mask
+
+
+def _window(mask_function: Callable[..., Tensor], length: int) -> int | None:
+    """How far back tokens see by a mask of ``transformers``; None if to the beginning of ``length`` tokens.
+
+    Raises:
+        NotImplementedError: It is neither causal nor causal with a window.
+    """
+    queries = torch.linspace(0, length - 1, min(ROWS, length)).long()[:, None]
+    keys, first = torch.arange(length), torch.zeros((), dtype=torch.long)
+    visible = torch.as_tensor(mask_function(first, first, queries, keys)).expand(len(queries), length)
+    window = int(visible[-1].sum())
+    if not torch.equal(visible, (keys <= queries) & (keys > queries - window)):
+        raise NotImplementedError("a mask that is more than a sliding window has no place for a shared prompt")
+    return window if window < length else None
 
 
 def _dispatch(own: str) -> Callable[..., Any]:
@@ -68,7 +114,12 @@ def _dispatch(own: str) -> Callable[..., Any]:
         layout: ResponseBatch | None = None,
         **settings: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if layout is not None:
+        if layout is not None or isinstance(attention_mask, _Mask):
+            if layout is None or not isinstance(attention_mask, _Mask):
+                raise NotImplementedError("attention with a mask of its own has no place for a shared prompt")
+            if unknown := [name for name, value in settings.items() if name not in _KNOWN and _matters(value)]:
+                raise NotImplementedError(f"attention with {', '.join(unknown)} has no place for a shared prompt")
+            settings["sliding_window"] = attention_mask.window
             return shared_prompt_attention(module, query, key, value, layout, **settings), None
         if own == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
@@ -79,6 +130,15 @@ def _dispatch(own: str) -> Callable[..., Any]:
         return function(module, query, key, value, attention_mask, **settings)
 
     return attention
+
+
+#: What models give their attention beside queries, keys, values and mask, and what this one needs none of.
+_KNOWN = ("scaling", "dropout", "sliding_window", "softcap", "position_ids", "cache_position")
+
+
+def _matters(value: Any) -> bool:
+    """Flags and numbers only tell attention what to return or how to compute it; tensors and functions change its result."""
+    return isinstance(value, Tensor) or callable(value)
 
 
 def shared_prompt_attention(
@@ -99,7 +159,7 @@ def shared_prompt_attention(
         module: The attention layer, for what FlexAttention asks of it.
         query: Shape ``(1, heads, T, head_dim)``.
         key: Shape ``(1, key_heads, T, head_dim)``; ``heads`` is a multiple of ``key_heads``.
-        value: As ``key``.
+        value: As ``key``, except that its last size may be another.
         layout: Where the batch's prompts and responses stand.
         scaling: Factor of the scores. None: 1 / sqrt(head_dim).
         dropout: Probability with which weights are dropped.
@@ -107,12 +167,31 @@ def shared_prompt_attention(
         softcap: Scores become ``softcap * tanh(scores / softcap)``. None: as they are.
 
     Returns:
-        Shape ``(1, T, heads, head_dim)``.
+        Shape ``(1, T, heads, head_dim)``, with the ``head_dim`` of ``value``.
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    value_dim, most = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    # kernels want one width; zeros add nothing to the scores, and columns of zeros are cut off again
+    query, key, value = (F.pad(x, (0, most - x.shape[-1])) if x.shape[-1] < most else x for x in (query, key, value))
+    output = _attend(module, query, key, value, layout, scale, dropout, sliding_window, softcap, settings)
+    return output if value_dim == most else output[..., :value_dim]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ResponseBatch,
+    scale: float,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    settings: dict[str, Any],
+) -> Tensor:
     if query.device.type != "cpu" and not dropout:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -130,13 +209,17 @@ def shared_prompt_attention(
 
 
 def segments(layout: ResponseBatch) -> Iterator[tuple[slice, tuple[slice, ...]]]:
-    """Which tokens ask, and which they may see, in runs: a prompt with its first response, then each further response."""
+    """Which tokens ask, and which they may see, in runs: a prompt with its first response, then each further response.
+
+    Runs without tokens are left out: torch's kernel divides by their length.
+    """
     start = 0
     for prompt_length, first, *others in layout.lengths:
         prompt = slice(start, start + prompt_length)
         start += prompt_length + first
-        yield slice(prompt.start, start), (slice(prompt.start, start),)
-        for length in others:
+        if start > prompt.start:
+            yield slice(prompt.start, start), (slice(prompt.start, start),)
+        for length in filter(None, others):
             yield slice(start, start + length), (prompt, slice(start, start + length))
             start += length
 

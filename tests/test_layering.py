@@ -11,7 +11,7 @@ PACKAGE = ROOT / "spin_lightning"
 #: A module may import those of lower ranks only.
 RANKS = [
     {"version", "types", "cpu_memory", "class_defaults"},
-    {"files", "redaction", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm"},
+    {"files", "redaction", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm", "rope"},
     {"checkpoints"},
     {"log_probs", "losses", "encoding", "formats", "models", "model_card"},
     {"generation", "pair_store", "sources"},

@@ -318,8 +318,8 @@ def test_layers_that_are_not_attention_are_refused_before_they_are_tried(capsys:
     assert model.config._attn_implementation == "sdpa"
 
 
-class SeesEverything(LlamaForCausalLM):
-    """Ignores what it is told about its responses: a wrong answer, and no error."""
+class CountsTokens(LlamaForCausalLM):
+    """Takes a token's position from its place in the row: a wrong answer, and no error."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -327,15 +327,14 @@ class SeesEverything(LlamaForCausalLM):
 
     @staticmethod
     def _forget(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if kwargs.pop("layout", None) is not None:
-            kwargs["attention_mask"] = None
+        if kwargs.get("layout") is not None:
             kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
         return args, kwargs
 
 
 def test_a_way_that_gives_other_numbers_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    model = spread_out(SeesEverything(LlamaConfig(**SHAPE)))
+    model = spread_out(CountsTokens(LlamaConfig(**SHAPE)))
     found = response_log_probs(model, pack(GROUPS))
     assert not is_shared(model) and "log-probs would differ by" in capsys.readouterr().out
     slow = torch.stack([slow_log_prob(model, *row) for row in ROWS])

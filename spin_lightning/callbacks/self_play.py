@@ -35,6 +35,7 @@ from spin_lightning.models import load_policy, save_model, weights_hash
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
 from spin_lightning.pairs import PairMaker, own_pairs
+from spin_lightning.rope import refuse_crossing
 from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.types import UserError
 
@@ -177,6 +178,8 @@ class SelfPlay(L.Callback):
         self._notify("on_iteration_start", iteration)
         data: SyntheticDataModule = self.trainer.datamodule
         data.refuse_longer_than(getattr(module.policy.config, "max_position_embeddings", math.inf))
+        lengths = [len(prompt.prompt_ids) for prompt in data.prompts]
+        refuse_crossing(module.policy, lengths, data.generator.max_new_tokens)
         settings = self._settings(module)
         combined = set(range(max(0, iteration - data.history), iteration))
         for k in combined | ({0} if module.loss.needs_initial_response and iteration else set()):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spin_lightning import rope
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.generation.slots import SlotCache
 from spin_lightning.generation.transformers import TransformersGenerator
@@ -51,9 +52,17 @@ class ContinuousGenerator(TransformersGenerator):
     ) -> Iterator[tuple[int, Response]]:
         if not prompts:
             return
+        rope.refuse_crossing(model, [len(prompt) for prompt in prompts], self.max_new_tokens)
+        if len(groups := rope.groups_of(model, prompts)) > 1:
+            for group in groups:
+                some = [prompts[index] for index in group], [seeds[index] for index in group]
+                for index, response in self.generate(model, *some, terminator_id, pad_id):
+                    yield group[index], response
+            return
         if refusal(model, prompts, pad_id):
             yield from super().generate(model, prompts, seeds, terminator_id, pad_id)
             return
+        rope.settle(model)
         cache = SlotCache(model, min(self.batch_size, len(prompts)))
         # longest first: memory is at its highest at once, and neighbours prefill with little padding
         waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))

@@ -1,17 +1,28 @@
-"""Generation with ``transformers``: ordinary batched ``generate``, with a seed for every answer."""
+"""Generation with ``transformers``: ordinary batched ``generate``, with a seed for every answer.
+
+Prompts of different lengths are padded on the left, and a cache keeps what was read. A model may see that padding, as most
+recurrent ones do, or decode otherwise from its cache than it reads; that is tried on the model itself, and one that does
+is given prompts of one length at a time, or one by one, or no cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, groupby, islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from spin_lightning import rope
 from spin_lightning.generation.base import ResponseGenerator
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
-from spin_lightning.types import Response
+from spin_lightning.log_probs import compute_dtype
+from spin_lightning.types import Response, UserError
 
 
 class SeededSampler(LogitsProcessor):
@@ -44,29 +55,20 @@ class TransformersGenerator(ResponseGenerator):
         self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
     ) -> Iterator[tuple[int, Response]]:
         device = next(model.parameters()).device
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding in each batch
+        rope.refuse_crossing(model, [len(prompt) for prompt in prompts], self.max_new_tokens)
+        if not prompts:
+            return
+        manner = manner_of(model, prompts, pad_id)
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=terminator_id, pad_token_id=pad_id
         )
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
-            longest = len(prompts[indices[-1]])
-            # left padding: the next token of every row is at the same place
-            rows = [[pad_id] * (longest - len(prompts[index])) + prompts[index] for index in indices]
-            mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in indices]
+        settings.use_cache = manner.cached
+        for indices in self._batches(model, prompts, manner):
+            rope.settle(model)
             sampler = SeededSampler(
                 [seeds[index] for index in indices], self.max_new_tokens, self.temperature, self.top_p, device
             )
-            own_settings, model.generation_config = model.generation_config, GenerationConfig()  # ours alone decide
-            try:
-                model.generate(
-                    input_ids=torch.tensor(rows, device=device),
-                    attention_mask=torch.tensor(mask, device=device),
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([sampler]),
-                )
-            finally:
-                model.generation_config = own_settings
+            _generate(model, [prompts[index] for index in indices], settings, sampler, pad_id)
             tokens = torch.stack(sampler.tokens, dim=1).tolist()
             log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
             for row, index in enumerate(indices):
@@ -76,3 +78,116 @@ class TransformersGenerator(ResponseGenerator):
                     index,
                     Response(tokens[row][:length], "stop" if stopped else "length", sum(log_probs[row][:length])),
                 )
+
+    def _batches(self, model: Any, prompts: Sequence[list[int]], manner: Manner) -> Iterator[list[int]]:
+        """The numbers of the prompts that are answered together."""
+        size = self.batch_size if manner.together else 1
+        for group in rope.groups_of(model, prompts):
+            order = sorted(group, key=lambda index: len(prompts[index]))  # little padding in each batch
+            for _, run in groupby(order, key=lambda index: 0 if manner.padded else len(prompts[index])):
+                numbers = list(run)
+                yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a model's prompts are answered: several together, of several lengths, with a cache; and what is said of it."""
+
+    together: bool = True
+    padded: bool = True
+    cached: bool = True
+    words: str = ""
+
+
+#: Fastest first.
+MANNERS = (
+    Manner(),
+    Manner(padded=False, words="only prompts of equal length are answered together"),
+    Manner(together=False, padded=False, words="its prompts are answered one by one"),
+    Manner(together=False, padded=False, cached=False, words="its prompts are answered one by one, without a cache"),
+)
+_manners: WeakKeyDictionary[nn.Module, Manner] = WeakKeyDictionary()
+
+
+def manner_of(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Manner:
+    """The fastest manner that gives a model's own logits. Tried once for each model, on a few tokens of the prompts.
+
+    Raises:
+        UserError: None does.
+    """
+    if model not in _manners:
+        ids = list(islice(cycle(chain(*prompts)), 50))
+        reason = ""
+        for manner in MANNERS:
+            try:
+                difference, allowed = _trial(model, ids, pad_id, manner)
+                if difference <= allowed:
+                    break
+                why = f"its logits would be off by {difference:.1g} of their spread"
+            except Exception as error:  # whatever a model's code does with padding or a cache
+                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            reason = reason or why
+        else:
+            raise UserError(
+                f"{type(model).__name__} cannot answer prompts as it scores them, in a batch or alone, with a cache or "
+                f"without ({why}). Use a model whose generate() gives the logits of its forward pass."
+            )
+        if reason:
+            print(f"note: {type(model).__name__} is slow to answer: {manner.words} ({reason} otherwise).")
+        _manners[model] = manner
+    return _manners[model]
+
+
+def _trial(model: Any, ids: list[int], pad_id: int, manner: Manner) -> tuple[float, float]:
+    """How far the logits before three tokens of an answer are from those of plain passes over prompt and answer, relative
+    to their spread; and how far rounding may take them."""
+    answer, short, equal, long = ids[:3], ids[3:10], ids[10:17], ids[17:]
+    prompts = ([short, long] if manner.padded else [short, equal]) if manner.together else [short]
+    dictated = _Dictated(answer)
+    settings = GenerationConfig(
+        max_new_tokens=len(answer), do_sample=False, pad_token_id=pad_id, use_cache=manner.cached
+    )
+    rope.settle(model)
+    _generate(model, prompts, settings, dictated, pad_id)
+    found, own = torch.stack(dictated.logits, dim=1), []
+    for prompt in prompts:
+        rope.settle(model)
+        row = torch.tensor([prompt + answer[:-1]], device=found.device)
+        own.append(model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 :].float())
+    expected = torch.stack(own)
+    is_possible = expected.isfinite()
+    difference = F.mse_loss(found[is_possible], expected[is_possible]).sqrt()
+    spread = expected[is_possible].std(correction=0)
+    return float(difference / (spread + 1e-6)), 2 * torch.finfo(compute_dtype(found.device, model)).eps ** 0.5
+
+
+class _Dictated(LogitsProcessor):
+    """Has every row say the same, and keeps the logits."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer = answer
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.answer[len(self.logits)]
+        self.logits.append(scores.float())
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor(token, device=scores.device), 0.0)
+
+
+def _generate(
+    model: Any, prompts: Sequence[list[int]], settings: GenerationConfig, processor: LogitsProcessor, pad_id: int
+) -> None:
+    """``generate`` over left padded rows: the next token of every row is at the same place."""
+    device, longest = next(model.parameters()).device, max(map(len, prompts))
+    rows = [[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    own_settings, model.generation_config = model.generation_config, GenerationConfig()  # ours alone decide
+    try:
+        model.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([processor]),
+        )
+    finally:
+        model.generation_config = own_settings
