@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from spin_lightning.generation.base import ResponseGenerator
+from spin_lightning.generation.base import ResponseGenerator, as_set
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.types import Response
 
@@ -41,12 +41,18 @@ class TransformersGenerator(ResponseGenerator):
 
     @torch.no_grad()
     def generate(
-        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+        self,
+        model: Any,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        terminator_ids: int | Collection[int],
+        pad_id: int,
     ) -> Iterator[tuple[int, Response]]:
+        ends = as_set(terminator_ids)
         device = next(model.parameters()).device
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding in each batch
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=terminator_id, pad_token_id=pad_id
+            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad_id
         )
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
@@ -70,8 +76,8 @@ class TransformersGenerator(ResponseGenerator):
             tokens = torch.stack(sampler.tokens, dim=1).tolist()
             log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
             for row, index in enumerate(indices):
-                stopped = terminator_id in tokens[row]
-                length = tokens[row].index(terminator_id) + 1 if stopped else len(tokens[row])
+                end = next((place for place, token in enumerate(tokens[row]) if token in ends), None)
+                stopped, length = end is not None, len(tokens[row]) if end is None else end + 1
                 yield (
                     index,
                     Response(tokens[row][:length], "stop" if stopped else "length", sum(log_probs[row][:length])),
