@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from itertools import islice
@@ -120,7 +120,7 @@ class Encoder:
         Ids outside of the vocabulary are ignored. So are ordinary tokens, and a printed note says so.
         """
         vocabulary = {number: text for text, number in self.tokenizer.get_vocab().items()}
-        ends = dict.fromkeys([self.terminator_id, *self.end_ids])
+        ends = dict.fromkeys([self.terminator_id, self._shape.call_terminator_id, *self.end_ids])
         for token in sorted({*ids} & vocabulary.keys() - ends.keys()):
             if token in self._added or token == self.tokenizer.eos_token_id:
                 ends[token] = None
@@ -216,9 +216,10 @@ class Encoder:
 
     def _rendered(self, row: Row) -> tuple[str, str] | UserError:
         """The prompt, and the whole conversation with the real answer."""
+        *asked, answer = (self._turn(message) for message in (*row.prompt, row.real_turn))
+        tools = self._definitions(row.tools)
         try:
-            prompt = self._render(row.prompt, row.tools, add_generation_prompt=True)
-            return prompt, self._render([*row.prompt, row.real_turn], row.tools)
+            return self._written(asked, tools, add_generation_prompt=True), self._written([*asked, answer], tools)
         except UserError as error:
             return error
 
@@ -226,23 +227,30 @@ class Encoder:
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = False
     ) -> str:
         """What the template writes, with markers around control tokens that are to be taken as text."""
-        turns = []
-        for message in messages:
-            turn = {key: value for key, value in message.items() if value is not None}
-            turn = _marked(turn, self._taken_as_text(message))
-            if "reasoning_content" in turn:
-                turn["thinking"] = turn["reasoning_content"]  # its name in other templates
-            turns.append(turn)
+        turns = [self._turn(message) for message in messages]
+        return self._written(turns, self._definitions(tools), add_generation_prompt)
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """A turn as templates read it, marked."""
+        tokens = self._taken_as_text(message)
+        turn = {key: _marked(value, tokens) for key, value in message.items() if value is not None}
+        if "reasoning_content" in turn:
+            turn["thinking"] = turn["reasoning_content"]  # its name in other templates
+        return turn
+
+    def _definitions(self, tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
+        return _marked(list(tools), self._control_tokens) if tools else None
+
+    def _written(
+        self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool = False
+    ) -> str:
         template = self._templates[self.tool_template if tools else self.chat_template]
-        definitions = _marked(list(tools), self._control_tokens) or None
         try:
-            return str(
-                template.render(
-                    messages=turns, tools=definitions, add_generation_prompt=add_generation_prompt, **self._settings
-                )
+            return template.render(
+                messages=turns, tools=tools, add_generation_prompt=add_generation_prompt, **self._settings
             )
         except Exception as error:  # Jinja raises what the template's author wrote
-            roles = [message["role"] for message in messages]
+            roles = [turn["role"] for turn in turns]
             raise UserError(
                 f"the chat template refuses a conversation with the roles {roles}: {repr(str(error))[1:-1]}. "
                 "Change the rows, or set data.prompt_template to a template that takes them."
@@ -285,6 +293,7 @@ class Encoder:
         """
         noted: set[str] = set()
         written = self._written_after(prompt, whole)
+        block = self._shape.block if self._shape.block and prompt.endswith(self._shape.block.text) else None
         if calls := row.real_extras.get("tool_calls"):
             if written is None or not all(_name_of(call) in written for call in calls):
                 raise UserError(
@@ -292,11 +301,12 @@ class Encoder:
                     "data.prompt_template to a template that takes tool_calls."
                 )
             said = written
-        elif written is None or self._leaves_out(row.real, written):
+        elif written is None or (not (block and block.is_closed) and self._leaves_out(row.real, written, block)):
             said = str(_marked(row.real, self._turn_tokens))
         else:
             said = written
-        said = self._inside_open_block(row, prompt, said, noted)
+        if block is not None:
+            said = self._inside(block, row, said, noted)
         reasoning = row.real_extras.get("reasoning_content") or ""
         if _squashed(reasoning) not in _squashed(said):
             noted.add("reasoning_left_out")
@@ -315,7 +325,7 @@ class Encoder:
         if said == written and not calls and not self._shape.is_ended_by_next:
             noted.add("encoded_apart")
             response = self._ids_behind(_marked(row.real, self._turn_tokens))
-        return [*response, self.terminator_id], noted
+        return [*response, self._shape.call_terminator_id if calls else self.terminator_id], noted
 
     def _written_after(self, prompt: str, whole: str) -> str | None:
         """What the template writes behind the prompt. None if it writes the conversation before the answer otherwise."""
@@ -324,25 +334,30 @@ class Encoder:
         same = len(_same_start(prompt, whole))
         return whole[same:] if len(prompt) - same <= len(self._shape.opening) else None
 
-    def _leaves_out(self, answer: str, written: str) -> bool:
+    def _leaves_out(self, answer: str, written: str, block: _Block | None) -> bool:
         """Whether the template leaves out an answer's beginning, as many do with reasoning."""
         if answer.strip() in written:
             return False
         parts = self._ends.split(written, maxsplit=self._num_leading_ends + 1)
         body, answer = _squashed("".join(parts[: self._num_leading_ends + 1])), _squashed(answer)
-        return answer != body and answer.endswith(body)
+        begun = block.opens + body if block is not None else body
+        return answer not in (body, begun) and answer.endswith(body)
 
-    def _inside_open_block(self, row: Row, prompt: str, said: str, noted: set[str]) -> str:
-        """An answer to a prompt that ends inside of a block such as ``<think>``: it does not open it again, and closes it."""
-        if self._shape.block is None or not prompt.endswith(self._shape.block_text):
-            return said
-        tag, closing = self._shape.block
+    def _inside(self, block: _Block, row: Row, said: str, noted: set[str]) -> str:
+        """The answer to a prompt that ends with a block such as ``<think>``.
+
+        In an open one the answer goes on, and closes it; behind a closed one there is nothing but the answer.
+        """
         reasoning = str(_marked(row.real_extras.get("reasoning_content") or "", self._turn_tokens))
-        if said.lstrip().startswith(tag):
-            said = said.lstrip()[len(tag) :].lstrip("\n")
-        if closing not in said:
-            said = reasoning.strip("\n") + f"\n{closing}\n\n" + said.lstrip("\n")
-        if not reasoning and closing not in row.real:
+        if block.is_closed:
+            if block.closes in row.real:
+                noted.add("reasoning_left_out")
+            return said.rpartition(block.closes)[2].lstrip("\n") if block.closes in said else said
+        if said.lstrip().startswith(block.opens):
+            said = said.lstrip()[len(block.opens) :].lstrip("\n")
+        if block.closes not in said:
+            said = reasoning.strip("\n") + f"\n{block.closes}\n\n" + said.lstrip("\n")
+        if not reasoning and block.closes not in row.real:
             noted.add("no_reasoning")
         return said
 
@@ -413,6 +428,19 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class _Block:
+    """A part of an assistant's turn between two tags, that begins in the prompt: open, or closed there already.
+
+    ``text`` is how the prompt ends: with the tag that opens it, or with all of it.
+    """
+
+    opens: str
+    closes: str
+    is_closed: bool
+    text: str
+
+
+@dataclass(frozen=True)
 class _TurnShape:
     """What a template writes around turns, found by rendering a few of them.
 
@@ -422,8 +450,8 @@ class _TurnShape:
         is_ended_by_next: Whether the template itself writes it only where another turn follows, as GLM's do.
         opening: What is between a question and the place where its answer is generated.
         lead: What is between that place and the answer's text.
-        block: The tags of a block that ``opening`` begins and leaves open, as ``("<think>", "</think>")``, or None.
-        block_text: The end of ``opening`` from the first of them on.
+        block: A block that ``opening`` ends with, such as ``<think>``, or None.
+        call_terminator_id: The token that ends an assistant turn with tool calls.
     """
 
     around: frozenset[int]
@@ -431,8 +459,8 @@ class _TurnShape:
     is_ended_by_next: bool
     opening: str
     lead: str
-    block: tuple[str, str] | None
-    block_text: str
+    block: _Block | None
+    call_terminator_id: int
 
     @classmethod
     def of(cls, encoder: Encoder) -> _TurnShape:
@@ -466,8 +494,11 @@ class _TurnShape:
             return text.rpartition(str(turns[last]["content"]))[0] if last else text
 
         def tokens(text: str) -> list[int]:
+            """Added tokens, apart from white space and from pairs of tags that the template only explains or fills itself."""
             ids = tokenizer.encode(text, add_special_tokens=False)
-            return [token for token in ids if token in encoder._added and not encoder._added[token].isspace()]
+            found = {token: encoder._added[token] for token in ids if token in encoder._added}
+            paired = {tag for tag in found.values() if _partner(tag)[0] in found.values()}
+            return [token for token in found if not found[token].isspace() and found[token] not in paired]
 
         encoder._render([turns["Q"], turns["A"]])  # a template that refuses this says so
         opening, head = between("Q", "Q", is_open=True), between("QA", "Q", "A")
@@ -475,14 +506,17 @@ class _TurnShape:
         before_question = to_next or between("SQ", "S", "Q") or between("Q", "", "Q")
 
         known = {*encoder._added.values()}
-        header, block, block_text = opening, None, ""
+        header, block = opening, None
         while tag := re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", header):
             partner, is_closing = _partner(tag[1])
             if partner in before_question or not (partner in known or any(partner in t for t in encoder._templates)):
                 break
-            if header == opening and not is_closing:
-                block, block_text = (tag[1], partner), tag[0]
             header = header[: tag.start()]
+            if block is None:
+                opens, closes = (partner, tag[1]) if is_closing else (tag[1], partner)
+                block = _Block(opens, closes, is_closing, text=tag[0])
+            else:
+                block = replace(block, text=opening[len(header) :])
         common = _same_start(header, head)
 
         closes = {tokenizer.eos_token_id, *tokens(common)}  # what also ends a user's turn ends one
@@ -499,8 +533,9 @@ class _TurnShape:
         if not ends:
             is_ended_by_next = False
         end_text = str(tokenizer.convert_ids_to_tokens(terminator_id))
-        if block is not None and block[1] == end_text:
-            block, block_text = None, ""
+        if block is not None and block.closes == end_text:
+            block = None
+        to_result = tokens(between("QAT", "A", "T")) if is_ended_by_next else []
 
         def from_end(text: str) -> str:
             return "".join(text.partition(end_text)[1:])
@@ -516,7 +551,7 @@ class _TurnShape:
             opening=opening,
             lead=head[len(_same_start(opening, head)) :],
             block=block,
-            block_text=block_text,
+            call_terminator_id=to_result[0] if to_result else int(terminator_id),
         )
 
 
