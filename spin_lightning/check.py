@@ -15,7 +15,7 @@ from typing import Any
 
 from spin_lightning.callbacks import SelfPlay
 from spin_lightning.data import SyntheticDataModule
-from spin_lightning.models import context_length, load_tokenizer
+from spin_lightning.models import context_length, end_ids, load_tokenizer
 from spin_lightning.stages import SftCLI, SpinCLI, StageCLI
 from spin_lightning.types import UserError
 
@@ -23,6 +23,8 @@ HELP = """usage: spin-lightning check --config FILE [--KEY VALUE ...]
 
 Looks at the data as the game will, in seconds and without loading the model's weights: reads and checks every row, says
 which format was detected, counts what is bad, double, too long or cut, and shows one pair token by token.
+
+For millions of rows, --sample 1000 reads and checks all of them, but encodes and counts only as many, chosen by data.seed.
 
 Takes what `spin-lightning fit` takes, or `sft`. Two settings are enough:
 
@@ -67,6 +69,7 @@ def main(args: list[str]) -> None:
     if {"-h", "--help"} & set(args):
         print(HELP)
         return
+    sample, args = _take_sample(args)
     stage, settings = _parse(args)
     data, model = _make(SyntheticDataModule, settings.data), settings.model
     module = _make(stage.module_class, model)
@@ -76,12 +79,28 @@ def main(args: list[str]) -> None:
         data.tokenizer = load_tokenizer(
             model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+    data.sample = sample
+    data.end_ids = end_ids(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     data.setup("fit")
     limit = context_length(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     if limit is not None:
         data.refuse_longer_than(limit)
     print()
     print("\n".join([*_summary(data), "", *show_pair(data)]))
+
+
+def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
+    """``--sample N``, which only this command has, and the arguments without it."""
+    rest, value = [], None
+    remaining = iter(args)
+    for arg in remaining:
+        if arg == "--sample" or arg.startswith("--sample="):
+            value = next(remaining, "") if arg == "--sample" else arg.partition("=")[2]
+            if not (value.isascii() and value.isdigit() and int(value)):
+                raise UserError(f"--sample must be a number of rows, at least 1, got {value!r}.")
+        else:
+            rest.append(arg)
+    return None if value is None else int(value), rest
 
 
 def _parse(args: list[str]) -> tuple[type[StageCLI], Any]:
@@ -154,7 +173,7 @@ def show_pair(data: SyntheticDataModule) -> list[str]:
     longest = max(map(len, rows.values()))
     lines = ["One pair, token by token, with a blank between tokens. ␣ is a space, \\n a new line."]
     for title, response in rows.items():
-        is_whole = response[-1:] == [data.encoder.terminator_id]
+        is_whole = response[-1] in data.encoder.end_ids
         parts = {
             "prompt": first.prompt_ids,
             "response": response[:-1] if is_whole else response,

@@ -11,6 +11,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,10 +25,10 @@ from tqdm.auto import tqdm
 
 from spin_lightning.batches import collate_pairs, collate_prompts
 from spin_lightning.encoding import Encoder
-from spin_lightning.files import sha256_of, write_json
+from spin_lightning.files import read_json, sha256_of, write_json
 from spin_lightning.formats import Tally, prompt_key
 from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
-from spin_lightning.models import load_tokenizer
+from spin_lightning.models import end_ids, end_ids_of, load_tokenizer
 from spin_lightning.rows import LoadedRows, load_rows
 from spin_lightning.types import Prompt, Row, UserError
 
@@ -40,9 +41,13 @@ COUNTED = {
     "long_prompts": "prompts longer than data.max_prompt_tokens; left out",
     "cut_answers": "real answers longer than data.generator.max_new_tokens; cut there, without a terminator",
     "empty_answers": "real answers that are a terminator and nothing else; kept",
+    "refused_rows": "rows that the chat template refuses; left out",
     "control_tokens": "rows that spell control tokens; encoded as text, so that they neither open nor close a turn",
     "template_text": "rows that spell what this chat template writes around turns in plain text, which can pass for a turn",
     "encoded_apart": "answers encoded apart from their prompts, as the chat template writes past answers differently",
+    "reasoning_left_out": "real answers whose reasoning_content the chat template does not write; it is left out",
+    "no_reasoning": "real answers without reasoning, where the chat template's prompts begin it; they end it at once",
+    "tools_left_out": "rows with tools that the chat template does not write; they are left out",
     "also_trained_on": "held-out prompts that are also trained on; the held-out NLL is too good by them",
 }
 
@@ -156,6 +161,10 @@ class SyntheticDataModule(L.LightningDataModule):
         self.game: Game | None = None
         #: Loaded in ``setup``, unless it is set before.
         self.tokenizer: Any = None
+        #: The tokens that end an answer by the model's own settings. Looked up in ``setup``, unless they are set before.
+        self.end_ids: Sequence[int] | None = None
+        #: Encode no more rows than this, chosen by the seed. For a look at the data only.
+        self.sample: int | None = None
         self.prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
         #: What was read, dropped, cut and found strange, in exact counts. Made in ``setup``.
@@ -194,7 +203,7 @@ class SyntheticDataModule(L.LightningDataModule):
             rows, val_rows = self._hold_out(rows)
             val_rows = [(where, row, 1) for where, row, _ in val_rows]
         tokenizer = self._load_tokenizer() if self.tokenizer is None else self.tokenizer
-        self.encoder = Encoder(tokenizer, self.prompt_template)
+        self.encoder = self._make_encoder(tokenizer)
         self.prompts = self._encode(_repeated(rows), "train")
         if not self.prompts:
             raise UserError(
@@ -203,11 +212,11 @@ class SyntheticDataModule(L.LightningDataModule):
             )
         self.val_prompts = self._encode(_repeated(val_rows), "held_out")
         self.report["prompts_sha256"] = self.prompts_hash
-        self.refuse_longer_than(self.encoder.tokenizer.model_max_length)
+        self.refuse_longer_than(self.encoder.tokenizer.model_max_length, "its tokenizer's model_max_length is")
 
     def _refuse_less_than_a_batch(self) -> None:
         num_pairs = len(self.prompts) * self.answers_per_prompt
-        if num_pairs < self.batch_size:
+        if num_pairs < self.batch_size and self.sample is None:
             answers = f" with {self.answers_per_prompt} answers each" if self.answers_per_prompt > 1 else ""
             train, num_rows = self.report["train"], self.report["train_data"]["rows_kept"]
             raise UserError(
@@ -216,8 +225,8 @@ class SyntheticDataModule(L.LightningDataModule):
                 "Lower data.batch_size, or give more rows."
             )
 
-    def refuse_longer_than(self, limit: float) -> None:
-        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens.
+    def refuse_longer_than(self, limit: float, whose: str = "the model takes") -> None:
+        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens; ``whose`` it is, in words.
 
         Raises:
             UserError: The longest prompt and the longest answer do not fit.
@@ -226,7 +235,7 @@ class SyntheticDataModule(L.LightningDataModule):
         longest += self.generator.max_new_tokens
         if longest > limit:
             raise UserError(
-                f"the longest prompt and its answer need {longest} tokens, but the model takes {limit}. "
+                f"the longest prompt and its answer need {longest} tokens, but {whose} {limit}. "
                 "Lower data.max_prompt_tokens or data.generator.max_new_tokens."
             )
 
@@ -250,36 +259,77 @@ class SyntheticDataModule(L.LightningDataModule):
             module.model_name_or_path, revision=module.revision, trust_remote_code=module.trust_remote_code
         )
 
+    def _make_encoder(self, tokenizer: Any) -> Encoder:
+        """An encoder for the model's ends of answers. The date in its prompts stays that of the day the run began."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        began = None
+        for callback in self.trainer.callbacks if self.trainer is not None else []:  # type: ignore[attr-defined]
+            if isinstance(folder := getattr(callback, "output_dir", None), str | Path):
+                report = read_json(Path(folder) / "data_report.json") or {}
+                began = began or report.get("template_time")
+        encoder = Encoder(tokenizer, self.prompt_template, None if began is None else _time(began))
+        if self.end_ids is None and module is not None:
+            policy = getattr(module, "policy", None)
+            self.end_ids = (
+                end_ids_of(policy)
+                if policy is not None
+                else end_ids(
+                    module.model_name_or_path, revision=module.revision, trust_remote_code=module.trust_remote_code
+                )
+            )
+        encoder.end_at(self.end_ids or ())
+        if encoder.time is not None:
+            self.report["template_time"] = encoder.time
+        return encoder
+
     def _encode(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
         """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
+        if self.sample is not None and self.sample < len(rows):
+            chosen = sorted(random.Random(f"sample/{self.seed}").sample(range(len(rows)), self.sample))
+            print(f"note: of {len(rows)} rows {self.sample} are encoded and counted ({part}), a sample")
+            rows = [rows[index] for index in chosen]
         noted = {
             name: Tally()
-            for name in ("long_prompts", "cut_answers", "empty_answers", "control_tokens", "template_text")
+            for name in (
+                "refused_rows",
+                "long_prompts",
+                "cut_answers",
+                "empty_answers",
+                "control_tokens",
+                "template_text",
+                "encoded_apart",
+                "reasoning_left_out",
+                "no_reasoning",
+                "tools_left_out",
+            )
         }
-        noted |= {"encoded_apart": Tally()} | ({"also_trained_on": Tally()} if part == "held_out" else {})
+        noted |= {"also_trained_on": Tally()} if part == "held_out" else {}
         trained_on = {prompt_key(prompt.row) for prompt in self.prompts} if rows and part == "held_out" else set()
         prompts: list[Prompt] = []
-        for where, row in tqdm(rows, desc=f"encoding {part} rows", unit="row", disable=len(rows) < 5000):
-            num_separate = self.encoder.num_separate
-            try:
-                prompt = self.encoder.encode(len(prompts), row, self.generator.max_new_tokens)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-            length = len(prompt.prompt_ids)
+        encoded_rows = self.encoder.encode_rows((row for _, row in rows), self.generator.max_new_tokens)
+        progress = tqdm(rows, desc=f"encoding {part} rows", unit="row", disable=len(rows) < 5000)
+        for (where, row), encoded in zip(progress, encoded_rows, strict=True):
+            if isinstance(encoded, UserError):
+                noted["refused_rows"].add(f"{where}: {encoded}")
+                continue
+            length = len(encoded.prompt_ids)
             if length > self.max_prompt_tokens:
                 noted["long_prompts"].add(f"{where}: {length} tokens")
                 continue
-            prompts.append(prompt)
+            prompts.append(Prompt(len(prompts), row, encoded.prompt_ids, encoded.real_ids, encoded.finish_reason))
             for name, is_so in (
-                ("cut_answers", prompt.real_finish_reason == "length"),
-                ("empty_answers", prompt.real_ids == [self.encoder.terminator_id]),
+                ("cut_answers", encoded.finish_reason == "length"),
+                ("empty_answers", len(encoded.real_ids) == 1 and encoded.real_ids[0] in self.encoder.end_ids),
                 ("control_tokens", self.encoder.has_control_tokens(row)),
                 ("template_text", self.encoder.has_template_text(row)),
-                ("encoded_apart", self.encoder.num_separate > num_separate),
                 ("also_trained_on", bool(trained_on) and prompt_key(row) in trained_on),
+                *((name, True) for name in encoded.noted),
             ):
                 if is_so:
                     noted[name].add(where)
+        refused = noted["refused_rows"]
+        if refused.count and (self.on_bad_row == "error" or not prompts):
+            raise UserError(_refusal(refused, len(rows)))
         _print_noted(noted, " (held-out rows)" if part == "held_out" else "")
         self.report[part] = {
             "rows": len(rows),
@@ -363,6 +413,23 @@ def _describe(what: str, source: str | dict[str, float], loaded: LoadedRows) -> 
         ],
         **_as_dicts(loaded.noted),
     }
+
+
+def _refusal(refused: Tally, num_rows: int) -> str:
+    more = f"\n  and {refused.count - len(refused.first)} more" if refused.count > len(refused.first) else ""
+    shown = "".join(f"\n  {place}" for place in refused.first)
+    cure = ", or set data.on_bad_row: drop to leave them out" if refused.count < num_rows else ""
+    return f"{refused.count} of {num_rows} rows cannot be encoded{shown}{more}\nMend or remove these rows{cure}."
+
+
+def _time(text: Any) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"template_time in the run's data_report.json must be a time such as '2026-01-31T12:00:00', got {text!r}. "
+            "Restore the file from a copy, or use another output_dir."
+        ) from None
 
 
 def _print_noted(noted: dict[str, Tally], suffix: str = "") -> None:

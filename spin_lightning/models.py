@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,37 @@ def context_length(name_or_path: str, *, revision: str | None = None, trust_remo
     return limit
 
 
+def end_ids_of(model: Any) -> list[int]:
+    """The tokens that end an answer by a model's own settings: those of its generation config, else of its config."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return _as_list(found if found is not None else getattr(model.config, "eos_token_id", None))
+
+
+def end_ids(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
+    """The same of a model that is not loaded.
+
+    Raises:
+        UserError: Nothing can be loaded under that name.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    where = locate(name_or_path)
+    if "gguf_file" not in where:
+        try:
+            own = GenerationConfig.from_pretrained(
+                where["pretrained_model_name_or_path"], revision=revision or "main"
+            ).eos_token_id
+        except (OSError, ValueError):  # a model need not have one
+            own = None
+        if own is not None:
+            return _as_list(own)
+    try:
+        config = AutoConfig.from_pretrained(**where, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _not_loaded("config", name_or_path, error) from error
+    return _as_list(getattr(config, "eos_token_id", None))
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of a model to zero, also those kept as a plain number and applied inside attention."""
     for module in model.modules():
@@ -154,12 +186,12 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     card: str,
-    eos_id: int,
+    eos_ids: int | Sequence[int],
     trust_remote_code: bool = False,
 ) -> None:
     """Write a Hugging Face folder, reload it, and only then give it its name.
 
-    The folder holds safetensors, tokenizer with chat template, generation config and a model card. For the check
+    The folder holds safetensors, tokenizer with chat template, generation config (which stops at ``eos_ids``) and a model card. For the check
     the model is in memory twice for a moment. An older folder of the same name is replaced.
 
     Raises:
@@ -171,7 +203,7 @@ def save_model(
     partial = folder.with_name(folder.name + ".partial")
     with explaining_storage_errors(folder):
         try:
-            _save_verified(model, tokenizer, partial, card, eos_id, trust_remote_code)
+            _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -185,13 +217,13 @@ def _save_verified(
     tokenizer: PreTrainedTokenizerBase,
     partial: Path,
     card: str,
-    eos_id: int,
+    eos_ids: int | Sequence[int],
     trust_remote_code: bool,
 ) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     shutil.rmtree(partial, ignore_errors=True)
-    served = GenerationConfig(do_sample=True, eos_token_id=eos_id, pad_token_id=tokenizer.pad_token_id)
+    served = GenerationConfig(do_sample=True, eos_token_id=_one_or_list(eos_ids), pad_token_id=tokenizer.pad_token_id)
     # not written over afterwards: the base model's own may be one that transformers refuses to save
     own_settings, model.generation_config = model.generation_config, served
     try:
@@ -207,6 +239,16 @@ def _save_verified(
         )
     for path in (*partial.iterdir(), partial):
         sync(path)
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _one_or_list(ids: int | Sequence[int]) -> int | list[int]:
+    """How ``generation_config.json`` has the ids that end an answer."""
+    listed = _as_list(ids)
+    return listed[0] if len(listed) == 1 else listed
 
 
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:

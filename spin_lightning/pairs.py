@@ -6,7 +6,8 @@ shard's content is in the store's binding; nothing else may.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from spin_lightning.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator, seed_of
 from spin_lightning.log_probs import response_log_probs, way_through
 from spin_lightning.pair_store import PairStore
-from spin_lightning.types import Prompt, Response
+from spin_lightning.types import Prompt, Response, UserError
 
 #: The sampler's own log-probs are taken where they agree with a scoring pass this closely, in nats a token, on a shard's
 #: first prompts. In float32 they do; in bfloat16 they do not, as decoding rounds otherwise than a whole pass.
@@ -116,8 +117,10 @@ class PairMaker:
         rows = []
         for index, (prompt, answer) in enumerate(wanted):
             response = responses[index]
-            asked = list(prompt.row.prompt)
-            real = {"role": "assistant", "content": prompt.row.real}
+            asked = [{"role": turn["role"], "content": turn["content"]} for turn in prompt.row.prompt]
+            extras = prompt.row.real_extras  # for people to read, they are what the template made of them
+            text = self.encoder.decode(prompt.real_ids) if extras else prompt.row.real
+            real = {"role": "assistant", "content": text}
             generated = {"role": "assistant", "content": self.encoder.decode(response.ids)}
             initial_ids = (
                 first_answers.get((prompt.prompt_id, answer), response.ids) if self.initial_responses else None
@@ -149,18 +152,27 @@ class PairMaker:
         """The opponent's answers. Where memory runs out, those that are missing are asked for again, half as many at a time:
         an answer depends on its prompt and its seed alone."""
         missing = list(range(len(prompts)))
+        ends = self.encoder.end_ids
         while missing:
             asked, generator = list(missing), self.generator
             try:
-                for number, response in generator.generate(
+                answers = generator.generate(
                     self.model,
                     [prompts[index] for index in asked],
                     [seeds[index] for index in asked],
-                    self.encoder.terminator_id,
+                    ends[0] if len(ends) == 1 else ends,
                     self.encoder.pad_id,
-                ):
+                )
+                if not isinstance(answers, Iterable):
+                    raise self._wrong(f"gave {type(answers).__name__} instead of answers one by one")
+                for answer in answers:
+                    number, response = self._checked(answer, len(asked))
+                    if asked[number] not in missing:
+                        raise self._wrong(f"answered prompt {number} twice")
                     missing.remove(asked[number])
                     yield asked[number], response
+                if missing:
+                    raise self._wrong(f"gave {len(asked) - len(missing)} answers to {len(asked)} prompts")
                 return
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error) or generator.batch_size == 1:
@@ -170,6 +182,40 @@ class PairMaker:
             # outside of the handler, whose traceback holds on to the memory
             torch.cuda.empty_cache()
             print(f"note: out of memory in generation ({why}); going on with batch_size {generator.batch_size}")
+
+    def _checked(self, answer: Any, num_asked: int) -> tuple[int, Response]:
+        """What a generator yielded, if it is what it has to be.
+
+        Raises:
+            UserError: It is not. The message names the generator and what is wrong.
+        """
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Response)):
+            raise self._wrong(f"yielded {_kind(answer)} instead of a pair of a prompt's number and its Response")
+        number, response = answer
+        if type(number) is not int or not 0 <= number < num_asked:
+            raise self._wrong(f"yielded an answer to prompt {number!r}, and there are {num_asked} prompts")
+        ids, ends, cap = response.ids, self.encoder.end_ids, self.generator.max_new_tokens
+        if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
+            raise self._wrong(f"gave {_kind(ids)} as ids, which must be a list of at least one int")
+        if len(ids) > cap:
+            raise self._wrong(f"gave an answer of {len(ids)} tokens, and max_new_tokens is {cap}")
+        if any(token in ends for token in ids[:-1]):
+            raise self._wrong("gave an answer with the token that ends one before its last place")
+        if response.finish_reason != ("stop" if ids[-1] in ends else "length"):
+            raise self._wrong(
+                f"gave the finish_reason {response.finish_reason!r} to an answer that ends with token {ids[-1]}; it is 'stop' if and "
+                f"only if that is one of {list(ends)}, else 'length'"
+            )
+        if not isinstance(response.log_prob, float | int) or not math.isfinite(response.log_prob):
+            raise self._wrong(f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats")
+        return number, response
+
+    def _wrong(self, what: str) -> UserError:
+        kind = type(self.generator)
+        return UserError(
+            f"the generator {kind.__module__}.{kind.__qualname__} {what}. Mend its generate method; "
+            "ResponseGenerator.generate says what it has to yield."
+        )
 
     def _rescored(self, table: pa.Table, store: PairStore, start: int) -> list[dict[str, Any]]:
         """Rows of an earlier iteration as this iteration's opponent sees them. It has scored the real responses already."""
@@ -214,6 +260,13 @@ class PairMaker:
             return {}
         table = earlier[0].read_shard(self._name(0, prompts[0].prompt_id), ["prompt_id", "answer", "generated_ids"])
         return {(row["prompt_id"], row["answer"]): row["generated_ids"] for row in table.to_pylist()}
+
+
+def _kind(value: Any) -> str:
+    """What something is, in few words."""
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {', '.join(dict.fromkeys(type(item).__name__ for item in value)) or 'nothing'}"
+    return type(value).__name__
 
 
 def own_pairs(table: pa.Table, iteration: int) -> pa.Table:

@@ -100,7 +100,7 @@ class Prompt:
 class Response:
     """What a generator answered: the sampled ids, why it stopped, and the sampler's log-probs.
 
-    ``ids`` end with the terminator if and only if ``finish_reason`` is ``"stop"``. ``log_prob`` is the sum, in
+    ``ids`` end with one of the end ids if and only if ``finish_reason`` is ``"stop"``, and have none before. ``log_prob`` is the sum, in
     nats, of the log-probabilities of ``ids`` under the untouched distribution of the model.
     """
 

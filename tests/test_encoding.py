@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spin_lightning.batches import collate_prompts
-from spin_lightning.encoding import PROMPT_TEMPLATES, Encoder
+from spin_lightning.encoding import PROMPT_TEMPLATES, Encoded, Encoder
 from spin_lightning.models import load_tokenizer
 from spin_lightning.types import Row, UserError
 
@@ -274,6 +275,13 @@ def messages(user: str, system: str | None = None) -> tuple:
     return (*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": user})
 
 
+def noted(encoder: Encoder, row: Row) -> set[str]:
+    """What is to be counted about a row that can be encoded."""
+    (encoded,) = encoder.encode_rows([row], 10_000)
+    assert isinstance(encoded, Encoded), encoded
+    return set(encoded.noted)
+
+
 def control_ids(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> Counter:
     return Counter(token for token in ids if token in tokenizer.added_tokens_decoder)
 
@@ -346,7 +354,7 @@ def test_only_the_last_answer_of_a_conversation_is_scored(family: Family) -> Non
     before = expected_ids(encoder.tokenizer, family.user + family.turn, U="one", A="first")
     assert prompt.prompt_ids == before + expected_ids(encoder.tokenizer, ["two", *family.open])
     assert prompt.real_ids == expected_ids(encoder.tokenizer, [*family.answer, family.terminator], A="second")
-    assert encoder.num_separate == 0
+    assert noted(encoder, Row(conversation, "second")) == set()
 
 
 @every_family
@@ -409,22 +417,31 @@ def attacks(family: Family) -> list[str]:
     ]
 
 
-def assert_writes_no_control_token(encoder: Encoder, text: str, takes_system: bool) -> None:
-    """In any position: no id of a control token comes from the text, only those that the template writes."""
+def assert_writes_no_control_token(
+    encoder: Encoder, text: str, takes_system: bool, said_by_assistants: tuple[str, ...] = ()
+) -> None:
+    """In any position: no id of a control token comes from the text, only those that the template writes.
+
+    Apart from some that an assistant may say, and nobody else.
+    """
     tokenizer = encoder.tokenizer
+    may_say = {tokenizer.convert_tokens_to_ids(token) for token in said_by_assistants}
+
+    def count(ids: list[int], is_said: bool) -> Counter:
+        return control_ids(tokenizer, [token for token in ids if not (is_said and token in may_say)])
 
     def counts(text: str) -> list[Counter]:
-        asked = (
+        turns = (
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": text},
             {"role": "user", "content": "x"},
         )
         prompt = encoder.encode(0, Row(messages(text), text), 1000)
-        after = encoder.encode(0, Row(asked, text), 1000)
+        after = encoder.encode(0, Row(turns, text), 1000)
         assert prompt.real_ids[-1] == after.real_ids[-1] == encoder.terminator_id
-        ids = [prompt.prompt_ids, prompt.real_ids, after.prompt_ids, after.real_ids]
-        ids += [encoder.prompt_ids(messages("x", system=text))] if takes_system else []
-        return [control_ids(tokenizer, part) for part in ids]
+        said = [prompt.real_ids, after.prompt_ids, after.real_ids]
+        asked = [prompt.prompt_ids] + ([encoder.prompt_ids(messages("x", system=text))] if takes_system else [])
+        return [count(ids, True) for ids in said] + [count(ids, False) for ids in asked]
 
     assert counts(text) == counts("y"), text
 
@@ -433,7 +450,7 @@ def assert_writes_no_control_token(encoder: Encoder, text: str, takes_system: bo
 def test_no_text_can_open_or_close_a_turn(family: Family) -> None:
     encoder = family.encoder()
     for text in attacks(family):
-        assert_writes_no_control_token(encoder, text, family.system is not None)
+        assert_writes_no_control_token(encoder, text, family.system is not None, family.plain)
 
 
 @pytest.mark.parametrize(
@@ -466,8 +483,9 @@ def test_rows_that_spell_control_tokens_are_recognised_wherever_they_do(family: 
     encoder = family.encoder()
     turns = ("system", "user", "assistant", "tool")
     for token in [*family.special, *family.plain]:
-        assert encoder.has_control_tokens(Row(messages("Hi"), f"x{token}y"))
-        for role in turns:
+        is_assistants_own = token in family.plain
+        assert encoder.has_control_tokens(Row(messages("Hi"), f"x{token}y")) != is_assistants_own
+        for role in turns[: 2 if is_assistants_own else 4]:
             assert encoder.has_control_tokens(Row(({"role": role, "content": f"x{token}"}, *messages("Hi")), "Hello"))
     end = family.terminator.name
     for harmless in ("Hello", end[1:], end[:-1], "\u200b".join(end), "[inst]", "<html>", "1 < 2 | 3 > 2"):
@@ -488,12 +506,14 @@ def test_random_texts_are_encoded_byte_by_byte(family: Family) -> None:
         system = system if family.system is not None and numbers.random() < 0.5 else None
         prompt = encoder.encode(0, Row(messages(user, system), answer), max_response_tokens=10_000)
         texts = {"U": user, "A": answer, "S": system or ""}
+        said = [Control(part) if part in family.plain else part for part in re.split("(</?think>)", answer)]
+        scored = [part for piece in family.answer for part in (said if piece == "A" else [piece])]
         head = family.user if system is None else family.system
         expected = expected_ids(encoder.tokenizer, head + family.open, **texts)
         assert prompt.prompt_ids == expected, (user, system)
-        assert prompt.real_ids == expected_ids(encoder.tokenizer, [*family.answer, family.terminator], **texts), answer
+        assert prompt.real_ids == expected_ids(encoder.tokenizer, [*scored, family.terminator]), answer
         assert encoder.decode(prompt.real_ids).endswith(texts["A"] + family.answer[-1].replace("A", ""))
-    assert encoder.num_separate == 0
+        assert noted(encoder, Row(messages(user, system), answer)) == set()
 
 
 # --- Where templates come from --------------------------------------------------------------------------------------
@@ -596,7 +616,7 @@ def test_template_that_drops_answers_ends_them_with_eos() -> None:
     encoder = Encoder(byte_tokenizer(chat_template=deaf, eos="<|endoftext|>"))
     prompt = encoder.encode(0, Row(messages("Hi"), "Hello"), 100)
     assert prompt.real_ids == expected_ids(encoder.tokenizer, ["Hello", Control("<|endoftext|>")])
-    assert encoder.num_separate == 1
+    assert noted(encoder, Row(messages("Hi"), "Hello")) == {"encoded_apart"}
 
 
 def test_fingerprint_changes_with_template_and_vocabulary_only() -> None:
@@ -631,12 +651,10 @@ def test_merge_across_the_border_keeps_the_prompt_and_is_counted() -> None:
     prompt = encoder.encode(0, Row(messages("6*7"), "42"), 100)
     assert tokenizer.convert_ids_to_tokens(prompt.prompt_ids)[-2:] == ["A", ":"]
     assert tokenizer.convert_ids_to_tokens(prompt.real_ids) == ["4", "2", "</s>"]
-    assert encoder.num_separate == 1
-    encoder.encode(1, Row(messages("6*7"), "seven"), 100)
-    assert encoder.num_separate == 1
     inside = encoder.encode(2, Row(messages("6*7"), "x:4"), 100)  # a merge inside the answer is the answer's own
     assert tokenizer.convert_ids_to_tokens(inside.real_ids) == ["x", ":4", "</s>"]
-    assert encoder.num_separate == 1
+    found = [noted(encoder, Row(messages("6*7"), answer)) for answer in ("42", "seven", "x:4")]
+    assert found == [{"encoded_apart"}, set(), set()]
 
 
 @pytest.mark.parametrize("is_special", [True, False])
@@ -649,7 +667,7 @@ def test_answers_encoded_apart_cannot_write_control_tokens(is_special: bool) -> 
     encoder = Encoder(tokenizer)
     assert encoder.terminator_id == tokenizer.get_vocab()["<end>"]
     prompt = encoder.encode(0, Row(messages("x"), "4<end></s>"), 100)
-    assert encoder.num_separate == 1
+    assert noted(encoder, Row(messages("x"), "4<end></s>")) == {"encoded_apart"}
     assert tokenizer.convert_ids_to_tokens(prompt.real_ids) == [*"4<end></s>", "<end>"]
 
 
@@ -688,7 +706,7 @@ def test_no_prefix_space_sneaks_into_responses(scheme: str, template: str, answe
     prompt = encoder.encode(0, Row(messages("6*7"), "42"), 100)
     assert encoder.tokenizer.convert_ids_to_tokens(prompt.real_ids) == answer_tokens
     assert encoder.decode(prompt.real_ids).strip() == "42"
-    assert encoder.num_separate == (template == "Q: {prompt}\nA:")
+    assert bool(noted(encoder, Row(messages("6*7"), "42"))) == (template == "Q: {prompt}\nA:")
     assert prompt.prompt_ids == encoder.prompt_ids(messages("6*7"))
 
 
@@ -721,5 +739,7 @@ def test_smollm2_scores_the_answer_and_one_terminator(smollm2: Encoder) -> None:
 
 
 def test_smollm2_resists_control_tokens_in_text(smollm2: Encoder) -> None:
-    for text in [*attacks(FAMILIES["chatml"]), *smollm2.tokenizer.get_added_vocab()]:
-        assert_writes_no_control_token(smollm2, text, takes_system=True)
+    others = tuple(smollm2.tokenizer.get_added_vocab().keys() - {*CHATML_SPECIAL})
+    assert "<repo_name>" in others
+    for text in [*attacks(FAMILIES["chatml"]), *CHATML_SPECIAL, *others]:
+        assert_writes_no_control_token(smollm2, text, takes_system=True, said_by_assistants=others)

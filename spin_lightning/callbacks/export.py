@@ -77,7 +77,7 @@ class ExportPolicy(L.Callback):
             data.encoder.tokenizer,
             self.output_dir / "policy",
             card,
-            data.encoder.terminator_id,
+            data.encoder.end_ids,
             trust_remote_code=module.trust_remote_code,
         )
         write_json(self.output_dir / "summary.json", summary)

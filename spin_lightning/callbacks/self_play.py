@@ -289,7 +289,7 @@ class SelfPlay(L.Callback):
             data.encoder.tokenizer,
             folder / "policy",
             card,
-            data.encoder.terminator_id,
+            data.encoder.end_ids,
             trust_remote_code=module.trust_remote_code,
         )
         write_json(folder / "summary.json", summary)

@@ -115,7 +115,7 @@ def measure(model_name_or_path: str, rows_file: Path, batch_size: int = 65) -> d
     nll = -sum(float(response_log_probs(model, batch).sum()) for batch in collate_prompts(prompts, max_tokens=4096))
     greedy = ContinuousGenerator(MAX_NEW_TOKENS, temperature=0.0, batch_size=batch_size)
     answered = greedy.generate(
-        model, [prompt.prompt_ids for prompt in prompts], [0] * len(prompts), encoder.terminator_id, encoder.pad_id
+        model, [prompt.prompt_ids for prompt in prompts], [0] * len(prompts), encoder.end_ids, encoder.pad_id
     )
     responses = dict(answered)
     answers = [encoder.decode(responses[number].ids) for number in range(len(prompts))]

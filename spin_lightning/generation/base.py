@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from spin_lightning.types import Response, UserError
@@ -20,6 +20,16 @@ def seed_of(seed: int, iteration: int, prompt_id: int, answer: int) -> int:
     """
     digest = hashlib.sha256(f"{seed}/{iteration}/{prompt_id}/{answer}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def as_set(terminator_ids: int | Collection[int]) -> frozenset[int]:
+    """The ids that end an answer, of which there may be one.
+
+    Example:
+        >>> as_set(2) == as_set([2, 2])
+        True
+    """
+    return frozenset([terminator_ids] if isinstance(terminator_ids, int) else terminator_ids)
 
 
 class ResponseGenerator(ABC):
@@ -64,7 +74,12 @@ class ResponseGenerator(ABC):
 
     @abstractmethod
     def generate(
-        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+        self,
+        model: Any,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        terminator_ids: int | Collection[int],
+        pad_id: int,
     ) -> Iterator[tuple[int, Response]]:
         """Answer every prompt once, in any order, yielding ``(index, response)`` as answers are finished.
 
@@ -73,6 +88,6 @@ class ResponseGenerator(ABC):
             prompts: Token ids, one list a prompt.
             seeds: One seed for each prompt. The same model, prompt and seed give the same answer, whatever else is in the batch
                 (up to rounding of the dtype).
-            terminator_id: The token that ends an answer. It is kept in the response.
-            pad_id: The id to pad with. It may equal the terminator.
+            terminator_ids: The token that ends an answer, or several: whichever comes first. It is kept in the response.
+            pad_id: The id to pad with. It may equal a terminator.
         """

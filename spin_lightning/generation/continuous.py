@@ -7,7 +7,7 @@ Whether a model can be served this way is tried on the model itself. One that ca
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
 from typing import Any
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spin_lightning import rope
+from spin_lightning.generation.base import as_set
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.generation.slots import SlotCache
 from spin_lightning.generation.transformers import TransformersGenerator
@@ -48,7 +49,12 @@ class ContinuousGenerator(TransformersGenerator):
 
     @torch.no_grad()
     def generate(
-        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+        self,
+        model: Any,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        terminator_ids: int | Collection[int],
+        pad_id: int,
     ) -> Iterator[tuple[int, Response]]:
         if not prompts:
             return
@@ -56,13 +62,14 @@ class ContinuousGenerator(TransformersGenerator):
         if len(groups := rope.groups_of(model, prompts)) > 1:
             for group in groups:
                 some = [prompts[index] for index in group], [seeds[index] for index in group]
-                for index, response in self.generate(model, *some, terminator_id, pad_id):
+                for index, response in self.generate(model, *some, terminator_ids, pad_id):
                     yield group[index], response
             return
         if refusal(model, prompts, pad_id):
-            yield from super().generate(model, prompts, seeds, terminator_id, pad_id)
+            yield from super().generate(model, prompts, seeds, terminator_ids, pad_id)
             return
         rope.settle(model)
+        ends = as_set(terminator_ids)
         cache = SlotCache(model, min(self.batch_size, len(prompts)))
         # longest first: memory is at its highest at once, and neighbours prefill with little padding
         waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
@@ -90,7 +97,7 @@ class ContinuousGenerator(TransformersGenerator):
                 answer.last_id = int(token)
                 answer.ids.append(answer.last_id)
                 answer.log_prob += log_prob
-                if answer.last_id == terminator_id:
+                if answer.last_id in ends:
                     yield answer.index, Response(answer.ids, "stop", answer.log_prob)
                 elif len(answer.ids) == self.max_new_tokens:
                     yield answer.index, Response(answer.ids, "length", answer.log_prob)

@@ -7,7 +7,7 @@ is given prompts of one length at a time, or one by one, or no cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, groupby, islice
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from spin_lightning import rope
-from spin_lightning.generation.base import ResponseGenerator
+from spin_lightning.generation.base import ResponseGenerator, as_set
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.log_probs import compute_dtype
 from spin_lightning.types import Response, UserError
@@ -52,15 +52,21 @@ class TransformersGenerator(ResponseGenerator):
 
     @torch.no_grad()
     def generate(
-        self, model: Any, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+        self,
+        model: Any,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        terminator_ids: int | Collection[int],
+        pad_id: int,
     ) -> Iterator[tuple[int, Response]]:
+        ends = as_set(terminator_ids)
         device = next(model.parameters()).device
         rope.refuse_crossing(model, [len(prompt) for prompt in prompts], self.max_new_tokens)
         if not prompts:
             return
         manner = manner_of(model, prompts, pad_id)
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=terminator_id, pad_token_id=pad_id
+            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad_id
         )
         settings.use_cache = manner.cached
         for indices in self._batches(model, prompts, manner):
@@ -72,8 +78,8 @@ class TransformersGenerator(ResponseGenerator):
             tokens = torch.stack(sampler.tokens, dim=1).tolist()
             log_probs = torch.stack(sampler.log_probs, dim=1).tolist()
             for row, index in enumerate(indices):
-                stopped = terminator_id in tokens[row]
-                length = tokens[row].index(terminator_id) + 1 if stopped else len(tokens[row])
+                end = next((place for place, token in enumerate(tokens[row]) if token in ends), None)
+                stopped, length = end is not None, len(tokens[row]) if end is None else end + 1
                 yield (
                     index,
                     Response(tokens[row][:length], "stop" if stopped else "length", sum(log_probs[row][:length])),
