@@ -28,6 +28,7 @@ from spin_lightning.files import sha256_of, write_json
 from spin_lightning.formats import LoadedRows, Tally, load_rows, prompt_key
 from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
 from spin_lightning.models import load_tokenizer
+from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Row, UserError
 
 T = TypeVar("T")
@@ -122,6 +123,7 @@ class SyntheticDataModule(L.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("micro_batch_tokens", micro_batch_tokens, 1),
             ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("num_workers", num_workers, 0),
         ):
             if value < least:
                 raise UserError(f"data.{name} must be at least {least}, got {value!r}.")
@@ -198,7 +200,7 @@ class SyntheticDataModule(L.LightningDataModule):
             )
         self.val_prompts = self._encode(val_rows, "held_out")
         self.report["prompts_sha256"] = self.prompts_hash
-        self.refuse_longer_than(self.encoder.tokenizer.model_max_length)
+        self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
 
     def _refuse_less_than_a_batch(self) -> None:
         num_pairs = len(self.prompts) * self.answers_per_prompt
@@ -211,8 +213,8 @@ class SyntheticDataModule(L.LightningDataModule):
                 "Lower data.batch_size, or give more rows."
             )
 
-    def refuse_longer_than(self, limit: float) -> None:
-        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens.
+    def refuse_longer_than(self, limit: float, is_of_tokenizer: bool = False) -> None:
+        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens: the model's or the tokenizer's.
 
         Raises:
             UserError: The longest prompt and the longest answer do not fit.
@@ -220,9 +222,13 @@ class SyntheticDataModule(L.LightningDataModule):
         longest = max(len(prompt.prompt_ids) for prompt in [*self.prompts, *self.val_prompts])
         longest += self.generator.max_new_tokens
         if longest > limit:
+            takes, mend = f"the model takes {limit}", ""
+            if is_of_tokenizer:
+                takes = f"the tokenizer's model_max_length is {limit}"
+                mend = ", or if the model takes more, raise model_max_length in the tokenizer_config.json of its folder"
             raise UserError(
-                f"the longest prompt and its answer need {longest} tokens, but the model takes {limit}. "
-                "Lower data.max_prompt_tokens or data.generator.max_new_tokens."
+                f"the longest prompt and its answer need {longest} tokens, but {takes}. "
+                f"Lower data.max_prompt_tokens or data.generator.max_new_tokens{mend}."
             )
 
     def _hold_out(self, rows: list[T]) -> tuple[list[T], list[T]]:
@@ -321,9 +327,9 @@ class SyntheticDataModule(L.LightningDataModule):
 
 def _describe(what: str, source: str, loaded: LoadedRows) -> dict[str, Any]:
     """Say what was read and what is strange about it; the same as part of the report."""
-    print(f"{what}: {loaded.description}")
+    say(f"{what}: {loaded.description}")
     for kind, tally in loaded.dropped.items():
-        print(f"note: bad rows that were dropped, {kind}: {tally.count}, the first {tally.first[0]}")
+        say(f"note: bad rows that were dropped, {kind}: {tally.count}, the first {tally.first[0]}")
     _print_noted(loaded.noted)
     return {
         "source": source,
@@ -340,7 +346,7 @@ def _describe(what: str, source: str, loaded: LoadedRows) -> dict[str, Any]:
 def _print_noted(noted: dict[str, Tally], suffix: str = "") -> None:
     for name, tally in noted.items():
         if tally.count and name in COUNTED:
-            print(f"note: {COUNTED[name]}{suffix}: {tally.count}, the first {tally.first[0]}")
+            say(f"note: {COUNTED[name]}{suffix}: {tally.count}, the first {tally.first[0]}")
 
 
 def _as_dicts(tallies: dict[str, Tally]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from spin_lightning import hub
 from spin_lightning.types import Message, Row, UserError
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
@@ -347,6 +348,7 @@ def _read_hub(source: str, split: str, revision: str | None) -> Iterator[tuple[s
     import datasets
 
     name, _, config = source.partition(":")
+    hub.is_reachable()  # else the library would try for minutes
     try:
         dataset = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except Exception as error:  # the library raises a dozen types; each is the user's to mend

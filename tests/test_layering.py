@@ -10,15 +10,15 @@ PACKAGE = ROOT / "spin_lightning"
 
 #: A module may import those of lower ranks only.
 RANKS = [
-    {"version", "types", "cpu_memory"},
-    {"files", "redaction", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm"},
+    {"version", "types", "cpu_memory", "terminal"},
+    {"files", "redaction", "hub", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm"},
     {"checkpoints"},
     {"log_probs", "losses", "encoding", "formats", "models", "model_card"},
     {"generation", "pair_store"},
     {"opponent", "metrics", "gate", "pairs"},
     {"policy"},
     {"module", "sft", "data"},
-    {"callbacks"},
+    {"callbacks", "settings_errors"},
     {"stages"},
     {"cli", "check"},
     {"demo", "lab"},
