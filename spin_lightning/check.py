@@ -15,8 +15,10 @@ from typing import Any
 
 from spin_lightning.callbacks import SelfPlay
 from spin_lightning.data import SyntheticDataModule
-from spin_lightning.models import context_length, end_ids, load_tokenizer
+from spin_lightning.models import context_length, end_ids, load_config, load_tokenizer, refuse_ids_beyond
+from spin_lightning.settings_errors import explaining_settings
 from spin_lightning.stages import SftCLI, SpinCLI, StageCLI
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 HELP = """usage: spin-lightning check --config FILE [--KEY VALUE ...]
@@ -82,11 +84,13 @@ def main(args: list[str]) -> None:
     data.sample = sample
     data.end_ids = end_ids(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     data.setup("fit")
-    limit = context_length(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    if limit is not None:
+    config = load_config(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    if (limit := context_length(config)) is not None:
         data.refuse_longer_than(limit)
-    print()
-    print("\n".join([*_summary(data), "", *show_pair(data)]))
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    refuse_ids_beyond(rows, data.encoder.tokenizer, data.encoder.pad_id, data.encoder.terminator_id)
+    say("\n".join(["", *_summary(data), ""]))
+    print("\n".join(show_pair(data)))  # whose tokens are printable, and colours are wanted
 
 
 def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
@@ -132,13 +136,8 @@ def _make(kind: type[Any], settings: Any) -> Any:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "made")
-    try:
+    with explaining_settings():
         return parser.instantiate_classes(Namespace(made=settings)).made
-    except ValueError as error:  # the parser wraps what a class says about its settings
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        raise (cause or error) from None
 
 
 def _summary(data: SyntheticDataModule) -> list[str]:

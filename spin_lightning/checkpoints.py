@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from spin_lightning.files import replacing, sha256_of
+from spin_lightning.files import replacing, run_folder, sha256_of
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 
 def checkpoint_folder(output_dir: Path | str) -> str:
     """Where the run in a folder keeps its checkpoints."""
-    return str(Path(output_dir) / "checkpoints")
+    return str(Path(output_dir).expanduser() / "checkpoints")
 
 
 def last_checkpoint(output_dir: Path | str) -> str | None:
     """The newest undamaged checkpoint of the run in a folder, or None where there never was one.
 
     Raises:
-        UserError: There are checkpoints, and all of them are damaged.
+        UserError: There are checkpoints, and all of them are damaged; or it is no name of a folder.
     """
-    return newest_checkpoint(Path(checkpoint_folder(output_dir)))
+    return newest_checkpoint(Path(checkpoint_folder(run_folder(output_dir, "output_dir"))))
 
 
 def newest_checkpoint(folder: Path) -> str | None:
@@ -34,7 +35,7 @@ def newest_checkpoint(folder: Path) -> str | None:
     for path in paths:
         if (reason := damage(path)) is None:
             return str(path)
-        print(f"note: {path} {reason}; trying the one before it")
+        say(f"note: {path} {reason}; trying the one before it")
     if paths:
         raise UserError(
             f"every checkpoint in {paths[0].parent} is damaged. Restore one with its .sha256 file from a copy, "

@@ -15,6 +15,8 @@ from typing import Any
 import jsonargparse._typehints as parser_of_types
 from jsonargparse import ArgumentParser
 
+from spin_lightning.terminal import say
+
 #: The parser's own function for the moment at which one class replaces another. It has no public hook for that.
 HOOK = "discard_init_args_on_class_path_change"
 
@@ -34,7 +36,7 @@ def own_defaults() -> Iterator[None]:
             note = f"{after['class_path']} keeps what was set for {before['class_path']}: {', '.join(kept)}"
             if kept and note not in said:
                 said.add(note)
-                print(f"note: {note}")
+                say(f"note: {note}")
 
     setattr(parser_of_types, HOOK, replace)
     try:

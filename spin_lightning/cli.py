@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from spin_lightning.version import __version__
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
+COMMANDS = ("fit", "sft", "validate", "check", "demo", "lab")
 OVERVIEW = f"""spin-lightning {__version__}: self-play fine-tuning (SPIN) of your own language model
 
   spin-lightning fit --config FILE [--KEY VALUE ...]       play the game; the same command continues a killed run
@@ -60,9 +62,23 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         print(__version__)
         return
+    if args[0] not in COMMANDS:
+        close = get_close_matches(args[0].lower(), COMMANDS, 1)
+        _end(
+            f"there is no command {args[0]!r}; the commands are {', '.join(COMMANDS)}."
+            + (
+                f" Did you mean {close[0]}?"
+                if close
+                else " The command comes first: spin-lightning COMMAND --KEY VALUE ..."
+            )
+        )
     from spin_lightning.files import STORAGE_ERRORS
+    from spin_lightning.terminal import guard
     from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
 
+    guard()
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))  # where classes of the user's own are; behind the installed packages
     if args[0] in ("demo", "lab") and ((args[1:2] and args[1].startswith("-")) or (args[0] == "lab" and args[2:])):
         wanted = "demo [FOLDER [MODEL [--KEY VALUE ...]]]" if args[0] == "demo" else "lab [FOLDER]"
         print(f"usage: spin-lightning {wanted}", file=sys.stderr)
@@ -98,8 +114,10 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _end(message: str, exit_code: int, kind: str = "error: ") -> None:
-    print(f"spin-lightning: {kind}{message}", file=sys.stderr)
+def _end(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:
+    from spin_lightning.terminal import say
+
+    say(f"spin-lightning: {kind}{message}", file=sys.stderr)
     sys.exit(exit_code)
 
 
@@ -110,11 +128,13 @@ def run(args: list[str]) -> LightningCLI | None:
         The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over already.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from spin_lightning.settings_errors import explaining_settings
     from spin_lightning.stages import RunIsOver, SftCLI, SpinCLI
 
     stage, args = (SftCLI, ["fit", *args[1:]]) if args[0] == "sft" else (SpinCLI, args)
     try:
-        return stage(args=args)
+        with explaining_settings():
+            return stage(args=args)
     except RunIsOver:
         return None
 

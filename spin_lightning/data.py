@@ -30,6 +30,7 @@ from spin_lightning.formats import Tally, prompt_key
 from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
 from spin_lightning.models import end_ids, end_ids_of, load_tokenizer
 from spin_lightning.rows import LoadedRows, load_rows
+from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Row, UserError
 
 T = TypeVar("T")
@@ -130,6 +131,7 @@ class SyntheticDataModule(L.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("micro_batch_tokens", micro_batch_tokens, 1),
             ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("num_workers", num_workers, 0),
         ):
             if value < least:
                 raise UserError(f"data.{name} must be at least {least}, got {value!r}.")
@@ -212,7 +214,7 @@ class SyntheticDataModule(L.LightningDataModule):
             )
         self.val_prompts = self._encode(_repeated(val_rows), "held_out")
         self.report["prompts_sha256"] = self.prompts_hash
-        self.refuse_longer_than(self.encoder.tokenizer.model_max_length, "its tokenizer's model_max_length is")
+        self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
 
     def _refuse_less_than_a_batch(self) -> None:
         num_pairs = len(self.prompts) * self.answers_per_prompt
@@ -225,8 +227,8 @@ class SyntheticDataModule(L.LightningDataModule):
                 "Lower data.batch_size, or give more rows."
             )
 
-    def refuse_longer_than(self, limit: float, whose: str = "the model takes") -> None:
-        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens; ``whose`` it is, in words.
+    def refuse_longer_than(self, limit: float, is_of_tokenizer: bool = False) -> None:
+        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens: the model's or the tokenizer's.
 
         Raises:
             UserError: The longest prompt and the longest answer do not fit.
@@ -234,9 +236,13 @@ class SyntheticDataModule(L.LightningDataModule):
         longest = max(len(prompt.prompt_ids) for prompt in [*self.prompts, *self.val_prompts])
         longest += self.generator.max_new_tokens
         if longest > limit:
+            takes, mend = f"the model takes {limit}", ""
+            if is_of_tokenizer:
+                takes = f"the tokenizer's model_max_length is {limit}"
+                mend = ", or if the model takes more, raise model_max_length in the tokenizer_config.json of its folder"
             raise UserError(
-                f"the longest prompt and its answer need {longest} tokens, but {whose} {limit}. "
-                "Lower data.max_prompt_tokens or data.generator.max_new_tokens."
+                f"the longest prompt and its answer need {longest} tokens, but {takes}. "
+                f"Lower data.max_prompt_tokens or data.generator.max_new_tokens{mend}."
             )
 
     def _hold_out(self, rows: list[T]) -> tuple[list[T], list[T]]:
@@ -286,7 +292,7 @@ class SyntheticDataModule(L.LightningDataModule):
         """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
         if self.sample is not None and self.sample < len(rows):
             chosen = sorted(random.Random(f"sample/{self.seed}").sample(range(len(rows)), self.sample))
-            print(f"note: of {len(rows)} rows {self.sample} are encoded and counted ({part}), a sample")
+            say(f"note: of {len(rows)} rows {self.sample} are encoded and counted ({part}), a sample")
             rows = [rows[index] for index in chosen]
         noted = {
             name: Tally()
@@ -382,13 +388,13 @@ def _repeated(rows: list[tuple[str, Row, int]]) -> list[tuple[str, Row]]:
 def _describe(what: str, source: str | dict[str, float], loaded: LoadedRows) -> dict[str, Any]:
     """Say what was read and what is strange about it; the same as part of the report."""
     for line in loaded.description.splitlines():
-        print(f"{what}: {line}")
+        say(f"{what}: {line}")
     for note in loaded.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     for key, tally in itertools.islice(loaded.unused_keys.items(), 20):
-        print(f"note: {key!r} inside turns has no effect: in {tally.count} rows, the first {tally.first[0]}")
+        say(f"note: {key!r} inside turns has no effect: in {tally.count} rows, the first {tally.first[0]}")
     for kind, tally in loaded.dropped.items():
-        print(f"note: bad rows that were dropped, {kind}: {tally.count}, the first {tally.first[0]}")
+        say(f"note: bad rows that were dropped, {kind}: {tally.count}, the first {tally.first[0]}")
     _print_noted(loaded.noted)
     return {
         "source": source,
@@ -435,7 +441,7 @@ def _time(text: Any) -> datetime:
 def _print_noted(noted: dict[str, Tally], suffix: str = "") -> None:
     for name, tally in noted.items():
         if tally.count and name in COUNTED:
-            print(f"note: {COUNTED[name]}{suffix}: {tally.count}, the first {tally.first[0]}")
+            say(f"note: {COUNTED[name]}{suffix}: {tally.count}, the first {tally.first[0]}")
 
 
 def _as_dicts(tallies: dict[str, Tally]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.chat_template_utils import _compile_jinja_template, encode_marked_chat, mark_control_tokens
 
 from spin_lightning.files import sha256_of
+from spin_lightning.terminal import say
 from spin_lightning.types import FinishReason, Message, Prompt, Row, UserError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Encoder:
                 ends[token] = None
             else:
                 text = vocabulary[token]
-                print(f"note: the model's settings end answers at {text!r} ({token}), an ordinary token; it is ignored")
+                say(f"note: the model's settings end answers at {text!r} ({token}), an ordinary token; it is ignored")
         self.end_ids = tuple(ends)
         texts = [vocabulary[token] for token in self.end_ids]
         named = [text for text in self.tokenizer.special_tokens_map.values() if isinstance(text, str)]
@@ -384,7 +385,7 @@ class Encoder:
                     "data.prompt_template to the name of one."
                 )
             with_tools = "tool_use" if "tool_use" in own else "default"
-            print(
+            say(
                 f"note: of the tokenizer's chat templates, {sorted(own)}, 'default' is used, and {with_tools!r} for rows "
                 "with tools"
             )

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -16,6 +17,71 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spin_lightning.types import StorageError, UserError
+
+#: Names that a run makes, writes or removes in its folder, and in that of its checkpoints.
+RUN_NAMES = (
+    r"checkpoints|iteration_\d+|policy(\.partial)?|logs|tensorboard|fast_dev_run|pairs|\w+\.(json|yaml)"
+    r"|step_\d+\.ckpt.*|\.lock(_holder)?|\.probe|\..*\.tmp"
+)
+
+
+def run_folder(name: str | Path, setting: str) -> Path:
+    """The folder on this machine's disk that a setting names, with ``~`` expanded. Nothing is made.
+
+    Raises:
+        UserError: It is no name of a folder: empty, a URL, a file, with a control character, or with a ``$VARIABLE``,
+            which only a shell replaces.
+
+    Example:
+        >>> run_folder("runs/mine", "self_play.output_dir").as_posix()
+        'runs/mine'
+    """
+    text, expected = str(name), f"{setting} must be a folder on this machine's disk, got {str(name)!r}"
+    if not text.strip():
+        raise UserError(f"{expected}. Give a name, such as runs/mine.")
+    # a Path has one slash left of two
+    if re.match(r"[A-Za-z][\w+.-]+:/|(file|s3a?|gs|hf|hdfs|https?):", text):
+        raise UserError(f"{expected}, which is a URL. Give a local folder, and copy from or to other places yourself.")
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", text):
+        raise UserError(f"{expected}: it has a control character. Give another name.")
+    try:
+        path = Path(text).expanduser()
+        if any(len(os.fsencode(part)) > 255 for part in path.parts):
+            raise ValueError("a name in it is too long")
+        existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    except (OSError, RuntimeError, ValueError) as error:  # a user that nobody knows; a loop of links
+        raise UserError(f"{expected}: {error}. Give another name.") from None
+    if existing != path and re.search(r"\$(\w|\{)", text):
+        raise UserError(f"{expected}. Only a shell replaces a variable: write out what it stands for.")
+    if not existing.is_dir():
+        raise UserError(f"{expected}, and {existing} is no folder. Give another name.")
+    return path
+
+
+def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
+    """Make sure that nothing which a run writes or removes in its folder leads out of it. The folder itself may be a link.
+
+    Looked at are the names in the folder that match the regular expression ``names``, and all that is in them; of other
+    names there, which a run leaves alone, nothing is asked.
+
+    Raises:
+        UserError: There is a symbolic link, dangling or not. Hard links need no check: what exists is replaced, not written to.
+    """
+
+    def look(entry: os.DirEntry[str]) -> None:
+        if entry.is_symlink():
+            raise UserError(
+                f"{entry.path} is a link to {str(Path(entry.path).readlink())!r}: what the run writes or removes there would be "
+                "elsewhere. Put the file or folder itself in its place, remove the link, or make the whole run folder a link."
+            )
+        if entry.is_dir(follow_symlinks=False):
+            for inner in os.scandir(entry):
+                look(inner)
+
+    if folder.is_dir():
+        for entry in os.scandir(folder):
+            if re.fullmatch(names, entry.name):
+                look(entry)
 
 
 @contextmanager
@@ -111,11 +177,12 @@ def hold(folder: Path) -> FileLock:
     """A lock on a run's folder, let go by ``release()`` or by the end of the process, however it ends.
 
     Raises:
-        UserError: Another process works in the folder; the message says which.
+        UserError: Another process works in the folder; the message says which. Or something in it is a link.
         StorageError: The folder cannot be written to.
     """
     with explaining_storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_links(folder)
         lock, holder = FileLock(folder / ".lock"), folder / ".lock_holder"
         try:
             lock.acquire(timeout=0)
@@ -125,7 +192,9 @@ def hold(folder: Path) -> FileLock:
                 f"another process is at work in {folder} ({known}); two would overwrite each other's files. "
                 "Wait until it ends, or give this run another folder."
             ) from None
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        holder.unlink(missing_ok=True)
+        with holder.open("x", encoding="utf-8") as stream:  # never into a file that was there
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     return lock
 
 

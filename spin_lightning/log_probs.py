@@ -23,6 +23,7 @@ from spin_lightning import head, rope, shared_prompt
 from spin_lightning.batches import pack
 from spin_lightning.cpu_memory import round_up
 from spin_lightning.rms_norm import fuse_rms_norms, unfuse_rms_norms
+from spin_lightning.terminal import say
 from spin_lightning.types import PairBatch, PairLogProbs, ResponseBatch, UserError
 
 #: How closely two ways through one model must agree, in nats a token on average over a response. A prompt that is not
@@ -245,7 +246,7 @@ def _choose(model: nn.Module) -> Way:
     finally:
         model.train(was_training)
     if failures:
-        print(
+        say(
             f"note: {type(model).__name__} {', and '.join(failures)}; its log-probs are computed the longer way: {taken}."
         )
     return chosen

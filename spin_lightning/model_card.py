@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from spin_lightning.terminal import printable
 
 
 def render_model_card(summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
@@ -15,7 +18,7 @@ def render_model_card(summary: Mapping[str, Any], manifest: Mapping[str, Any]) -
         manifest: The manifest of the iteration's pairs.
     """
     binding, pairs = manifest["binding"], summary["pairs"]
-    sampling = ", ".join(f"{name} {value}" for name, value in binding["sampling"].items())
+    sampling = ", ".join(f"{name} {_text(value)}" for name, value in binding["sampling"].items())
     metrics = "\n".join(
         f"| {name} | {value:.4f} |"
         for name, value in summary["epoch_metrics"].items()
@@ -49,7 +52,7 @@ Means over the last epoch's pairs, in nats:
 |---|---|
 {metrics}
 
-Versions: `{json.dumps(manifest["versions"])}`
+Versions: `{_code(json.dumps(manifest["versions"]))}`
 """
 
 
@@ -63,5 +66,11 @@ def _public(name_or_path: str) -> str:
     return name_or_path if len(parts) <= 2 and not name_or_path.startswith(("/", ".", "~")) else parts[-1]
 
 
-def _code(text: str) -> str:
-    return text.replace("`", "'").replace("|", "/")
+def _code(value: Any) -> str:
+    """One line in which nothing ends a table's cell or a code span."""
+    return " ".join(printable(str(value)).split()).replace("`", "'").replace("|", "/")
+
+
+def _text(value: Any) -> str:
+    """The same outside of a code span, where HTML, links and emphasis would count."""
+    return re.sub(r"[<>\[\]*&!#]", lambda found: f"&#{ord(found[0])};", _code(value))

@@ -6,19 +6,23 @@ The only place that calls ``from_pretrained`` and ``save_pretrained``. Nothing h
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from spin_lightning import hub
 from spin_lightning.files import explaining_storage_errors, sync
 from spin_lightning.types import NonFiniteError, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def locate(name_or_path: str) -> dict[str, Any]:
@@ -32,12 +36,57 @@ def locate(name_or_path: str) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path)}
-    if name_or_path.startswith((".", "/", "~")) or path.suffix == ".gguf" or name_or_path.count("/") > 1:
+    if path.is_file():
+        raise UserError(
+            f"model_name_or_path {name_or_path!r} is a file, and no .gguf. Give the Hugging Face folder that it is in."
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) or name_or_path.startswith(".") or path.suffix == ".gguf":
         raise UserError(
             f"model_name_or_path {name_or_path!r} does not exist (looked at {path.absolute()}). "
             "Give a Hugging Face folder, a .gguf file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
     return {"pretrained_model_name_or_path": name_or_path}
+
+
+def check_model(name_or_path: str, attn_implementation: str | None = None, trust_remote_code: bool = False) -> None:
+    """Refuse what could not be loaded or would run code of others, as far as names tell. Reads no weights, asks no hub.
+
+    Raises:
+        UserError: Nothing is there; it is an adapter or holds pickles only; or the attention is code from the hub, which
+            needs ``trust_remote_code``.
+    """
+    where = locate(name_or_path)
+    _refuse_kernels({"attn_implementation": attn_implementation}, "the settings", trust_remote_code)
+    folder = Path(where["pretrained_model_name_or_path"])
+    if "gguf_file" in where or not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise _adapter(name_or_path, (folder / "adapter_config.json").read_text(encoding="utf-8", errors="replace"))
+    files = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in files if re.fullmatch(r"pytorch_model.*\.bin|.*\.(pth?|ckpt)", name)]
+    if pickles and not any(name.endswith(".safetensors") for name in files):
+        raise UserError(
+            f"the weights in {name_or_path!r} are a pickle ({pickles[0]}), which can run code and is not opened. If you trust "
+            f'where it comes from, convert it to safetensors: python -c "from transformers import AutoModelForCausalLM as M, '
+            f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).save_pretrained('converted'); "
+            f"T.from_pretrained({name_or_path!r}).save_pretrained('converted')\" and give the folder 'converted'."
+        )
+
+
+def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model's config, without its weights.
+
+    Raises:
+        UserError: Nothing can be loaded under that name, or it names code from the hub, which needs ``trust_remote_code``.
+    """
+    from transformers import AutoConfig
+
+    where = {**_reachable(name_or_path), "revision": revision or "main"}
+    try:
+        _refuse_kernels_of(where, trust_remote_code)
+        return AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config is data of others: what reading it raises has no end
+        raise _not_loaded("config", name_or_path, error) from error
 
 
 def load_policy(
@@ -53,23 +102,22 @@ def load_policy(
     Raises:
         UserError: Nothing can be loaded under that name; the message names what was tried.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    where = locate(name_or_path)
-    if "gguf_file" in where:
-        where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
-    else:
-        where["use_safetensors"] = True  # a pytorch_model.bin is a pickle, and is not opened
+    check_model(name_or_path, attn_implementation, trust_remote_code)
+    where = {**_reachable(name_or_path), "revision": revision or "main"}
     try:
+        _refuse_kernels_of(where, trust_remote_code)
+        if "gguf_file" in where:
+            where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
+        else:
+            where["use_safetensors"] = True  # a pytorch_model.bin is a pickle, and is not opened
         model = AutoModelForCausalLM.from_pretrained(
-            **where,
-            dtype=dtype,
-            revision=revision or "main",
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
+            **where, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         raise _not_loaded("model", name_or_path, error) from error
     if "gguf_file" in where:  # the weights are plain tensors now; a saved folder must not claim otherwise
         model.config.__dict__.pop("quantization_config", None)
@@ -89,32 +137,38 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    where = _reachable(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(
-            **locate(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(**where, revision=revision or "main", trust_remote_code=trust_remote_code)
+    except Exception as error:
         raise _not_loaded("tokenizer", name_or_path, error) from error
 
 
-def context_length(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """Tokens a model takes, prompt and answer together, if its config tells. No weights are loaded.
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens a model takes, prompt and answer together, if its config tells."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def refuse_ids_beyond(rows: int | None, tokenizer: PreTrainedTokenizerBase, *ids: int) -> None:
+    """Make sure that every id has a row in a model's embedding. More rows than ids are fine.
+
+    Args:
+        rows: Of the embedding. None, where a config does not tell: nothing is asked.
+        tokenizer: Whose ids are looked at.
+        ids: Further ids that a batch may hold.
 
     Raises:
-        UserError: Nothing can be loaded under that name.
+        UserError: An id has no row; the message names both sizes.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            **locate(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
+    largest = max([*tokenizer.get_vocab().values(), tokenizer.pad_token_id or 0, *ids])
+    if rows is not None and largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest) if largest < len(tokenizer) else None
+        raise UserError(
+            f"the model's embedding has {rows} rows, for the ids 0 to {rows - 1}, but the tokenizer's ids go up to {largest} "
+            f"({token!r}). Use the tokenizer that belongs to the model; where tokens were added on purpose, give the model "
+            f"rows for them: model.resize_token_embeddings({largest + 1}), and save it."
         )
-    except (OSError, ValueError) as error:
-        raise _not_loaded("config", name_or_path, error) from error
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    return limit
 
 
 def end_ids_of(model: Any) -> list[int]:
@@ -129,9 +183,9 @@ def end_ids(name_or_path: str, *, revision: str | None = None, trust_remote_code
     Raises:
         UserError: Nothing can be loaded under that name.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    where = locate(name_or_path)
+    where = _reachable(name_or_path)
     if "gguf_file" not in where:
         try:
             own = GenerationConfig.from_pretrained(
@@ -141,10 +195,7 @@ def end_ids(name_or_path: str, *, revision: str | None = None, trust_remote_code
             own = None
         if own is not None:
             return _as_list(own)
-    try:
-        config = AutoConfig.from_pretrained(**where, revision=revision or "main", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("config", name_or_path, error) from error
+    config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     return _as_list(getattr(config, "eos_token_id", None))
 
 
@@ -251,11 +302,73 @@ def _one_or_list(ids: int | Sequence[int]) -> int | list[int]:
     return listed[0] if len(listed) == 1 else listed
 
 
+def _reachable(name_or_path: str) -> dict[str, Any]:
+    """What ``locate`` gives; where that is a hub name, after a short look whether the hub answers."""
+    where = locate(name_or_path)
+    if not Path(where["pretrained_model_name_or_path"]).is_dir():
+        hub.is_reachable()
+    return where
+
+
+def _refuse_kernels_of(where: dict[str, Any], trust_remote_code: bool) -> None:
+    from transformers import PreTrainedConfig
+
+    if "gguf_file" not in where:
+        config, _ = PreTrainedConfig.get_config_dict(**where)
+        _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
+
+
+def _refuse_kernels(config: Any, whose: str, trust_remote_code: bool, key: str = "") -> None:
+    """Look for implementations that are code on the hub, at any depth: ``transformers`` would download and run it."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            _refuse_kernels(value, whose, trust_remote_code, f"{key} {name}")
+    elif isinstance(config, list | tuple):
+        for value in config:
+            _refuse_kernels(value, whose, trust_remote_code, key)
+    elif isinstance(config, str) and "_implementation" in key and not trust_remote_code and _is_from_hub(config):
+        raise UserError(
+            f"{whose} names code from the hub: {key.split()[-1]} {config!r}. Read that code, and set model.trust_remote_code "
+            "to run it; or use an implementation of transformers, such as sdpa."
+        )
+
+
+def _is_from_hub(implementation: str) -> bool:
+    """A name on the hub; or FlashAttention where its own package is missing and ``kernels`` would fetch one from there."""
+    is_fetched = implementation.startswith("flash_attention_") and find_spec("kernels") is not None
+    return "/" in implementation or (is_fetched and find_spec("flash_attn") is None)
+
+
+def _adapter(name_or_path: str, config: str) -> UserError:
+    try:
+        base = json.loads(config)["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError):
+        base = "ITS_BASE_MODEL"
+    return UserError(
+        f"{name_or_path!r} holds a LoRA adapter (adapter_config.json), not a whole model. Merge it into its base model first, "
+        f'and give that folder: python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import '
+        f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).merge_and_unload().save_pretrained('merged'); "
+        f"T.from_pretrained({base!r}).save_pretrained('merged')\". If its weights are merged already, remove adapter_config.json."
+    )
+
+
 def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, UserError):
+        return error
+    reason = (str(error).strip().splitlines() or [""])[0][:400]
+    if not isinstance(error, OSError | ValueError | ImportError) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
     if "custom code" in reason:
         return UserError(f"{reason} Read that code, and set model.trust_remote_code to run it.")
+    path, advice = Path(name_or_path).expanduser(), "Give a Hugging Face folder, a .gguf file, or the name of a model "
+    if packed := sorted(path.glob("*.gguf")) if path.is_dir() else []:
+        advice = f"Name the file, if you mean {packed[0]}; or give a Hugging Face folder or the name of a model "
+    if not path.exists() and not hub.is_reachable():
+        return UserError(
+            f"no {what} could be loaded from {name_or_path!r}: it is no folder here, and the hub cannot be asked (no network, or "
+            f"HF_HUB_OFFLINE is set), nor is it whole in the local cache. Download it where there is a network: hf download "
+            f"{name_or_path}; or give a local folder."
+        )
     return UserError(
-        f"no {what} could be loaded from {name_or_path!r}: {reason} "
-        "Give a Hugging Face folder, a .gguf file, or the name of a model that the hub has and you may read."
+        f"no {what} could be loaded from {name_or_path!r}: {reason} {advice}that the hub has and you may read."
     )

@@ -24,6 +24,7 @@ from spin_lightning.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator, seed_of
 from spin_lightning.log_probs import response_log_probs, way_through
 from spin_lightning.pair_store import PairStore
+from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Response, UserError
 
 #: The sampler's own log-probs are taken where they agree with a scoring pass this closely, in nats a token, on a shard's
@@ -181,7 +182,7 @@ class PairMaker:
                 why = str(error).partition("\n")[0][:120] or type(error).__name__
             # outside of the handler, whose traceback holds on to the memory
             torch.cuda.empty_cache()
-            print(f"note: out of memory in generation ({why}); going on with batch_size {generator.batch_size}")
+            say(f"note: out of memory in generation ({why}); going on with batch_size {generator.batch_size}")
 
     def _checked(self, answer: Any, num_asked: int) -> tuple[int, Response]:
         """What a generator yielded, if it is what it has to be.

@@ -22,9 +22,10 @@ from torchmetrics import MeanMetric, Metric
 from spin_lightning.checkpoints import newest_checkpoint
 from spin_lightning.cpu_memory import keep_freed_memory
 from spin_lightning.log_probs import response_log_probs
-from spin_lightning.models import disable_dropout, load_policy, locate
+from spin_lightning.models import check_model, disable_dropout, load_policy, refuse_ids_beyond
 from spin_lightning.optim import Float32Master, fused, sum_in_passes
 from spin_lightning.schedule import at_iteration
+from spin_lightning.terminal import say
 from spin_lightning.types import NonFiniteError, ResponseBatch, UserError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class PolicyModule(L.LightningModule):
             raise UserError(f"model.lr_schedule must be one of ['linear', 'cosine', 'constant'], got {lr_schedule!r}.")
         if on_non_finite not in ("stop", "skip", "rollback"):
             raise UserError(f"model.on_non_finite must be one of ['stop', 'skip', 'rollback'], got {on_non_finite!r}.")
-        locate(model_name_or_path)
+        check_model(model_name_or_path, attn_implementation, trust_remote_code)
         self.model_name_or_path = model_name_or_path
         self.learning_rate = learning_rate
         self.optimizer = optimizer
@@ -109,7 +110,7 @@ class PolicyModule(L.LightningModule):
         if hasattr(self, "policy"):  # validate, or a second fit
             return
         if self.trust_remote_code:
-            print(f"note: trust_remote_code is on: Python code that comes with {self.model_name_or_path} is run.")
+            say(f"note: trust_remote_code is on: Python code that comes with {self.model_name_or_path} is run.")
         self.policy = load_policy(
             self.model_name_or_path,
             revision=self.revision,
@@ -124,9 +125,19 @@ class PolicyModule(L.LightningModule):
         self.policy.train()  # from_pretrained returns evaluation mode, and Lightning leaves the mode alone
 
     def on_fit_start(self) -> None:
+        self._refuse_other_vocabulary()
         self._measure_in_float32()
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    def on_validate_start(self) -> None:
+        self._refuse_other_vocabulary()
+
+    def _refuse_other_vocabulary(self) -> None:
+        encoder = getattr(self.trainer.datamodule, "encoder", None)  # type: ignore[attr-defined]
+        if encoder is not None:
+            rows = len(self.policy.get_input_embeddings().weight)  # type: ignore[arg-type]
+            refuse_ids_beyond(rows, encoder.tokenizer, encoder.pad_id, encoder.terminator_id)
 
     def on_validation_start(self) -> None:
         self._measure_in_float32()
@@ -293,7 +304,7 @@ class PolicyModule(L.LightningModule):
                 what += f"; the weights are those of {path} again"
             else:  # its optimiser is another
                 what += "; there is no checkpoint of this iteration yet, so the weights stay"
-        print(f"note: {what}. The update is skipped. It came from these rows:{rows}")
+        say(f"note: {what}. The update is skipped. It came from these rows:{rows}")
 
     def _rows_of_update(self) -> list[str]:
         """The beginnings of the prompts whose gradient an update would have used."""

@@ -1,18 +1,40 @@
-"""Leaves secrets out of what is written down."""
+"""Leaves secrets out of what is written down.
+
+By name, by shape, and by looking random: what has no name and no shape that says so is still left out where it is long
+and mixes cases and digits as keys do. Hashes and revisions, which a run needs, are lower-case hexadecimal and stay.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-_NAME = re.compile(
-    r"secret|passw(or)?d|credential|authori[sz]ation|(^|_)(auth|pwd|bearer)$"
-    r"|(^|_)(api|access|private|secret|account|ssh|encryption)_?keys?(_|$)"
-    r"|(?<!pad)(?<!eos)(?<!bos)(?<!unk)(?<!sep)(?<!cls)(?<!mask)(^|_)token$"
+#: Words of a name whose value is left out, whatever it is.
+_SECRET = re.compile(
+    r"(^|_)(passwd|passphrases?|pwd|authori[sz]ation|auth|oauth2?|bearer|jwt|cookies?|dsn|connection_string|conn_str)(_|$)"
+    r"|secret|password|credential|api_?key|webhook|(^|_)(pass|sas|sig|signature|session_id)$"
+    r"|(^|_)(access|private|account|ssh|gpg|encryption|master|storage)_?keys?(_|$)|(^|_)token$"
 )
-_VALUE = re.compile(
-    r"\b(?:hf|sk|ghp|gho|github_pat|wandb|xoxb)[_-][\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|(?<=://)[^/@\s]+:[^/@\s]+(?=@)|\bBearer\s+\S+"
+#: Tokens of a vocabulary.
+_VOCABULARY = re.compile(
+    r"(pad|eos|bos|unk|sep|cls|mask|image|audio|video|vision|speech|special|tool|think|first|last|start|end|stop|prefix|suffix"
+    r"|newline|per)_token$"
 )
+#: Words of a name whose value is left out if it looks like a key: ``wandb_key`` is a secret, ``sort_key`` is a column.
+_PERHAPS = re.compile(r"(^|_)(\w*keys?|tokens?\d*|token\w*value|oauth\w*)(_|$)")
+#: Words of a name whose value is a hash, however much it looks like a key.
+_HASH = re.compile(r"(^|_)(revision|commit|sha\d*|hash|digest|fingerprint|checksum|md5|ref|version)(_|$)")
+
+_SHAPES = re.compile(
+    r"(?<=://)[^/@\s:]*:[^/@\s]+(?=@)|(?<=://)[^/@\s:]{12,}(?=@)"  # user:password@host, token@host
+    r"|\b(?:hf|api|sk|rk|pk|gh[a-z]|github_pat|glpat|wandb|xox[a-z]|xapp|npm|pypi|nvapi|r8)[_-][\w-]{16,}"
+    r"|\bdapi[0-9a-f]{32}\b|\bA[KS]IA[0-9A-Z]{16}\b|\bey[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*-----|\Z)"
+    r"|\bBearer\s+\S+|\b(?i:bearer|basic)\s+(?=\S*[\d=])[\w+/=.~-]{8,}"
+)
+_ASSIGNED = re.compile(r"(^|[?&;,\s])(-{0,2}[A-Za-z][\w.-]*=)([^&;,\s#]+)")  # of a URL's query, a header, a flag
+_RUN = re.compile(r"[A-Za-z0-9]{20,}")
+_HEXADECIMAL = re.compile(r"[0-9a-f]{32}|[0-9a-f]{40}")  # a key of wandb, or a git revision: the name tells
 
 
 def redacted(value: Any, name: str = "") -> Any:
@@ -25,14 +47,46 @@ def redacted(value: Any, name: str = "") -> Any:
     Example:
         >>> redacted({"api_key": "abc", "max_new_tokens": 5, "push": ["to hf_abcdefghijklmnopqrst"]})
         {'api_key': '***', 'max_new_tokens': 5, 'push': ['to ***']}
+        >>> redacted({"hook": "https://me:pw@host/x?page=2&token=abc", "sort_key": "length"})
+        {'hook': 'https://***@host/x?page=2&token=***', 'sort_key': 'length'}
     """
     if isinstance(value, dict):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
+        named = str(value.get("name", "value"))  # {"name": "API_KEY", "value": ...}
+        return {
+            _without_shapes(key) if isinstance(key, str) else key: redacted(item, named if key == "value" else str(key))
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [redacted(item, name) for item in value]
     if value is None or isinstance(value, bool):
         return value
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.rpartition(".")[2]).lower().replace("-", "_")
-    if _NAME.search(words):
+    words = _words(name)
+    if _SECRET.search(words) and not _VOCABULARY.search(words):
         return "***"
-    return _VALUE.sub("***", value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    is_key = _HEXADECIMAL.fullmatch(value) or (_PERHAPS.search(words) and _has_key(value))
+    if is_key and not _HASH.search(words):
+        return "***"
+    return _without_shapes(value)
+
+
+def _words(name: str) -> str:
+    """The last part of a dotted name in lower case, its words joined by one underscore."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name.rpartition(".")[2].lstrip("-")).lower()
+
+
+def _without_shapes(text: str) -> str:
+    text = _ASSIGNED.sub(lambda found: found[1] + found[2] + redacted(found[3], found[2][:-1]), text)
+    return _RUN.sub(lambda found: "***" if _looks_random(found[0]) else found[0], _SHAPES.sub("***", text))
+
+
+def _has_key(text: str) -> bool:
+    """Whether letters and digits alternate in it as in a key: ``a1b2c3d4e5f6`` does, ``column_12`` does not."""
+    return any(len(re.findall("[A-Za-z]+|[0-9]+", run)) >= 4 for run in re.findall("[A-Za-z0-9]{12,}", text))
+
+
+def _looks_random(run: str) -> bool:
+    """Whether letters and digits follow each other as in a key; words in a row, each with a capital, do not."""
+    kinds = [re.search(kind, run) for kind in ("[a-z]", "[A-Z]", "[0-9]")]
+    return all(kinds) and len(run) <= 2.5 * len(re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+", run))

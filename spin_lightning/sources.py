@@ -23,6 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from spin_lightning import hub
 from spin_lightning.formats import BadRow, Tally, fits, is_turn, near, shown
 from spin_lightning.types import UserError
 
@@ -302,6 +303,7 @@ def _read_hub(source: str, split: str, revision: str | None) -> Records:
     import datasets
 
     name, _, config = source.partition(":")
+    hub.is_reachable()  # else the library would try for minutes
     try:
         dataset = datasets.load_dataset(name, config or None, split=split, revision=revision)
     except Exception as error:  # the library raises a dozen types; each is the user's to mend

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,19 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-import spin_lightning
 from spin_lightning.callbacks import ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
 from spin_lightning.callbacks.settings import SETTINGS, check_finished
 from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, last_checkpoint
 from spin_lightning.class_defaults import own_defaults
 from spin_lightning.data import SyntheticDataModule
-from spin_lightning.files import read_json, replacing
+from spin_lightning.files import read_json, refuse_links, replacing, run_folder
 from spin_lightning.models import load_tokenizer
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.policy import PolicyModule
 from spin_lightning.redaction import redacted
+from spin_lightning.settings_errors import check_configs, explaining_settings, in_a_sentence
 from spin_lightning.sft import SftLightningModule
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 
@@ -41,6 +42,24 @@ class RunIsOver(Exception):
 
 def total_epochs(iterations: int, epochs: int | list[int]) -> int:
     return sum(epochs) if isinstance(epochs, list) else iterations * epochs
+
+
+#: Settings of the Trainer that would break a run or do nothing, what is fine, and what to do else.
+_TRAINER: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("overfit_batches", lambda value: not value, "Set trainer.limit_train_batches, or data.max_rows for fewer rows."),
+    (
+        "barebones",
+        lambda value: not value,
+        "It leaves out checkpoints and validation, which a run rests on. Leave it out.",
+    ),
+    ("enable_checkpointing", lambda value: value is not False, "A run rests on its checkpoints. Leave it out."),
+    (
+        "limit_train_batches",
+        lambda value: value is None or value != 0,
+        "Nothing would be trained on. Give more, or leave it out.",
+    ),
+    ("accumulate_grad_batches", lambda value: value >= 1, "Give the number of batches in one update, at least 1."),
+)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -107,28 +126,25 @@ class StageCLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
+        check_configs(args)
         try:
             # Lightning's own also warns that `args` were given: here they always are
             with own_defaults():
                 self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise UserError(f"{error}{self._did_you_mean(str(error))}") from error
+            raise UserError(f"{in_a_sentence(str(error))}{self._did_you_mean(str(error))}") from error
 
     def instantiate_classes(self) -> None:
-        try:
+        with explaining_settings():
             super().instantiate_classes()
-        except ValueError as error:  # the parser wraps what a class says about its settings; the user needs only that
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__
-            raise (cause or error) from None
         if self.is_over:
             self._end()
 
     def _did_you_mean(self, message: str) -> str:
-        """The settings that read like the words of an error message."""
+        """The settings that read like the one that is not known."""
+        if not re.search("unrecognized|does not accept", message):
+            return ""
         known = {key for parser in self._subcommand_parsers.values() for key, _ in parser.get_defaults().items()}
-        known |= set(spin_lightning.__all__)
         words = [word for word in re.findall(r"[\w.]+", message) if len(word) > 3 and not word.endswith(tuple(known))]
         close = {match for word in words for match in get_close_matches(word, known, 3, 0.75)}
         return f" Did you mean {' or '.join(sorted(close))}?" if close else ""
@@ -137,18 +153,22 @@ class StageCLI(LightningCLI):
         """Lightning lets hyper-parameters in a checkpoint silently override flags. Ours has none, and flags win."""
 
     def before_instantiate_classes(self) -> None:
-        if self.subcommand != "fit":
+        config = self.config[self.subcommand]
+        output_dir = run_folder(config[self.run_key].output_dir, f"{self.run_key}.output_dir")
+        refuse_links(output_dir)  # loggers and what continues a run use it before any callback can look
+        for name, is_fine, advice in _TRAINER:
+            if not is_fine(value := config.trainer[name]):
+                raise UserError(f"trainer.{name} cannot be {value!r} here. {advice}")
+        if (
+            self.subcommand != "fit" or config.trainer.fast_dev_run
+        ):  # a trial neither continues a run nor minds one that is over
             return
-        config = self.config["fit"]
-        if config.trainer.fast_dev_run:  # a trial neither continues a run nor minds one that is over
-            return
-        output_dir = Path(config[self.run_key].output_dir)
         if self._is_over(output_dir, config):
             self.is_over = True
             return
         config.weights_only = True
         if config.ckpt_path is None and (checkpoint := last_checkpoint(str(output_dir))):
-            print(f"continuing the run in {output_dir} from {checkpoint}")
+            say(f"continuing the run in {output_dir} from {checkpoint}")
             config.ckpt_path = checkpoint
 
     def _is_over(self, output_dir: Path, config: Any) -> bool:
@@ -162,7 +182,7 @@ class StageCLI(LightningCLI):
             UserError: It was another; the message shows each setting that differs.
         """
         config = self.config["fit"]
-        output_dir = Path(config[self.run_key].output_dir)
+        output_dir = run_folder(config[self.run_key].output_dir, f"{self.run_key}.output_dir")
         if self._names_other_data(output_dir / "config.yaml"):  # which may hold the same rows
             if self.datamodule.tokenizer_name_or_path is None:
                 model = self.model
@@ -172,7 +192,7 @@ class StageCLI(LightningCLI):
             self.datamodule.setup("fit")
         allowed = config.checkpoint.allow_changes or []
         check_finished(self.trainer, self.model, self.datamodule, output_dir / SETTINGS, allowed)
-        print(
+        say(
             f"the run in {output_dir} is over; its models are in {output_dir}. For another run set --{self.run_key}.output_dir."
         )
         raise RunIsOver
@@ -189,12 +209,19 @@ class StageCLI(LightningCLI):
         plugins = config["trainer"].get("plugins") or []
         kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
         if config["trainer"].get("logger") in (None, True):
-            output_dir = config[self.run_key]["output_dir"]
+            output_dir = run_folder(config[self.run_key]["output_dir"], f"{self.run_key}.output_dir")
             kwargs["logger"] = [
                 CSVLogger(output_dir, name="logs", flush_logs_every_n_steps=1),  # a kill loses no row
                 TensorBoardLogger(output_dir, name="tensorboard", version=""),
             ]
-        trainer = super().instantiate_trainer(**kwargs)
+        defaults = self._subcommand_parsers[str(self.subcommand)].get_defaults()["trainer"]
+        given = {f"trainer.{name}": value for name, value in config["trainer"].items() if value != defaults.get(name)}
+        with explaining_settings(given):
+            trainer = super().instantiate_trainer(**kwargs)
+        if trainer.world_size > 1:  # before the other processes are started
+            raise UserError(
+                f"a run is one process so far, got {trainer.world_size}. Set trainer.devices: 1, num_nodes: 1."
+            )
         if trainer.loggers:
             trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
         return trainer
@@ -235,6 +262,15 @@ class SftCLI(StageCLI):
         parser.add_lightning_class_args(ExportPolicy, "export")
         super().add_arguments_to_parser(parser)
         parser.set_defaults({"trainer.max_epochs": 1})
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        limits = [config.model.get("max_updates"), config.trainer.max_time, config.trainer.max_steps != -1 or None]
+        if config.trainer.max_epochs == -1 and not any(limits):
+            raise UserError(
+                "trainer.max_epochs -1 has no end. Give a number, or an end: model.max_updates or trainer.max_time."
+            )
+        super().before_instantiate_classes()
 
 
 def _is_not_a_tip(record: logging.LogRecord) -> bool:

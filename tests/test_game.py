@@ -712,7 +712,9 @@ def test_answers_are_shown_side_by_side_without_control_characters(
     Game(model, rows, tmp_path, callbacks=[ShowAnswers(2)], data=data, play={"iterations": 1, "epochs": 1}).play()
     shown = capsys.readouterr().out
     assert (
-        shown.count("  iteration 0   [2J no  1mway") == 2 and "  real         " in shown and "  prompt       " in shown
+        shown.count(r"  iteration 0  \x1b[2J\x07no \x9b1mway") == 2
+        and "  real         " in shown
+        and "  prompt       " in shown
     )
     assert not set(shown) & {chr(code) for code in [*range(32), *range(127, 160)] if chr(code) != "\n"}
     assert side_by_side({"a": "", "bb": "word " * 99}, 30).splitlines()[0] == "  a   (empty)"

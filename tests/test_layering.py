@@ -10,8 +10,21 @@ PACKAGE = ROOT / "spin_lightning"
 
 #: A module may import those of lower ranks only.
 RANKS = [
-    {"version", "types", "cpu_memory", "class_defaults"},
-    {"files", "redaction", "signals", "schedule", "optim", "batches", "head", "shared_prompt", "rms_norm", "rope"},
+    {"version", "types", "cpu_memory", "terminal"},
+    {
+        "files",
+        "redaction",
+        "class_defaults",
+        "hub",
+        "signals",
+        "schedule",
+        "optim",
+        "batches",
+        "head",
+        "shared_prompt",
+        "rms_norm",
+        "rope",
+    },
     {"checkpoints"},
     {"log_probs", "losses", "encoding", "formats", "models", "model_card"},
     {"generation", "pair_store", "sources"},
@@ -19,7 +32,7 @@ RANKS = [
     {"opponent", "metrics", "gate", "pairs"},
     {"policy"},
     {"module", "sft", "data"},
-    {"callbacks"},
+    {"callbacks", "settings_errors"},
     {"stages"},
     {"cli", "check"},
     {"demo", "lab"},

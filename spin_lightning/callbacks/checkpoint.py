@@ -14,8 +14,9 @@ from spin_lightning import signals
 from spin_lightning.callbacks.progress import was_cut_short
 from spin_lightning.callbacks.settings import SETTINGS, check_settings
 from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, checkpoints_in, hash_file
-from spin_lightning.files import hold, need_space
+from spin_lightning.files import hold, need_space, run_folder
 from spin_lightning.models import refuse_non_finite
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 #: Complete checkpoints that are kept: the newest, and the one to fall back on should that be damaged.
@@ -41,7 +42,7 @@ class RunCheckpoint(Checkpoint):
             raise UserError(
                 f"checkpoint.every_n_steps must be at least 1, got {every_n_steps!r}. Leave it out to save at epoch ends only."
             )
-        self.dirpath = dirpath
+        self.dirpath = None if dirpath is None else str(run_folder(dirpath, "checkpoint.dirpath"))
         self.every_n_steps = every_n_steps
         self.allow_changes = allow_changes or []
         self.last_saved = self._step_before = self._resumed_from = -1
@@ -130,7 +131,7 @@ class RunCheckpoint(Checkpoint):
                 for part in (path, hash_file(path)):
                     if part.exists():
                         part.rename(part.with_name(f"{part.name}.set_aside"))
-                print(f"note: the run continues from step {self._resumed_from}; set aside {path}")
+                say(f"note: the run continues from step {self._resumed_from}; set aside {path}")
 
     def _listen(self) -> None:
         if self._lock is not None:

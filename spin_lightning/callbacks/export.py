@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from spin_lightning.callbacks.progress import was_cut_short
-from spin_lightning.files import write_json
+from spin_lightning.files import refuse_links, run_folder, write_json
 from spin_lightning.models import save_model
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 
@@ -22,7 +22,7 @@ class ExportPolicy(L.Callback):
     """
 
     def __init__(self, output_dir: str = "runs/sft") -> None:
-        self.output_dir = Path(output_dir)
+        self.output_dir = run_folder(output_dir, "export.output_dir")
         self._state: dict[str, Any] = {"seconds": 0.0}
         self._started = 0.0
 
@@ -31,6 +31,8 @@ class ExportPolicy(L.Callback):
             raise UserError(
                 f"fine-tuning runs in one process so far, got {trainer.world_size}. Set trainer.devices: 1."
             )
+        if stage == "fit":
+            refuse_links(self.output_dir)
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._state, "seconds": self._seconds()}
@@ -81,7 +83,7 @@ class ExportPolicy(L.Callback):
             trust_remote_code=module.trust_remote_code,
         )
         write_json(self.output_dir / "summary.json", summary)
-        print(f"the model is in {self.output_dir}/policy")
+        say(f"the model is in {self.output_dir}/policy")
 
     def _seconds(self) -> float:
         return self._state["seconds"] + (time.monotonic() - self._started if self._started else 0.0)

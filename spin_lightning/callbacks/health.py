@@ -10,6 +10,7 @@ import lightning as L
 from spin_lightning.callbacks.progress import starting_metrics
 from spin_lightning.losses import PairLoss, SpinLoss
 from spin_lightning.pair_store import PairStore
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 #: Above this share of identical pairs the few others alone would drive the optimiser, at full step size.
@@ -110,7 +111,7 @@ class Health(L.Callback):
 
     def _say(self, iteration: int, sentence: str) -> None:
         self.remarks.append((iteration, sentence))
-        print(f"health, iteration {iteration}: {sentence}.")
+        say(f"health, iteration {iteration}: {sentence}.")
 
 
 def _loss_of(module: Any) -> PairLoss:

@@ -8,10 +8,8 @@ from typing import Any
 import lightning as L
 
 from spin_lightning.pair_store import PairStore
+from spin_lightning.terminal import printable, say
 from spin_lightning.types import UserError
-
-#: Control characters a model may emit would move the cursor or ring the bell of the reader's terminal.
-_PRINTABLE = dict.fromkeys([*range(32), 127, *range(128, 160)], " ")
 
 
 class ShowAnswers(L.Callback):
@@ -19,12 +17,14 @@ class ShowAnswers(L.Callback):
 
     Args:
         num_prompts: How many pairs to show. 0 shows none.
-        width: Characters of a line.
+        width: Characters of a line, at least 40.
     """
 
     def __init__(self, num_prompts: int = 3, width: int = 100) -> None:
         if num_prompts < 0:
             raise UserError(f"samples.num_prompts must be 0 or more, got {num_prompts!r}.")
+        if width < 40:
+            raise UserError(f"samples.width must be at least 40 characters, got {width!r}.")
         self.num_prompts = num_prompts
         self.width = width
 
@@ -35,7 +35,7 @@ class ShowAnswers(L.Callback):
         assert store.manifest is not None
         first = store.read_shard(store.manifest["shards"][0]["file"], columns).slice(0, self.num_prompts)
         for row in first.to_pylist():
-            print(
+            say(
                 side_by_side(
                     {
                         "prompt": row["prompt"][-1]["content"],
@@ -48,7 +48,7 @@ class ShowAnswers(L.Callback):
 
 
 def side_by_side(texts: dict[str, str], width: int = 100) -> str:
-    """Labelled texts under each other, cut to three lines each, safe to print.
+    """Labelled texts under each other, cut to three lines each, with nothing in them that a terminal obeys.
 
     Example:
         >>> print(side_by_side({"real": "Yes.", "iteration 0": "No."}))
@@ -59,7 +59,7 @@ def side_by_side(texts: dict[str, str], width: int = 100) -> str:
     lines = []
     for label, text in texts.items():
         wrapped = textwrap.wrap(
-            text.translate(_PRINTABLE), width - label_width - 4, max_lines=3, placeholder=" ..."
+            printable(" ".join(text.split())), width - label_width - 4, max_lines=3, placeholder=" ..."
         ) or ["(empty)"]
         lines += [f"  {(label if number == 0 else ''):<{label_width}}  {line}" for number, line in enumerate(wrapped)]
     return "\n".join(lines)

@@ -29,7 +29,7 @@ from spin_lightning.callbacks.progress import starting_metrics, was_cut_short
 from spin_lightning.callbacks.settings import versions
 from spin_lightning.checkpoints import last_checkpoint
 from spin_lightning.data import SyntheticDataModule
-from spin_lightning.files import hold, need_space, read_json, sha256_of, write_json
+from spin_lightning.files import hold, need_space, read_json, refuse_links, run_folder, sha256_of, write_json
 from spin_lightning.model_card import render_model_card
 from spin_lightning.models import load_policy, save_model, weights_hash
 from spin_lightning.module import SpinLightningModule
@@ -37,6 +37,7 @@ from spin_lightning.pair_store import TRAINING_COLUMNS, PairStore, describe_pair
 from spin_lightning.pairs import PairMaker, own_pairs
 from spin_lightning.rope import refuse_crossing
 from spin_lightning.schedule import at_iteration, check_schedule
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 
@@ -76,7 +77,7 @@ class SelfPlay(L.Callback):
         self.epochs = epochs if isinstance(epochs, list) else [epochs] * iterations
         if min(self.epochs) < 1:
             raise UserError(f"self_play.epochs must be at least 1 in every iteration, got {epochs!r}.")
-        self.output_dir = Path(output_dir)
+        self.output_dir = run_folder(output_dir, "self_play.output_dir")
         self.iterations = iterations
         self.reset_optimizer = reset_optimizer
         self.shard_size = shard_size
@@ -300,7 +301,7 @@ class SelfPlay(L.Callback):
     def _make_pairs(self, iteration: int, module: SpinLightningModule, store: PairStore) -> None:
         data: SyntheticDataModule = self.trainer.datamodule
         sampling = data.generator.sampling
-        print(
+        say(
             f"iteration {iteration}: the opponent answers {len(data.prompts)} prompts, {data.answers_per_prompt} each, "
             f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}, at most {sampling['max_new_tokens']} tokens"
         )
@@ -419,6 +420,7 @@ class SelfPlay(L.Callback):
                 f"got {trainer.check_val_every_n_epoch}."
             )
         pl_module.check_schedules(self.iterations)
+        refuse_links(self.output_dir)
         if trainer.fast_dev_run:  # a trial: few prompts, and nothing that a real run would meet again
             data.prompts = data.prompts[: data.batch_size * int(trainer.fast_dev_run)]
             self.output_dir = self.output_dir / "fast_dev_run"
@@ -474,7 +476,7 @@ class SelfPlay(L.Callback):
         if self.stopped_because or played[-1] is not None:
             reason = self.stopped_because or f"all {self.iterations} iterations were played"
             write_json(self.output_dir / "game.json", {"ended_because": reason, "iterations": [s for s in played if s]})
-            print(f"the game is over: {reason}. Models: {self.output_dir}/iteration_*/policy")
+            say(f"the game is over: {reason}. Models: {self.output_dir}/iteration_*/policy")
 
     # --- small things ---------------------------------------------------------------------------------------------
 
@@ -501,7 +503,7 @@ class SelfPlay(L.Callback):
         }
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step=self.trainer.global_step)
-        print(
+        say(
             f"iteration {iteration}: {report['training_pairs']} pairs to train on ({report['training_pairs_dropped']} identical ones dropped); "
             f"generated answers have {report['generated_mean_length']:.1f} tokens on average (real {report['real_mean_length']:.1f}), "
             f"{report['generated_clipped_share']:.0%} hit the cap, {report['empty_share']:.0%} are empty, {report['identical_share']:.0%} equal the real one"

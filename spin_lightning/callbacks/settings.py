@@ -19,6 +19,7 @@ import transformers
 from spin_lightning.callbacks.health import Health
 from spin_lightning.files import read_json, write_json
 from spin_lightning.redaction import redacted
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 from spin_lightning.version import __version__
 
@@ -131,7 +132,10 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
             f"with those of this command: --checkpoint.allow_changes '[{path.name}]'."
         )
     if record is not None:
-        old, changes = _completed(record, trainer, module, data), record["changes"]
+        old, changes = (
+            redacted(_completed(record, trainer, module, data)),
+            record["changes"],
+        )  # as this version keeps them
         if trainer.ckpt_path is None:
             old, changes = settings, []  # it begins again: only what was installed is compared
         differing = _differing(old, settings)
@@ -145,13 +149,13 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
         since = {"from_checkpoint": trainer.ckpt_path and Path(str(trainer.ckpt_path)).name}
         changes += [{**since, "setting": key, "from": old.get(key), "to": settings.get(key)} for key in differing]
         if differing:
-            print(f"note: this run continues with changed settings, which {path.name} records:{shown}")
+            say(f"note: this run continues with changed settings, which {path.name} records:{shown}")
         before = record["versions"]
         drifted = [name for name in now if before.get(name) != now[name]]
         if drifted:
             changes += [{**since, "setting": name, "from": before.get(name), "to": now[name]} for name in drifted]
             drift = [f"{name} {before.get(name)} -> {now[name]}" for name in drifted]
-            print(
+            say(
                 f"note: what it runs on changed since this run began ({', '.join(drift)}): it continues, but its weights need not be "
                 "those of an undisturbed run, bit by bit."
             )

@@ -22,11 +22,12 @@ from spin_lightning.callbacks.samples import side_by_side
 from spin_lightning.cli import config_folder, run
 from spin_lightning.demo.skills import is_exact, write_skills
 from spin_lightning.encoding import Encoder
-from spin_lightning.files import read_json, write_json
+from spin_lightning.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.generation import ContinuousGenerator
 from spin_lightning.log_probs import response_log_probs
 from spin_lightning.models import load_policy, load_tokenizer
 from spin_lightning.rows import load_rows
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 MAX_NEW_TOKENS = 32
@@ -49,7 +50,8 @@ def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    started, root = time.monotonic(), Path(folder)
+    started, root = time.monotonic(), run_folder(folder, "the demo's FOLDER")
+    refuse_links(root, r"sft|spin|control_\d+|data|results\.json")
     base = model or smollm2()
     train, held_out = write_skills(root / "data", num_train=156)
     known = (read_json(root / "results.json") or {}).get("base model", {}).get("model", base)
@@ -135,7 +137,7 @@ def _measure(root: Path, base: str, held_out: Path, iterations: list[dict[str, A
     results: dict[str, Any] = read_json(root / "results.json") or {}
     for stage, model in models.items():
         if stage not in results:
-            print(f"asking: {stage}", flush=True)
+            say(f"asking: {stage}", flush=True)
             known = {
                 key: summaries.get(stage, {}).get(key) for key in ("first_loss", "last_loss", "updates", "seconds")
             }
@@ -145,8 +147,8 @@ def _measure(root: Path, base: str, held_out: Path, iterations: list[dict[str, A
 
 
 def _report(root: Path, results: dict[str, Any], seconds: float) -> None:
-    print()
-    print(
+    say()
+    say(
         f"{'stage':<22}{'held-out NLL':>14}{'exact answers':>15}{'first loss':>12}{'last loss':>11}{'updates':>9}{'seconds':>9}"
     )
     for stage, result in results.items():
@@ -159,30 +161,30 @@ def _report(root: Path, results: dict[str, Any], seconds: float) -> None:
                 ("seconds", ".0f", 9),
             )
         )
-        print(f"{stage:<22}{result['nll']:>14.3f}{result['exact']:>15.1%}{numbers}")
-    print(
+        say(f"{stage:<22}{result['nll']:>14.3f}{result['exact']:>15.1%}{numbers}")
+    say(
         "(NLL in nats a held-out answer; exact: greedy answers that are the real one to the letter; each loss of its own stage)"
     )
     if _has_bf16_units():
-        print(
+        say(
             "In bfloat16 a sequence's log-prob is rounded by about 0.2 nats, so an iteration starts at ln 2 = 0.693 within a few hundredths."
         )
     rows = load_rows(str(root / "data" / "held_out.jsonl")).rows
     changed = [n for n, row in enumerate(rows) if len({result["answers"][n] for result in results.values()}) > 2]
     for number in (changed or list(range(len(rows))))[:3]:
         texts = {"prompt": rows[number].prompt[-1]["content"], "real": rows[number].real}
-        print()
-        print(side_by_side(texts | {stage: result["answers"][number] for stage, result in results.items()}))
-    print()
-    print(verdict(results))
-    print()
-    print(
+        say()
+        say(side_by_side(texts | {stage: result["answers"][number] for stage, result in results.items()}))
+    say()
+    say(verdict(results))
+    say()
+    say(
         f"models: {root}/sft/policy, {root}/spin/iteration_*/policy; all numbers and answers: {root}/results.json ({seconds:.0f} s this time)"
     )
-    print("next, on your own data:")
+    say("next, on your own data:")
     program = "spin-lightning" if shutil.which("spin-lightning") else sys.argv[0]
-    print(f"  {program} fit --model.model_name_or_path {root}/sft/policy --model.learning_rate 1e-5 \\")
-    print("    --data.train_data YOUR.jsonl --self_play.output_dir runs/mine")
+    say(f"  {program} fit --model.model_name_or_path {root}/sft/policy --model.learning_rate 1e-5 \\")
+    say("    --data.train_data YOUR.jsonl --self_play.output_dir runs/mine")
 
 
 def verdict(results: dict[str, Any]) -> str:
@@ -214,10 +216,10 @@ def _has_bf16_units() -> bool:
 
 def _run(subcommand: str, config: str, *flags: str) -> None:
     args = [subcommand, "--config", str(config_folder() / config), *flags]
-    print(f"$ spin-lightning {shlex.join(args)}", flush=True)
+    say(f"$ spin-lightning {shlex.join(args)}", flush=True)
     run(args)
     gc.collect()  # trainer, model and optimiser refer to each other, and the next stage wants their memory
 
 
 def _say(text: str) -> None:
-    print(f"\n== {text}", flush=True)
+    say(f"\n== {text}", flush=True)

@@ -22,6 +22,7 @@ from spin_lightning.generation.base import as_set
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.generation.slots import SlotCache
 from spin_lightning.generation.transformers import TransformersGenerator
+from spin_lightning.terminal import say
 from spin_lightning.types import Response
 
 
@@ -117,7 +118,7 @@ def refusal(model: nn.Module, prompts: Sequence[list[int]], pad_id: int) -> str:
         except Exception as error:  # whatever a model's code does with a cache that it does not know
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         if reason:
-            print(
+            say(
                 f"note: ContinuousGenerator cannot serve {type(model).__name__} ({reason}); its answers come from "
                 "TransformersGenerator, which is slower."
             )

@@ -22,6 +22,7 @@ from spin_lightning import rope
 from spin_lightning.generation.base import ResponseGenerator, as_set
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.log_probs import compute_dtype
+from spin_lightning.terminal import say
 from spin_lightning.types import Response, UserError
 
 
@@ -139,7 +140,7 @@ def manner_of(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Manner:
                 f"without ({why}). Use a model whose generate() gives the logits of its forward pass."
             )
         if reason:
-            print(f"note: {type(model).__name__} is slow to answer: {manner.words} ({reason} otherwise).")
+            say(f"note: {type(model).__name__} is slow to answer: {manner.words} ({reason} otherwise).")
         _manners[model] = manner
     return _manners[model]
 

@@ -33,7 +33,7 @@ import transformers
 from spin_lightning.callbacks import ExportPolicy, SelfPlay
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.encoding import Encoder
-from spin_lightning.files import write_json
+from spin_lightning.files import refuse_links, run_folder, write_json
 from spin_lightning.generation import TransformersGenerator
 from spin_lightning.lab.arms import Arm, Point, Result, Scale, Settings
 from spin_lightning.lab.language import RULES, ExactDistance, save_start, write_rows
@@ -42,6 +42,7 @@ from spin_lightning.models import load_policy, load_tokenizer
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.pair_store import PairStore
 from spin_lightning.sft import SftLightningModule
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 from spin_lightning.version import __version__
 
@@ -194,13 +195,14 @@ def play(folder: str | Path = "runs/lab", *, settings: Settings | None = None) -
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the laboratory draws its picture with the package 'matplotlib'. Install spin-lightning[lab].")
-    folder, settings = Path(folder), settings or Settings()
+    folder, settings = run_folder(folder, "the laboratory's FOLDER"), settings or Settings()
+    refuse_links(folder, r"work|laboratory\.\w+")
     log = folder / "laboratory.log"
     folder.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     began = time.monotonic()
     law = ", ".join(f"{rule} {p:g}" for rule, p in zip(RULES, settings.language.probabilities, strict=True))
-    print(f"language: {settings.language.num_prompts} prompts of {settings.language.length} digits; answers: {law}")
+    say(f"language: {settings.language.num_prompts} prompts of {settings.language.length} digits; answers: {law}")
     with _quiet(log):
         laboratory = Laboratory(folder / "work", settings)
     results = _run(laboratory, settings, log)
@@ -232,14 +234,12 @@ def play(folder: str | Path = "runs/lab", *, settings: Settings | None = None) -
     }
     write_json(folder / "laboratory.json", report)
     draw(results, settings, folder / "laboratory.png")
-    print("\n" + table(results))
+    say("\n" + table(results))
     measured = f"averaged over {settings.held_out_prompts} held-out prompts"
-    print(
-        f"\nKL(p_data, p_theta) in nats, TV and validity from 0 to 1: exact, {measured}. SFT tuned: as it was stopped."
-    )
-    print("tokens: generated from, scored and trained on; a trained token costs about three of the others.\n")
-    print("\n".join(said))
-    print(f"\n{report['seconds']:.0f} s. Picture, numbers and log: {folder}/laboratory.png, .json, .log")
+    say(f"\nKL(p_data, p_theta) in nats, TV and validity from 0 to 1: exact, {measured}. SFT tuned: as it was stopped.")
+    say("tokens: generated from, scored and trained on; a trained token costs about three of the others.\n")
+    say("\n".join(said))
+    say(f"\n{report['seconds']:.0f} s. Picture, numbers and log: {folder}/laboratory.png, .json, .log")
     return report
 
 
@@ -262,7 +262,7 @@ def _run(laboratory: Laboratory, settings: Settings, log: Path) -> list[Result]:
                 result = laboratory.sft(arm, sorted({*early, *ends, *(game.last.updates for game in games)} - {0}))
         results.append(result)
         kls = " ".join(f"{point.distance.kl:.3f}" for point in result.points)
-        print(f"{arm.regime} rows, {arm.name}: KL {kls}", flush=True)
+        say(f"{arm.regime} rows, {arm.name}: KL {kls}", flush=True)
     return results
 
 

@@ -1,0 +1,52 @@
+"""What reaches a terminal: text that others wrote is shown, never obeyed.
+
+A data row, a model's config or a sample may hold characters that move the cursor, rename the window, or turn the reading
+direction around. Everything this package prints goes through ``say``; what libraries print, through ``guard``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import traceback
+import warnings
+from typing import Any, TextIO
+
+#: C0 (but the newline), DEL and C1; soft hyphen; marks of width zero, of direction and of lines; halves of characters.
+_OBEYED = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would obey, or not show, written as its escape. Newlines stay.
+
+    Example:
+        >>> print(printable("a\\x1b[2Jb\\u202ec"))
+        a\\x1b[2Jb\\u202ec
+    """
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(*texts: Any, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print, as ``print`` does, what a terminal can show without obeying it."""
+    print(*(printable(str(text)) for text in texts), file=file, flush=flush)
+
+
+def guard() -> None:
+    """Make logs, warnings and tracebacks of this process printable too. For programs, not for libraries."""
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:
+            return printable(super().getMessage())
+
+    def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr)
+
+    logging.setLogRecordFactory(Record)
+    sys.excepthook = show
+    format_raw = warnings.formatwarning
+    if format_raw.__module__ != __name__:
+        warnings.formatwarning = lambda *args, **kwargs: printable(format_raw(*args, **kwargs))
