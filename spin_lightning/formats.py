@@ -132,6 +132,11 @@ def _listed(values: Iterable[Any]) -> str:
     return repr(first[:8]) if len(first) < 9 else f"{first[:8]} and more"
 
 
+def _names(columns: Sequence[str]) -> str:
+    """The columns of a source as a message names them."""
+    return ", ".join(repr(column[:60]) for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
+
+
 def near(name: str, choices: Iterable[str]) -> str:
     """The choices as a list to print, with those that look like the name."""
     choices = sorted(choices)
@@ -211,10 +216,11 @@ def is_turn(value: Any) -> bool:
 
 
 def _turns(value: Any, column: str) -> list[Turn]:
-    if isinstance(value, dict) and value and all(isinstance(items, list) for items in value.values()):
-        value = [
-            dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)
-        ]  # one list a key
+    lists = [*value.values()] if isinstance(value, dict) else []
+    if lists and all(
+        isinstance(items, list) and len(items) == len(lists[0]) for items in lists
+    ):  # one list for each key
+        value = [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
     turns = _list(value, f"column {column!r} must be a list of turns")
     return [_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(turns, 1)]
 
@@ -244,7 +250,7 @@ def _turn(turn: Any, where: str) -> Turn:
         return Turn(message)
     is_trained = role != "assistant" or _is_trained(given, where)
     used = {role_key, text_key, *(("function_call", *REASONING_KEYS) if role == "assistant" else ()), *extras}
-    used |= {key for key in TRAINED_KEYS if role == "assistant" and given.get(key) in (False, 0)}
+    used |= {key for key in TRAINED_KEYS if given.get(key) in (False, 0)}
     used |= {"weight"} if role == "assistant" and given.get("weight") == 1 else set()
     return Turn(message, is_trained, tuple(k for k in given if k not in used and given[k] not in ("", [], {})))
 
@@ -613,7 +619,7 @@ def choose_format(
     best = _most_specific(plain or fitting)
     if len(best) == 1:
         return best[0]
-    has = f"It has {', '.join(map(repr, found))}."
+    has = f"It has {_names(found)}."
     formats = list(dict.fromkeys(reading.format for reading in best))
     if len(formats) > 1:
         raise UserError(
@@ -629,7 +635,7 @@ def choose_format(
     listed = {name: FORMATS[name]} if name != "auto" else FORMATS
     layouts = "".join(f"\n  {key}: {', '.join(layout.required)}" for key, layout in listed.items())
     raise UserError(
-        f"the columns of {source} do not fit: it has {', '.join(map(repr, found))}, expected for{layouts}"
+        f"the columns of {source} do not fit: it has {_names(found)}, expected for{layouts}"
         f"\n{_remedy(name, found, example)}"
     )
 
@@ -659,8 +665,8 @@ def _flag(columns: Mapping[str, str]) -> str:
     return f"--data.columns '{quoted}'"
 
 
-_ASKED = r"prompt|question|instruct|quer(y|ies)|problem|request|user|human|source|(^|_)(q|x|in|input|ask|asked)(_|$)"
-_ANSWERED = r"complet|answer|respon|solution|reply|replies|assist|target|label|gpt|(^|_)(a|y|out|output)(_|$)"
+_ASKED = r"prompt|question|instruct|quer(y|ies)|problem|request|user|human|source|(^|_)(q|x|in|inputs?|ask|asked)(_|$)"
+_ANSWERED = r"complet|answer|respon|solution|reply|replies|assist|target|gpt|(^|_)(a|y|out|outputs?)(_|$)"
 
 
 def _remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
@@ -680,8 +686,11 @@ def _remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
     answer = next((c for c in texts if re.search(_ANSWERED, c, re.IGNORECASE)), None)
     prompt = next((c for c in texts if c != answer and re.search(_ASKED, c, re.IGNORECASE)), None)
     is_sure = prompt is not None and answer is not None
-    prompt = prompt or next(column for column in texts if column != answer)
-    answer = answer or next(column for column in texts if column != prompt)
+    longest = sorted(texts, key=lambda column: -len(example[column]))
+    if not is_sure and answer is None and prompt is None:
+        prompt, answer = (column for column in texts if column in longest[:2])
+    prompt = prompt or next(column for column in longest if column != answer)
+    answer = answer or next(column for column in longest if column != prompt)
     ours = FORMATS[name].required if name != "auto" and len(FORMATS[name].required) == 2 else ("prompt", "completion")
     flag = _flag(dict(zip(ours, (prompt, answer), strict=True)))
     return f"Say which of your columns is which: {flag}" + ("." if is_sure else ", if these are the right ones.")

@@ -172,32 +172,24 @@ def _read_object(value: dict[str, Any], path: Path, source: Source) -> Records:
 def _read_csv(delimiter: str) -> Callable[[BinaryIO, Path, Source, str], Records]:
     def read(file: BinaryIO, path: Path, source: Source, key: str) -> Records:
         csv.field_size_limit(2**31 - 1)  # the default refuses answers above 128 KiB
-        text, used = _decode(file.read()), delimiter
+        text = _decode(file.read())
+        widths = {separator: _header_width(text, separator) for separator in (delimiter, *DELIMITERS)}
+        used = delimiter if widths[delimiter] > 1 else max(widths, key=lambda separator: widths[separator])
+        if used != delimiter:
+            source.notes.append(f"its cells are separated by {DELIMITERS[used]}")
+        rows = _csv_rows(text, used)
         number = line = 0
-
-        def rows(separator: str) -> Any:
-            # strict: a quote that is never closed is an error, instead of swallowing the rest of the file
-            return csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-
-        reader = rows(delimiter)
         try:
-            header: list[str] = next((row for row in reader if row), [])
-            if len(header) == 1:
-                widths = {separator: len(next((row for row in rows(separator) if row), [])) for separator in DELIMITERS}
-                used = max(widths, key=lambda separator: widths[separator]) if max(widths.values()) > 1 else delimiter
-            if used != delimiter:
-                source.notes.append(f"its cells are separated by {DELIMITERS[used]}")
-                reader = rows(used)
-                header = next(row for row in reader if row)
+            header: list[str] = next((row for row in rows if row), [])
             doubled = sorted({name for name in header if name and header.count(name) > 1})
             if doubled:
                 raise UserError(
                     f"{path} must have columns of different names, but {', '.join(map(repr, doubled))} stands more than "
                     f"once in its header {header}, so it is unknown which one is meant. Rename or remove one of them."
                 )
-            line = reader.line_num
-            for row in reader:
-                line = reader.line_num
+            line = rows.line_num
+            for row in rows:
+                line = rows.line_num
                 if not row:
                     continue
                 number += 1
@@ -212,6 +204,18 @@ def _read_csv(delimiter: str) -> Callable[[BinaryIO, Path, Source, str], Records
             ) from None
 
     return read
+
+
+def _csv_rows(text: str, delimiter: str) -> Any:
+    # strict: a quote that is never closed is an error, instead of swallowing the rest of the file
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+
+
+def _header_width(text: str, delimiter: str) -> int:
+    try:
+        return len(next((row for row in _csv_rows(text, delimiter) if row), []))
+    except csv.Error:
+        return 0
 
 
 def _read_parquet(file: BinaryIO, path: Path, source: Source, key: str) -> Records:

@@ -284,10 +284,11 @@ def test_packed_files_may_have_parts_and_must_be_whole(tmp_path):
 )
 def test_what_separates_cells_is_seen_in_the_header_and_said(tmp_path, suffix, cell, said):
     path = tmp_path / f"a{suffix}"
-    path.write_text(f'prompt{cell}completion\n"p {cell} p"{cell}c\n')
-    loaded = load_rows(str(path))
-    assert loaded.rows == [asked(f"p {cell} p", "c")]
-    assert said in loaded.description and (said != "") == ("separated" in loaded.description)
+    for header in (f"prompt{cell}completion", f'\n"prompt"{cell}"completion"'):
+        path.write_text(f'{header}\n"p {cell} p"{cell}c\n')
+        loaded = load_rows(str(path))
+        assert loaded.rows == [asked(f"p {cell} p", "c")]
+        assert said in loaded.description and (said != "") == ("separated" in loaded.description)
 
 
 def test_columns_of_one_name_are_refused_by_that_name(tmp_path):
