@@ -295,7 +295,7 @@ def test_columns_of_one_name_are_refused_by_that_name(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion,completion\np,c,d\n")
     message = error_of(tmp_path / "a.csv", on_bad_row="drop")
     assert "'completion' stands more than once" in message and "Rename or remove one" in message
-    (tmp_path / "b.csv").write_text(",prompt,completion,,\n0,p,c,,\n1,q,d,,\n")  # an index, and a spreadsheet's rest
+    (tmp_path / "b.csv").write_text(",prompt,completion,,\n0,p,c,,\n1,q,d,,,\n")  # an index, and a spreadsheet's rest
     assert load_rows(str(tmp_path / "b.csv")).rows == [asked("p", "c"), asked("q", "d")]
 
 
@@ -519,6 +519,7 @@ def test_alpaca_columns_with_a_map_for_another_format_do_not_fall_back(tmp_path)
         ({"instruction": "q", "input": "c", "response": "a"}, "alpaca", "q\nc"),
         ({"question": "q", "context": "c", "answer": "a"}, "alpaca", "q\nc"),
         ({"question": "q", "chosen": "a", "rejected": "x"}, "chosen_rejected", "q"),
+        ({"chosen": [turn("user", "q"), turn("assistant", "a")], "question": 1, "input": 2}, "chosen_rejected", "q"),
         ({"conversation": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
         ({"dialog": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
         ({"dialogue": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
@@ -850,6 +851,7 @@ def test_a_weight_is_the_share_of_a_sources_rows(tmp_path):
     assert load_rows({a: 1.0, b: 0.5, c: 2.5}) == mixed
     assert load_rows({a: 1.0, b: 0.5, c: 2.5}, seed=1).places != mixed.places
     assert "weight 0.5: 5 taken" in mixed.description and len(mixed.parts) == 3
+    assert len(load_rows({a: 0.01}).rows) == 1  # a source that is named is never left out whole
 
 
 def test_the_rows_that_are_drawn_do_not_depend_on_where_the_files_lie(tmp_path):
@@ -1064,6 +1066,8 @@ def test_the_longest_row_allowed_is_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(chat_line("q", "a" * (MAX_ROW_CHARACTERS - 1)))
     assert len(load_rows(str(path)).rows) == 1
+    path.write_bytes(chat_line("q", "a", tool_calls=[{"name": "f", "arguments": {"x": "a" * MAX_ROW_CHARACTERS}}]))
+    assert "but a row may have 1,000,000" in error_of(path)
 
 
 def test_duplicates_are_kept_and_counted_with_where_they_were_first(tmp_path):
