@@ -207,6 +207,18 @@ def _cleaned(value: Any, what: str) -> Any:
     return value
 
 
+def _objects(value: Any, what: str) -> Iterator[Any]:
+    """The objects of a list, or the only one, each of them or all as JSON text, with checked texts.
+
+    What JSON text spells as null was meant; elsewhere a data set fills it in, and the key is absent.
+    """
+    items = _parsed(value)
+    for item in items if isinstance(items, list) else [items]:
+        found = _parsed(item)
+        cleaned = _cleaned(found, what)
+        yield found if isinstance(value, str) or isinstance(item, str) else cleaned
+
+
 # --- Turns ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,10 +228,8 @@ def is_turn(value: Any) -> bool:
 
 
 def _turns(value: Any, column: str) -> list[Turn]:
-    lists = [*value.values()] if isinstance(value, dict) else []
-    if lists and all(
-        isinstance(items, list) and len(items) == len(lists[0]) for items in lists
-    ):  # one list for each key
+    lists = [*value.values()] if isinstance(value, dict) else []  # one list for each key
+    if lists and all(isinstance(items, list) and len(items) == len(lists[0]) for items in lists):
         value = [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
     turns = _list(value, f"column {column!r} must be a list of turns")
     return [_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(turns, 1)]
@@ -277,31 +287,23 @@ def _extras(role: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's layout, with the arguments as an object, which is what chat templates expect."""
-    value = _parsed(value)
     calls = []
-    for given in value if isinstance(value, list) else [value]:
-        call = _cleaned(given, f"a tool call of {where}")
-        function = call.get("function", call) if isinstance(call, dict) else None
+    for call in _objects(value, f"a tool call of {where}"):
+        function = call.get("function") or call if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow("malformed call", f"a tool call of {where} must have a name and arguments, got {shown(given)}")
-        arguments = function.get("arguments", function.get("parameters", {}))
+            raise BadRow("malformed call", f"a tool call of {where} must have a name and arguments, got {shown(call)}")
+        name, number = function["name"], {} if call.get("id") is None else {"id": call["id"]}
+        arguments: Any = next(
+            (function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {}
+        )
         if isinstance(arguments, str):
             arguments = _parsed(arguments) if arguments.strip() else {}
+            _cleaned(arguments, f"a tool call of {where}")
         if not isinstance(arguments, dict):
-            reason = (
-                f"the arguments of {function['name'][:40]!r} in {where} must be a JSON object, got {shown(arguments)}"
-            )
+            reason = f"the arguments of {name[:40]!r} in {where} must be a JSON object, got {shown(arguments)}"
             raise BadRow("malformed call", reason)
-        number = {"id": call["id"]} if "id" in call else {}
-        arguments = _cleaned_texts(arguments, where)
-        calls.append({**number, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        calls.append({**number, "type": "function", "function": {"name": name, "arguments": arguments}})
     return calls
-
-
-def _cleaned_texts(arguments: dict[str, Any], where: str) -> dict[str, Any]:
-    """The arguments, whose texts are checked. What a JSON text spells as null was meant, and stays."""
-    _cleaned(arguments, f"a tool call of {where}")
-    return arguments
 
 
 def _is_trained(given: Mapping[str, Any], where: str) -> bool:
@@ -492,14 +494,12 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Definitions of tools in OpenAI's layout: a list of them, each an object or its JSON text, or JSON text of it all."""
     if value is None or value in ("", [], {}):
         return ()
-    value = _parsed(value)
     tools = []
-    for item in value if isinstance(value, list) else [value]:
-        tool = _cleaned(_parsed(item), "a definition in 'tools'")
+    for tool in _objects(value, "a definition in 'tools'"):
         if not isinstance(tool, dict):
             raise BadRow(
                 "malformed tools",
-                f"column 'tools' must be a list of tool definitions, or JSON text of one, got {shown(item)}",
+                f"column 'tools' must be a list of tool definitions, or JSON text of one, got {shown(tool)}",
             )
         is_bare = "name" in tool and "function" not in tool and tool.get("type", "function") == "function"
         tool = {key: value for key, value in tool.items() if not is_bare or key != "type"}

@@ -126,10 +126,11 @@ def _read_document(text: str, path: Path, source: Source, key: str) -> Records:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets without end
         raise UserError(f"{path}: not JSON that can be read ({error}). {expected}") from None
     first = values[0][1]
-    if len(values) == 1 and (key or isinstance(first, list)):
-        records = first if not key else first.get(key) if isinstance(first, dict) else None
+    if key or isinstance(first, list):
+        is_object = isinstance(first, dict) and len(values) == 1
+        records = first.get(key) if is_object else None if key else first
         if not isinstance(records, list):
-            has = f"an object with {near(key, first)}" if isinstance(first, dict) else shown(first)
+            has = f"an object with {near(key, first)}" if is_object else f"{len(values)} values, {shown(first)} first"
             raise UserError(f"{path} must be one JSON object with a list under {key!r}, got {has}. Correct the name.")
         yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
     elif len(values) == 1 and isinstance(first, dict):

@@ -324,6 +324,8 @@ def test_a_json_document_with_more_in_it_is_refused_once_and_read_by_its_key(tmp
     assert message.endswith(f"--data.train_data '{path}:train' or '{path}:test'.") and "line" not in message[:60]
     assert load_rows(f"{path}:train").rows == ROWS
     assert "with a list under 'trian', got an object with" in error_of(f"{path}:trian")
+    write_jsonl(path, *RECORDS)
+    assert "with a list under 'train', got 2 values" in error_of(f"{path}:train")
     for by_column in ({"prompt": ["a"], "completion": ["b"]}, {"prompt": {"0": "a"}, "completion": {"0": "b"}}):
         path.write_text(json.dumps(by_column))
         assert "orient='records', lines=True" in error_of(path)
@@ -720,6 +722,7 @@ def calling(**extras: object) -> dict[str, object]:
             {"role": "function", "content": "2", "name": "add"},
         ),
         ({"tool_calls": [{"name": "add", "arguments": {"x": 1, "y": None}}]}, {"role": "tool", "content": "2"}),
+        ({"tool_calls": json.dumps([CALL])}, {"role": "tool", "content": "2"}),
     ],
 )
 @pytest.mark.parametrize(
@@ -773,6 +776,16 @@ def test_what_a_data_set_fills_into_calls_and_definitions_is_left_out(tmp_path):
     assert not loaded.unused_keys and loaded.noted["repeated_prompts"].count == 0
 
 
+def test_a_null_that_json_text_spells_is_kept(tmp_path):
+    value = '{"id": null, "name": "add", "arguments": {"x": null}}'
+    spoken = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
+    row = read_one(tmp_path, {"conversations": spoken, "tools": '[{"name": "add", "default": null}]'})
+    assert row.real_extras["tool_calls"] == [
+        {"type": "function", "function": {"name": "add", "arguments": {"x": None}}}
+    ]
+    assert row.tools == ({"type": "function", "function": {"name": "add", "default": None}},)
+
+
 @pytest.mark.parametrize(
     ("kind", "extras", "reason"),
     [
@@ -790,6 +803,11 @@ def test_what_a_data_set_fills_into_calls_and_definitions_is_left_out(tmp_path):
             "both tool_calls and function_call",
         ),
         ("NUL character", {"tool_calls": [{"name": "add", "arguments": '{"x": "\\u0000"}'}]}, "a tool call of turn 2"),
+        (
+            "too deep",
+            {"tool_calls": [{"name": "add", "arguments": '{"x": ' + "[" * 900 + "]" * 900 + "}"}]},
+            "lists in lists",
+        ),
         ("wrong type", {"reasoning_content": 5}, "reasoning_content of turn 2 of 'messages' must be text"),
         ("malformed turn", {"reasoning_content": "x", "thinking": "y"}, "two different texts"),
     ],
