@@ -397,7 +397,7 @@ def _describe(what: str, source: str | dict[str, float], loaded: LoadedRows) -> 
         say(f"note: bad rows that were dropped, {kind}: {tally.count}, the first {tally.first[0]}")
     _print_noted(loaded.noted)
     return {
-        "source": source,
+        "source": source if isinstance(source, str) else {str(name): weight for name, weight in source.items()},
         "format": loaded.format,
         "description": loaded.description,
         "rows_read": loaded.num_read,

@@ -132,6 +132,11 @@ def _listed(values: Iterable[Any]) -> str:
     return repr(first[:8]) if len(first) < 9 else f"{first[:8]} and more"
 
 
+def _names(columns: Sequence[str]) -> str:
+    """The columns of a source as a message names them."""
+    return ", ".join(repr(column[:60]) for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
+
+
 def near(name: str, choices: Iterable[str]) -> str:
     """The choices as a list to print, with those that look like the name."""
     choices = sorted(choices)
@@ -202,6 +207,18 @@ def _cleaned(value: Any, what: str) -> Any:
     return value
 
 
+def _objects(value: Any, what: str) -> Iterator[Any]:
+    """The objects of a list, or the only one, each of them or all as JSON text, with checked texts.
+
+    What JSON text spells as null was meant; elsewhere a data set fills it in, and the key is absent.
+    """
+    items = _parsed(value)
+    for item in items if isinstance(items, list) else [items]:
+        found = _parsed(item)
+        cleaned = _cleaned(found, what)
+        yield found if isinstance(value, str) or isinstance(item, str) else cleaned
+
+
 # --- Turns ----------------------------------------------------------------------------------------------------------
 
 
@@ -211,10 +228,9 @@ def is_turn(value: Any) -> bool:
 
 
 def _turns(value: Any, column: str) -> list[Turn]:
-    if isinstance(value, dict) and value and all(isinstance(items, list) for items in value.values()):
-        value = [
-            dict(zip(value, items, strict=False)) for items in zip(*value.values(), strict=False)
-        ]  # one list a key
+    lists = [*value.values()] if isinstance(value, dict) else []  # one list for each key
+    if lists and all(isinstance(items, list) and len(items) == len(lists[0]) for items in lists):
+        value = [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
     turns = _list(value, f"column {column!r} must be a list of turns")
     return [_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(turns, 1)]
 
@@ -244,7 +260,7 @@ def _turn(turn: Any, where: str) -> Turn:
         return Turn(message)
     is_trained = role != "assistant" or _is_trained(given, where)
     used = {role_key, text_key, *(("function_call", *REASONING_KEYS) if role == "assistant" else ()), *extras}
-    used |= {key for key in TRAINED_KEYS if role == "assistant" and given.get(key) in (False, 0)}
+    used |= {key for key in TRAINED_KEYS if given.get(key) in (False, 0)}
     used |= {"weight"} if role == "assistant" and given.get("weight") == 1 else set()
     return Turn(message, is_trained, tuple(k for k in given if k not in used and given[k] not in ("", [], {})))
 
@@ -271,31 +287,23 @@ def _extras(role: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's layout, with the arguments as an object, which is what chat templates expect."""
-    value = _parsed(value)
     calls = []
-    for given in value if isinstance(value, list) else [value]:
-        call = _cleaned(given, f"a tool call of {where}")
-        function = call.get("function", call) if isinstance(call, dict) else None
+    for call in _objects(value, f"a tool call of {where}"):
+        function = call.get("function") or call if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow("malformed call", f"a tool call of {where} must have a name and arguments, got {shown(given)}")
-        arguments = function.get("arguments", function.get("parameters", {}))
+            raise BadRow("malformed call", f"a tool call of {where} must have a name and arguments, got {shown(call)}")
+        name, number = function["name"], {} if call.get("id") is None else {"id": call["id"]}
+        arguments: Any = next(
+            (function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {}
+        )
         if isinstance(arguments, str):
             arguments = _parsed(arguments) if arguments.strip() else {}
+            _cleaned(arguments, f"a tool call of {where}")
         if not isinstance(arguments, dict):
-            reason = (
-                f"the arguments of {function['name'][:40]!r} in {where} must be a JSON object, got {shown(arguments)}"
-            )
+            reason = f"the arguments of {name[:40]!r} in {where} must be a JSON object, got {shown(arguments)}"
             raise BadRow("malformed call", reason)
-        number = {"id": call["id"]} if "id" in call else {}
-        arguments = _cleaned_texts(arguments, where)
-        calls.append({**number, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        calls.append({**number, "type": "function", "function": {"name": name, "arguments": arguments}})
     return calls
-
-
-def _cleaned_texts(arguments: dict[str, Any], where: str) -> dict[str, Any]:
-    """The arguments, whose texts are checked. What a JSON text spells as null was meant, and stays."""
-    _cleaned(arguments, f"a tool call of {where}")
-    return arguments
 
 
 def _is_trained(given: Mapping[str, Any], where: str) -> bool:
@@ -486,14 +494,12 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Definitions of tools in OpenAI's layout: a list of them, each an object or its JSON text, or JSON text of it all."""
     if value is None or value in ("", [], {}):
         return ()
-    value = _parsed(value)
     tools = []
-    for item in value if isinstance(value, list) else [value]:
-        tool = _cleaned(_parsed(item), "a definition in 'tools'")
+    for tool in _objects(value, "a definition in 'tools'"):
         if not isinstance(tool, dict):
             raise BadRow(
                 "malformed tools",
-                f"column 'tools' must be a list of tool definitions, or JSON text of one, got {shown(item)}",
+                f"column 'tools' must be a list of tool definitions, or JSON text of one, got {shown(tool)}",
             )
         is_bare = "name" in tool and "function" not in tool and tool.get("type", "function") == "function"
         tool = {key: value for key, value in tool.items() if not is_bare or key != "type"}
@@ -613,7 +619,7 @@ def choose_format(
     best = _most_specific(plain or fitting)
     if len(best) == 1:
         return best[0]
-    has = f"It has {', '.join(map(repr, found))}."
+    has = f"It has {_names(found)}."
     formats = list(dict.fromkeys(reading.format for reading in best))
     if len(formats) > 1:
         raise UserError(
@@ -629,7 +635,7 @@ def choose_format(
     listed = {name: FORMATS[name]} if name != "auto" else FORMATS
     layouts = "".join(f"\n  {key}: {', '.join(layout.required)}" for key, layout in listed.items())
     raise UserError(
-        f"the columns of {source} do not fit: it has {', '.join(map(repr, found))}, expected for{layouts}"
+        f"the columns of {source} do not fit: it has {_names(found)}, expected for{layouts}"
         f"\n{_remedy(name, found, example)}"
     )
 
@@ -659,8 +665,8 @@ def _flag(columns: Mapping[str, str]) -> str:
     return f"--data.columns '{quoted}'"
 
 
-_ASKED = r"prompt|question|instruct|quer(y|ies)|problem|request|user|human|source|(^|_)(q|x|in|input|ask|asked)(_|$)"
-_ANSWERED = r"complet|answer|respon|solution|reply|replies|assist|target|label|gpt|(^|_)(a|y|out|output)(_|$)"
+_ASKED = r"prompt|question|instruct|quer(y|ies)|problem|request|user|human|source|(^|_)(q|x|in|inputs?|ask|asked)(_|$)"
+_ANSWERED = r"complet|answer|respon|solution|reply|replies|assist|target|gpt|(^|_)(a|y|out|outputs?)(_|$)"
 
 
 def _remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
@@ -680,8 +686,11 @@ def _remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
     answer = next((c for c in texts if re.search(_ANSWERED, c, re.IGNORECASE)), None)
     prompt = next((c for c in texts if c != answer and re.search(_ASKED, c, re.IGNORECASE)), None)
     is_sure = prompt is not None and answer is not None
-    prompt = prompt or next(column for column in texts if column != answer)
-    answer = answer or next(column for column in texts if column != prompt)
+    longest = sorted(texts, key=lambda column: -len(example[column]))
+    if not is_sure and answer is None and prompt is None:
+        prompt, answer = (column for column in texts if column in longest[:2])
+    prompt = prompt or next(column for column in longest if column != answer)
+    answer = answer or next(column for column in longest if column != prompt)
     ours = FORMATS[name].required if name != "auto" and len(FORMATS[name].required) == 2 else ("prompt", "completion")
     flag = _flag(dict(zip(ours, (prompt, answer), strict=True)))
     return f"Say which of your columns is which: {flag}" + ("." if is_sure else ", if these are the right ones.")

@@ -129,7 +129,9 @@ def load_rows(
             loaded.noted.update(_repeats(loaded.places, loaded.rows))
             return loaded
         _check_weights(source)
-        return _mixed([(name, weight, _load_source(name, *settings)) for name, weight in source.items()], seed)
+        return _mixed(
+            [(str(name), weight, _load_source(str(name), *settings)) for name, weight in source.items()], seed
+        )
 
 
 @contextmanager
@@ -186,7 +188,8 @@ def _load_source(
                 raise BadRow("not an object", f"must be an object with columns, got {shown(record)}")
             named = {ours: record.get(theirs) for ours, theirs in reading.origin.items()}
             row, num_dropped_turns, unused = read_row(layout, {**absent, **named})
-        except BadRow as reason:
+        except (BadRow, RecursionError) as error:
+            reason = error if isinstance(error, BadRow) else BadRow("too deep", "holds lists in lists without end")
             bad.add(f"{where}: {reason}")
             dropped.setdefault(reason.kind, Tally()).add(f"{where}: {reason}")
             continue

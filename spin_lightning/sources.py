@@ -127,10 +127,11 @@ def _read_document(text: str, path: Path, source: Source, key: str) -> Records:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets without end
         raise UserError(f"{path}: not JSON that can be read ({error}). {expected}") from None
     first = values[0][1]
-    if len(values) == 1 and (key or isinstance(first, list)):
-        records = first if not key else first.get(key) if isinstance(first, dict) else None
+    if key or isinstance(first, list):
+        is_object = isinstance(first, dict) and len(values) == 1
+        records = first.get(key) if is_object else None if key else first
         if not isinstance(records, list):
-            has = f"an object with {near(key, first)}" if isinstance(first, dict) else shown(first)
+            has = f"an object with {near(key, first)}" if is_object else f"{len(values)} values, {shown(first)} first"
             raise UserError(f"{path} must be one JSON object with a list under {key!r}, got {has}. Correct the name.")
         yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
     elif len(values) == 1 and isinstance(first, dict):
@@ -173,32 +174,24 @@ def _read_object(value: dict[str, Any], path: Path, source: Source) -> Records:
 def _read_csv(delimiter: str) -> Callable[[BinaryIO, Path, Source, str], Records]:
     def read(file: BinaryIO, path: Path, source: Source, key: str) -> Records:
         csv.field_size_limit(2**31 - 1)  # the default refuses answers above 128 KiB
-        text, used = _decode(file.read()), delimiter
+        text = _decode(file.read())
+        widths = {separator: _header_width(text, separator) for separator in (delimiter, *DELIMITERS)}
+        used = delimiter if widths[delimiter] > 1 else max(widths, key=lambda separator: widths[separator])
+        if used != delimiter:
+            source.notes.append(f"its cells are separated by {DELIMITERS[used]}")
+        rows = _csv_rows(text, used)
         number = line = 0
-
-        def rows(separator: str) -> Any:
-            # strict: a quote that is never closed is an error, instead of swallowing the rest of the file
-            return csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-
-        reader = rows(delimiter)
         try:
-            header: list[str] = next((row for row in reader if row), [])
-            if len(header) == 1:
-                widths = {separator: len(next((row for row in rows(separator) if row), [])) for separator in DELIMITERS}
-                used = max(widths, key=lambda separator: widths[separator]) if max(widths.values()) > 1 else delimiter
-            if used != delimiter:
-                source.notes.append(f"its cells are separated by {DELIMITERS[used]}")
-                reader = rows(used)
-                header = next(row for row in reader if row)
+            header: list[str] = next((row for row in rows if row), [])
             doubled = sorted({name for name in header if name and header.count(name) > 1})
             if doubled:
                 raise UserError(
                     f"{path} must have columns of different names, but {', '.join(map(repr, doubled))} stands more than "
                     f"once in its header {header}, so it is unknown which one is meant. Rename or remove one of them."
                 )
-            line = reader.line_num
-            for row in reader:
-                line = reader.line_num
+            line = rows.line_num
+            for row in rows:
+                line = rows.line_num
                 if not row:
                     continue
                 number += 1
@@ -213,6 +206,18 @@ def _read_csv(delimiter: str) -> Callable[[BinaryIO, Path, Source, str], Records
             ) from None
 
     return read
+
+
+def _csv_rows(text: str, delimiter: str) -> Any:
+    # strict: a quote that is never closed is an error, instead of swallowing the rest of the file
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+
+
+def _header_width(text: str, delimiter: str) -> int:
+    try:
+        return len(next((row for row in _csv_rows(text, delimiter) if row), []))
+    except csv.Error:
+        return 0
 
 
 def _read_parquet(file: BinaryIO, path: Path, source: Source, key: str) -> Records:

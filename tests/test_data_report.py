@@ -12,7 +12,7 @@ import pytest
 from helpers import byte_tokenizer, write_rows
 from jsonargparse import ArgumentParser
 
-from spin_lightning import SyntheticDataModule, TransformersGenerator, formats, sources
+from spin_lightning import SyntheticDataModule, TransformersGenerator, formats, rows, sources
 from spin_lightning.data import COUNTED
 from spin_lightning.types import UserError
 
@@ -152,7 +152,7 @@ def test_a_row_the_chat_template_refuses_is_named_by_its_line(tmp_path):
 
 def test_the_docs_name_every_count_and_every_kind_of_bad_row():
     docs = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
-    written = Path(formats.__file__).read_text() + Path(sources.__file__).read_text()
+    written = Path(formats.__file__).read_text() + Path(sources.__file__).read_text() + Path(rows.__file__).read_text()
     kinds = set(re.findall(r'BadRow\(\s*"([^"]+)"', written)) | {"missing", "wrong type"}
     assert len(kinds) > 18
     for name in {*COUNTED, "dropped_turns", "prompts_sha256", *kinds}:

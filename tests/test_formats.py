@@ -284,17 +284,18 @@ def test_packed_files_may_have_parts_and_must_be_whole(tmp_path):
 )
 def test_what_separates_cells_is_seen_in_the_header_and_said(tmp_path, suffix, cell, said):
     path = tmp_path / f"a{suffix}"
-    path.write_text(f'prompt{cell}completion\n"p {cell} p"{cell}c\n')
-    loaded = load_rows(str(path))
-    assert loaded.rows == [asked(f"p {cell} p", "c")]
-    assert said in loaded.description and (said != "") == ("separated" in loaded.description)
+    for header in (f"prompt{cell}completion", f'\n"prompt"{cell}"completion"'):
+        path.write_text(f'{header}\n"p {cell} p"{cell}c\n')
+        loaded = load_rows(str(path))
+        assert loaded.rows == [asked(f"p {cell} p", "c")]
+        assert said in loaded.description and (said != "") == ("separated" in loaded.description)
 
 
 def test_columns_of_one_name_are_refused_by_that_name(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion,completion\np,c,d\n")
     message = error_of(tmp_path / "a.csv", on_bad_row="drop")
     assert "'completion' stands more than once" in message and "Rename or remove one" in message
-    (tmp_path / "b.csv").write_text(",prompt,completion,,\n0,p,c,,\n1,q,d,,\n")  # an index, and a spreadsheet's rest
+    (tmp_path / "b.csv").write_text(",prompt,completion,,\n0,p,c,,\n1,q,d,,,\n")  # an index, and a spreadsheet's rest
     assert load_rows(str(tmp_path / "b.csv")).rows == [asked("p", "c"), asked("q", "d")]
 
 
@@ -323,6 +324,8 @@ def test_a_json_document_with_more_in_it_is_refused_once_and_read_by_its_key(tmp
     assert message.endswith(f"--data.train_data '{path}:train' or '{path}:test'.") and "line" not in message[:60]
     assert load_rows(f"{path}:train").rows == ROWS
     assert "with a list under 'trian', got an object with" in error_of(f"{path}:trian")
+    write_jsonl(path, *RECORDS)
+    assert "with a list under 'train', got 2 values" in error_of(f"{path}:train")
     for by_column in ({"prompt": ["a"], "completion": ["b"]}, {"prompt": {"0": "a"}, "completion": {"0": "b"}}):
         path.write_text(json.dumps(by_column))
         assert "orient='records', lines=True" in error_of(path)
@@ -518,6 +521,7 @@ def test_alpaca_columns_with_a_map_for_another_format_do_not_fall_back(tmp_path)
         ({"instruction": "q", "input": "c", "response": "a"}, "alpaca", "q\nc"),
         ({"question": "q", "context": "c", "answer": "a"}, "alpaca", "q\nc"),
         ({"question": "q", "chosen": "a", "rejected": "x"}, "chosen_rejected", "q"),
+        ({"chosen": [turn("user", "q"), turn("assistant", "a")], "question": 1, "input": 2}, "chosen_rejected", "q"),
         ({"conversation": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
         ({"dialog": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
         ({"dialogue": [turn("user", "q"), turn("assistant", "a")]}, "messages", "q"),
@@ -718,6 +722,7 @@ def calling(**extras: object) -> dict[str, object]:
             {"role": "function", "content": "2", "name": "add"},
         ),
         ({"tool_calls": [{"name": "add", "arguments": {"x": 1, "y": None}}]}, {"role": "tool", "content": "2"}),
+        ({"tool_calls": json.dumps([CALL])}, {"role": "tool", "content": "2"}),
     ],
 )
 @pytest.mark.parametrize(
@@ -771,6 +776,16 @@ def test_what_a_data_set_fills_into_calls_and_definitions_is_left_out(tmp_path):
     assert not loaded.unused_keys and loaded.noted["repeated_prompts"].count == 0
 
 
+def test_a_null_that_json_text_spells_is_kept(tmp_path):
+    value = '{"id": null, "name": "add", "arguments": {"x": null}}'
+    spoken = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
+    row = read_one(tmp_path, {"conversations": spoken, "tools": '[{"name": "add", "default": null}]'})
+    assert row.real_extras["tool_calls"] == [
+        {"type": "function", "function": {"name": "add", "arguments": {"x": None}}}
+    ]
+    assert row.tools == ({"type": "function", "function": {"name": "add", "default": None}},)
+
+
 @pytest.mark.parametrize(
     ("kind", "extras", "reason"),
     [
@@ -788,6 +803,11 @@ def test_what_a_data_set_fills_into_calls_and_definitions_is_left_out(tmp_path):
             "both tool_calls and function_call",
         ),
         ("NUL character", {"tool_calls": [{"name": "add", "arguments": '{"x": "\\u0000"}'}]}, "a tool call of turn 2"),
+        (
+            "too deep",
+            {"tool_calls": [{"name": "add", "arguments": '{"x": ' + "[" * 900 + "]" * 900 + "}"}]},
+            "lists in lists",
+        ),
         ("wrong type", {"reasoning_content": 5}, "reasoning_content of turn 2 of 'messages' must be text"),
         ("malformed turn", {"reasoning_content": "x", "thinking": "y"}, "two different texts"),
     ],
@@ -849,6 +869,7 @@ def test_a_weight_is_the_share_of_a_sources_rows(tmp_path):
     assert load_rows({a: 1.0, b: 0.5, c: 2.5}) == mixed
     assert load_rows({a: 1.0, b: 0.5, c: 2.5}, seed=1).places != mixed.places
     assert "weight 0.5: 5 taken" in mixed.description and len(mixed.parts) == 3
+    assert len(load_rows({a: 0.01}).rows) == 1  # a source that is named is never left out whole
 
 
 def test_the_rows_that_are_drawn_do_not_depend_on_where_the_files_lie(tmp_path):
@@ -1063,6 +1084,8 @@ def test_the_longest_row_allowed_is_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(chat_line("q", "a" * (MAX_ROW_CHARACTERS - 1)))
     assert len(load_rows(str(path)).rows) == 1
+    path.write_bytes(chat_line("q", "a", tool_calls=[{"name": "f", "arguments": {"x": "a" * MAX_ROW_CHARACTERS}}]))
+    assert "but a row may have 1,000,000" in error_of(path)
 
 
 def test_duplicates_are_kept_and_counted_with_where_they_were_first(tmp_path):
