@@ -82,7 +82,7 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
 
     where = {**_reachable(name_or_path), "revision": revision or "main"}
     try:
-        _refuse_kernels_of(where, trust_remote_code)
+        _check_config(where, trust_remote_code)
         return AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config is data of others: what reading it raises has no end
         raise _not_loaded("config", name_or_path, error) from error
@@ -106,7 +106,7 @@ def load_policy(
     check_model(name_or_path, attn_implementation, trust_remote_code)
     where = {**_reachable(name_or_path), "revision": revision or "main"}
     try:
-        _refuse_kernels_of(where, trust_remote_code)
+        _check_config(where, trust_remote_code)
         if "gguf_file" in where:
             where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
         else:
@@ -271,12 +271,18 @@ def _reachable(name_or_path: str) -> dict[str, Any]:
     return where
 
 
-def _refuse_kernels_of(where: dict[str, Any], trust_remote_code: bool) -> None:
+def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
+    """Refuse what ``transformers`` would run, or leave out with no more than a warning, because a config says so."""
     from transformers import PreTrainedConfig
+    from transformers.quantizers import AutoHfQuantizer
 
-    if "gguf_file" not in where:
-        config, _ = PreTrainedConfig.get_config_dict(**where)
-        _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
+    if "gguf_file" in where:
+        return
+    config, _ = PreTrainedConfig.get_config_dict(**where)
+    _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
+    packed = config.get("quantization_config")
+    if packed is not None and not AutoHfQuantizer.supports_quant_method(packed):
+        raise ValueError(f"its weights are packed in a way that transformers does not know: {packed!r}")
 
 
 def _refuse_kernels(config: Any, whose: str, trust_remote_code: bool, key: str = "") -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning.types import UserError
@@ -113,6 +114,25 @@ def _refused_by(error: Exception) -> str | None:
     return next((name for name in _LIBRARIES if str(frame.f_globals.get("__name__")).startswith(name)), None)
 
 
+def refusal_of_arguments(error: Exception, args: Sequence[str]) -> str | None:
+    """What an error while arguments are parsed is about, in a sentence; None where that is no mistake in them."""
+    for name in _imports_tried(error):
+        if problem := _import_problem(name):
+            key = next((arg for arg in args if name in arg), name).partition("=")[0]
+            key = args[args.index(key) - 1] if key == name and key in args[1:] else key
+            return f"{key.strip('-+')}: {name!r} cannot be used: {problem}{_stop(problem)}"
+    return in_a_sentence(str(error)) if isinstance(error, ArgumentError) else None
+
+
+def _imports_tried(error: BaseException | None) -> Iterator[str]:
+    """Classes that the parser was importing when it failed. Not all of its messages name them."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_name == "import_object" and "." in str(frame.f_locals.get("name")):
+                yield str(frame.f_locals["name"])
+        error = error.__cause__ or error.__context__
+
+
 def in_a_sentence(message: str) -> str:
     """A parser's message on one line: the setting, what is wrong with it, and what it may be.
 
@@ -128,7 +148,8 @@ def in_a_sentence(message: str) -> str:
     name = f"{setting[1]}: " if setting else ""
     got = re.search(r"(?:Given|Got) value: (.*)", message)
     value = got[1].strip() if got else ""
-    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _import_problem(value)):
+    takes_classes = re.search(r"<class '\w+\.\w", message.partition("Errors:")[0])
+    if takes_classes and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _import_problem(value)):
         return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
     if made := re.search(r"Errors:\s+- (.*)(?s:.*)Given value: Namespace\(class_path='(.+?)'", message):
         problem = made[1]

@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -27,7 +26,7 @@ from spin_lightning.files import read_json, refuse_links, replacing, run_folder
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.policy import PolicyModule
 from spin_lightning.redaction import redacted
-from spin_lightning.settings_errors import check_configs, explaining_settings, in_a_sentence
+from spin_lightning.settings_errors import check_configs, explaining_settings, refusal_of_arguments
 from spin_lightning.sft import SftLightningModule
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -126,8 +125,10 @@ class StageCLI(LightningCLI):
         try:
             # Lightning's own also warns that `args` were given: here they always are
             self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise UserError(f"{in_a_sentence(str(error))}{self._did_you_mean(str(error))}") from error
+        except Exception as error:
+            if (sentence := refusal_of_arguments(error, args)) is None:
+                raise
+            raise UserError(f"{sentence}{self._did_you_mean(sentence)}") from error
 
     def instantiate_classes(self) -> None:
         with explaining_settings():
