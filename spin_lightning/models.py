@@ -30,6 +30,8 @@ def locate(name_or_path: str) -> dict[str, Any]:
     Raises:
         UserError: It reads like a path, and nothing is there.
     """
+    if not name_or_path.strip():
+        raise UserError("model_name_or_path is empty. Give a Hugging Face folder, a .gguf file, or a hub name.")
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -280,6 +282,12 @@ def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
         return
     config, _ = PreTrainedConfig.get_config_dict(**where)
     _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise UserError(
+            f"the model's embedding has {rows} rows (vocab_size), for the ids 0 to {rows - 1}, but its config's pad_token_id "
+            f"is {pad}. Set pad_token_id in config.json to an id below, or to null."
+        )
     packed = config.get("quantization_config")
     if packed is not None and not AutoHfQuantizer.supports_quant_method(packed):
         raise ValueError(f"its weights are packed in a way that transformers does not know: {packed!r}")
@@ -336,6 +344,7 @@ def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
             f"HF_HUB_OFFLINE is set), nor is it whole in the local cache. Download it where there is a network: hf download "
             f"{name_or_path}; or give a local folder."
         )
+    reason += "" if reason.endswith((".", "!", "?")) else "."
     return UserError(
         f"no {what} could be loaded from {name_or_path!r}: {reason} {advice}that the hub has and you may read."
     )

@@ -146,8 +146,15 @@ def in_a_sentence(message: str) -> str:
         )
     setting = re.match(r'Parser key "(.+?)":', message)
     name = f"{setting[1]}: " if setting else ""
-    got = re.search(r"(?:Given|Got) value: (.*)", message)
-    value = got[1].strip() if got else ""
+    _, nested, inner = message[1:].partition('Parser key "')
+    if setting and nested:  # a setting of the class that a setting names
+        return in_a_sentence(f"{nested}{setting[1]}.{inner}")
+    got = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.M)
+    wanted = re.search("import path string: (.*)", message)
+    value = (got or wanted)[1].strip() if got or wanted else ""  # type: ignore[index]
+    if made := re.search(r"callable class: (.*?)\. Got value: Namespace\(class_path='(.+?)'", message):
+        problem = made[1] + _options_of(made[2], made[1])
+        return f"{name}{made[2]!r} cannot be used: {problem}{_stop(problem)}"
     takes_classes = re.search(r"<class '\w+\.\w", message.partition("Errors:")[0])
     if takes_classes and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _import_problem(value)):
         return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
@@ -159,7 +166,8 @@ def in_a_sentence(message: str) -> str:
     if path and (problem := _import_problem(path[1]) or path[2].strip()):
         problem += _options_of(path[1], problem)
         return f"{name}{path[1]!r} cannot be used: {problem}{_stop(problem)}"
-    if "import path" in message.lower() or "callable class" in message:
+    is_number = re.search(r"Subtypes: \[<class '(float|int)'>", message)
+    if not is_number and ("import path" in message.lower() or "callable class" in message):
         if "." not in value:
             return (
                 f"{name}no class is called {value!r}. Give its import path, such as my_module.{value}.{_among(value)}"

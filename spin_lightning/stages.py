@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from spin_lightning.callbacks import ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
+from spin_lightning.callbacks.settings import SETTINGS
 from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, last_checkpoint
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import read_json, refuse_links, replacing, run_folder
@@ -164,8 +165,18 @@ class StageCLI(LightningCLI):
             raise RunIsOver
         config.weights_only = True
         if config.ckpt_path is None and (checkpoint := last_checkpoint(str(output_dir))):
+            self._refuse_other_stage(output_dir)
             say(f"continuing the run in {output_dir} from {checkpoint}")
             config.ckpt_path = checkpoint
+
+    def _refuse_other_stage(self, output_dir: Path) -> None:
+        settings = (read_json(output_dir / SETTINGS) or {}).get("settings", {})
+        is_game = any(key.startswith("self_play.") for key in settings)
+        if settings and is_game != (self.run_key == "self_play"):
+            raise UserError(
+                f"{output_dir} holds a run of another stage ({'fit' if is_game else 'sft'}). "
+                f"Set --{self.run_key}.output_dir to another folder."
+            )
 
     def _is_over(self, output_dir: Path, config: Any) -> bool:
         return (output_dir / self.over_file).exists()
@@ -184,7 +195,10 @@ class StageCLI(LightningCLI):
         given = {f"trainer.{name}": value for name, value in config["trainer"].items() if value != defaults.get(name)}
         with explaining_settings(given):
             trainer = super().instantiate_trainer(**kwargs)
-        if trainer.world_size > 1:  # before the other processes are started
+        starts_others = (
+            type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
+        )  # even one, with ddp_spawn
+        if trainer.world_size > 1 or starts_others:
             raise UserError(
                 f"a run is one process so far, got {trainer.world_size}. Set trainer.devices: 1, num_nodes: 1."
             )

@@ -191,6 +191,16 @@ def test_the_limit_of_the_tokenizer_is_not_called_the_model_s(
         assert "raise model_max_length in the tokenizer_config.json of its folder" in said
 
 
+def test_a_pad_id_without_a_row_is_refused_by_every_command(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(model, "config.json", pad_token_id=259)
+    for said in endings(model, tmp_path, capsys):
+        assert said.startswith(
+            "the model's embedding has 259 rows (vocab_size), for the ids 0 to 258, but its config's pad_token_id is 259."
+        )
+
+
 # --- no hub -----------------------------------------------------------------------------------------------------------
 
 

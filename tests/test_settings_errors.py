@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 from helpers import save_tiny_model, write_rows
 
 from spin_lightning import UserError
+from spin_lightning.checkpoints import hash_file
 from spin_lightning.cli import COMMANDS, main
+from spin_lightning.files import sha256_of
 from spin_lightning.settings_errors import check_configs, explaining_settings, in_a_sentence
 
 
@@ -181,6 +184,36 @@ def test_a_class_of_another_kind_or_that_cannot_be_made_or_takes_something_else(
         "no class is called 'SpimLoss'. Give its import path" in words
         and "Did you mean SpinLoss or TSpinLoss?" in words
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--model.loss.link=zz"],
+            "model.loss.link must be 'logistic' or 'hinge' or 'exponential' or 'correlation', got 'zz'.",
+        ),
+        (["--model.optimizer.lr=x"], "model.optimizer.lr must be float or Tensor, got 'x'."),
+        (["--model.optimizer=adamw"], "model.optimizer: no class is called 'adamw'. Give its import path"),
+        (
+            ["--model.optimizer.bogus=1"],
+            "model.optimizer: 'torch.optim.AdamW' cannot be used: Option 'bogus' is not accepted. It takes ",
+        ),
+        (["--trainer.strategy=ddp_spawn"], "a run is one process so far"),
+    ],
+)
+def test_a_setting_of_a_class(said, flags, words):
+    assert words in said("fit", *flags)
+
+
+def test_a_folder_of_another_stage_is_refused(said, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000000001.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"x")
+    hash_file(checkpoint).write_text(sha256_of(checkpoint))
+    for command, other, key in (("sft", "fit", "self_play.epochs"), ("fit", "sft", "trainer.max_epochs")):
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {key: 1}, "changes": [], "versions": {}}))
+        assert f"run holds a run of another stage ({other}). Set --" in said(command)
 
 
 def test_a_class_in_the_current_folder_is_found_behind_what_is_installed(said, plugins, capsys, model):
