@@ -31,6 +31,8 @@ def locate(name_or_path: str) -> dict[str, Any]:
     Raises:
         UserError: It reads like a path, and nothing is there.
     """
+    if not name_or_path.strip():
+        raise UserError("model_name_or_path is empty. Give a Hugging Face folder, a .gguf file, or a hub name.")
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -83,7 +85,7 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
 
     where = {**_reachable(name_or_path), "revision": revision or "main"}
     try:
-        _refuse_kernels_of(where, trust_remote_code)
+        _check_config(where, trust_remote_code)
         return AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config is data of others: what reading it raises has no end
         raise _not_loaded("config", name_or_path, error) from error
@@ -107,7 +109,7 @@ def load_policy(
     check_model(name_or_path, attn_implementation, trust_remote_code)
     where = {**_reachable(name_or_path), "revision": revision or "main"}
     try:
-        _refuse_kernels_of(where, trust_remote_code)
+        _check_config(where, trust_remote_code)
         if "gguf_file" in where:
             where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
         else:
@@ -310,12 +312,24 @@ def _reachable(name_or_path: str) -> dict[str, Any]:
     return where
 
 
-def _refuse_kernels_of(where: dict[str, Any], trust_remote_code: bool) -> None:
+def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
+    """Refuse what ``transformers`` would run, or leave out with no more than a warning, because a config says so."""
     from transformers import PreTrainedConfig
+    from transformers.quantizers import AutoHfQuantizer
 
-    if "gguf_file" not in where:
-        config, _ = PreTrainedConfig.get_config_dict(**where)
-        _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
+    if "gguf_file" in where:
+        return
+    config, _ = PreTrainedConfig.get_config_dict(**where)
+    _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise UserError(
+            f"the model's embedding has {rows} rows (vocab_size), for the ids 0 to {rows - 1}, but its config's pad_token_id "
+            f"is {pad}. Set pad_token_id in config.json to an id below, or to null."
+        )
+    packed = config.get("quantization_config")
+    if packed is not None and not AutoHfQuantizer.supports_quant_method(packed):
+        raise ValueError(f"its weights are packed in a way that transformers does not know: {packed!r}")
 
 
 def _refuse_kernels(config: Any, whose: str, trust_remote_code: bool, key: str = "") -> None:
@@ -369,6 +383,7 @@ def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
             f"HF_HUB_OFFLINE is set), nor is it whole in the local cache. Download it where there is a network: hf download "
             f"{name_or_path}; or give a local folder."
         )
+    reason += "" if reason.endswith((".", "!", "?")) else "."
     return UserError(
         f"no {what} could be loaded from {name_or_path!r}: {reason} {advice}that the hub has and you may read."
     )

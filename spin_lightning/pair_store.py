@@ -100,8 +100,8 @@ class PairStore:
         """Write one shard, whole or not at all, and vouch for it."""
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
         path = self._path(name)
-        with replacing(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        with replacing(path) as temporary:  # absolute below: Arrow takes a:b for a URL
+            pq.write_table(table, temporary.absolute(), compression="zstd", write_page_checksum=True)
         entry = {"file": name, "rows": table.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
         assert self.manifest is not None
         self.manifest["shards"] = [*(shard for shard in self.manifest["shards"] if shard["file"] != name), entry]
@@ -135,7 +135,7 @@ class PairStore:
                 f"{path} {state}, so the pairs cannot be trusted. Restore it from a copy, or remove the folder "
                 f"{self.folder} and every later iteration, and run the same command again."
             )
-        return pq.read_table(path, columns=columns, page_checksum_verification=True, partitioning=None)
+        return pq.read_table(path.absolute(), columns=columns, page_checksum_verification=True, partitioning=None)
 
     def finish(self, names: list[str], **information: Any) -> dict[str, Any]:
         """Say that these shards, in this order, are all, and what is in them."""

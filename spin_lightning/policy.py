@@ -130,9 +130,6 @@ class PolicyModule(L.LightningModule):
         if self.device.type == "cpu":
             keep_freed_memory()
 
-    def on_validate_start(self) -> None:
-        self._refuse_other_vocabulary()
-
     def _refuse_other_vocabulary(self) -> None:
         encoder = getattr(self.trainer.datamodule, "encoder", None)  # type: ignore[attr-defined]
         if encoder is not None:
@@ -140,6 +137,8 @@ class PolicyModule(L.LightningModule):
             refuse_ids_beyond(rows, encoder.tokenizer, encoder.pad_id, encoder.terminator_id)
 
     def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":  # in a fit it is done already
+            self._refuse_other_vocabulary()
         self._measure_in_float32()
 
     def _measure_in_float32(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning.types import UserError
@@ -113,6 +114,25 @@ def _refused_by(error: Exception) -> str | None:
     return next((name for name in _LIBRARIES if str(frame.f_globals.get("__name__")).startswith(name)), None)
 
 
+def refusal_of_arguments(error: Exception, args: Sequence[str]) -> str | None:
+    """What an error while arguments are parsed is about, in a sentence; None where that is no mistake in them."""
+    for name in _imports_tried(error):
+        if problem := _import_problem(name):
+            key = next((arg for arg in args if name in arg), name).partition("=")[0]
+            key = args[args.index(key) - 1] if key == name and key in args[1:] else key
+            return f"{key.strip('-+')}: {name!r} cannot be used: {problem}{_stop(problem)}"
+    return in_a_sentence(str(error)) if isinstance(error, ArgumentError) else None
+
+
+def _imports_tried(error: BaseException | None) -> Iterator[str]:
+    """Classes that the parser was importing when it failed. Not all of its messages name them."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_name == "import_object" and "." in str(frame.f_locals.get("name")):
+                yield str(frame.f_locals["name"])
+        error = error.__cause__ or error.__context__
+
+
 def in_a_sentence(message: str) -> str:
     """A parser's message on one line: the setting, what is wrong with it, and what it may be.
 
@@ -126,9 +146,17 @@ def in_a_sentence(message: str) -> str:
         )
     setting = re.match(r'Parser key "(.+?)":', message)
     name = f"{setting[1]}: " if setting else ""
-    got = re.search(r"(?:Given|Got) value: (.*)", message)
-    value = got[1].strip() if got else ""
-    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _import_problem(value)):
+    _, nested, inner = message[1:].partition('Parser key "')
+    if setting and nested:  # a setting of the class that a setting names
+        return in_a_sentence(f"{nested}{setting[1]}.{inner}")
+    got = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.M)
+    wanted = re.search("import path string: (.*)", message)
+    value = (got or wanted)[1].strip() if got or wanted else ""  # type: ignore[index]
+    if made := re.search(r"callable class: (.*?)\. Got value: Namespace\(class_path='(.+?)'", message):
+        problem = made[1] + _options_of(made[2], made[1])
+        return f"{name}{made[2]!r} cannot be used: {problem}{_stop(problem)}"
+    takes_classes = re.search(r"<class '\w+\.\w", message.partition("Errors:")[0])
+    if takes_classes and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _import_problem(value)):
         return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
     if made := re.search(r"Errors:\s+- (.*)(?s:.*)Given value: Namespace\(class_path='(.+?)'", message):
         problem = made[1]
@@ -138,7 +166,8 @@ def in_a_sentence(message: str) -> str:
     if path and (problem := _import_problem(path[1]) or path[2].strip()):
         problem += _options_of(path[1], problem)
         return f"{name}{path[1]!r} cannot be used: {problem}{_stop(problem)}"
-    if "import path" in message.lower() or "callable class" in message:
+    is_number = re.search(r"Subtypes: \[<class '(float|int)'>", message)
+    if not is_number and ("import path" in message.lower() or "callable class" in message):
         if "." not in value:
             return (
                 f"{name}no class is called {value!r}. Give its import path, such as my_module.{value}.{_among(value)}"

@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -30,7 +29,7 @@ from spin_lightning.models import load_tokenizer
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.policy import PolicyModule
 from spin_lightning.redaction import redacted
-from spin_lightning.settings_errors import check_configs, explaining_settings, in_a_sentence
+from spin_lightning.settings_errors import check_configs, explaining_settings, refusal_of_arguments
 from spin_lightning.sft import SftLightningModule
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -131,8 +130,10 @@ class StageCLI(LightningCLI):
             # Lightning's own also warns that `args` were given: here they always are
             with own_defaults():
                 self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            raise UserError(f"{in_a_sentence(str(error))}{self._did_you_mean(str(error))}") from error
+        except Exception as error:
+            if (sentence := refusal_of_arguments(error, args)) is None:
+                raise
+            raise UserError(f"{sentence}{self._did_you_mean(sentence)}") from error
 
     def instantiate_classes(self) -> None:
         with explaining_settings():
@@ -168,8 +169,18 @@ class StageCLI(LightningCLI):
             return
         config.weights_only = True
         if config.ckpt_path is None and (checkpoint := last_checkpoint(str(output_dir))):
+            self._refuse_other_stage(output_dir)
             say(f"continuing the run in {output_dir} from {checkpoint}")
             config.ckpt_path = checkpoint
+
+    def _refuse_other_stage(self, output_dir: Path) -> None:
+        settings = (read_json(output_dir / SETTINGS) or {}).get("settings", {})
+        is_game = any(key.startswith("self_play.") for key in settings)
+        if settings and is_game != (self.run_key == "self_play"):
+            raise UserError(
+                f"{output_dir} holds a run of another stage ({'fit' if is_game else 'sft'}). "
+                f"Set --{self.run_key}.output_dir to another folder."
+            )
 
     def _is_over(self, output_dir: Path, config: Any) -> bool:
         return (output_dir / self.over_file).exists()
@@ -218,7 +229,10 @@ class StageCLI(LightningCLI):
         given = {f"trainer.{name}": value for name, value in config["trainer"].items() if value != defaults.get(name)}
         with explaining_settings(given):
             trainer = super().instantiate_trainer(**kwargs)
-        if trainer.world_size > 1:  # before the other processes are started
+        starts_others = (
+            type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
+        )  # even one, with ddp_spawn
+        if trainer.world_size > 1 or starts_others:
             raise UserError(
                 f"a run is one process so far, got {trainer.world_size}. Set trainer.devices: 1, num_nodes: 1."
             )

@@ -108,6 +108,14 @@ def test_fit_in_the_home_folder_makes_no_folder_called_tilde(
     assert f"the run in {tmp_path}/home/run is over" in capsys.readouterr().out
 
 
+def test_a_relative_name_that_reads_like_a_scheme_takes_pairs(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Game(model, rows, "exp:3", play={"iterations": 1, "epochs": 1}).play()
+    assert list((tmp_path / "exp:3" / "iteration_0" / "pairs").glob("*.parquet"))
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 NAMES = [
