@@ -70,7 +70,7 @@ class PolicyModule(L.LightningModule):
     """
 
     policy: PreTrainedModel
-    stored_dtype: str | None  # of the weights that came in
+    stored_dtype: str | None = None  # of the weights that came in
     has_no_name = False
 
     def __init__(
@@ -99,9 +99,8 @@ class PolicyModule(L.LightningModule):
             raise UserError(f"model.lr_schedule must be one of ['linear', 'cosine', 'constant'], got {lr_schedule!r}.")
         if on_non_finite not in ("stop", "skip", "rollback"):
             raise UserError(f"model.on_non_finite must be one of ['stop', 'skip', 'rollback'], got {on_non_finite!r}.")
-        self._given: tuple[
-            Any, ...
-        ] = ()  # a model object, later a copy of it; in a tuple, or it would be a part of this module
+        # a model object, later a copy of it; in a tuple, or it would be a part of this module
+        self._given: tuple[Any, ...] = ()
         if isinstance(model_name_or_path, str | PathLike):
             model_name_or_path = str(model_name_or_path)
             locate(model_name_or_path)
@@ -145,11 +144,6 @@ class PolicyModule(L.LightningModule):
                 self.model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
             self.policy = self._load(dtype)
-        if self.stored_dtype in ("bfloat16", "float16") and self.policy.dtype is torch.float32:
-            print(
-                f"note: the weights of {self.model_name_or_path} are stored in {self.stored_dtype}; they are trained and exported in "
-                "float32, twice as large, for most of what training changes is too small for 16 bits. trainer.precision bf16-true keeps 16."
-            )
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not self.dropout:
@@ -178,6 +172,11 @@ class PolicyModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._measure_in_float32()
+        if self.stored_dtype in ("bfloat16", "float16") and self.policy.dtype is torch.float32:
+            print(
+                f"note: the weights of {self.model_name_or_path} are stored in {self.stored_dtype}; they are trained and exported in "
+                "float32, twice as large, for most of what training changes is too small for 16 bits. trainer.precision bf16-true keeps 16."
+            )
         if self.device.type == "cpu":
             keep_freed_memory()
 
