@@ -593,7 +593,9 @@ class FakeTrainer:
     [
         ({"identical_share": 0.96}, "96% of the generated answers equal the real ones: the game is at its equilibrium"),
         ({"identical_share": 0.5}, "50% of the pairs are identical and teach nothing"),
+        ({"generated_clipped_share": 0.19}, None),  # within a tenth of the real ones
         ({"generated_clipped_share": 0.5}, r"50% of the generated answers hit the length cap \(real 10%\)"),
+        ({"empty_share": 0.05}, None),
         ({"empty_share": 0.06}, "6% of the generated answers are empty: check the prompt template"),
         ({"generated_mean_length": 16.0}, "1.6 times as long as real ones"),
         ({"generated_mean_length": 5.0}, "0.5 times as long as real ones"),
