@@ -56,7 +56,7 @@ class _Update:
 
 
 class PolicyModule(L.LightningModule):
-    """A language model under training. Subclasses add ``training_step``.
+    """A language model under training. Subclasses add ``training_step``, which returns what ``mean_of_update`` gives.
 
     An update's loss is one mean over all its batches, however many ``trainer.accumulate_grad_batches`` makes them and
     however long each is: batches that are accumulated train like one batch with all their rows.
@@ -256,7 +256,7 @@ class PolicyModule(L.LightningModule):
         """
         update = self._update
         update.divisor = update.divisor or count
-        loss = self._sum_in_passes(lambda part: sum_of(part) / update.divisor, parts)
+        loss = self.sum_in_passes(lambda part: sum_of(part) / update.divisor, parts)
         update.count += count
         update.total = update.total + loss.detach()
         self.log("loss", self.update_loss, prog_bar=True, batch_size=sum(map(len, parts)))
@@ -264,7 +264,8 @@ class PolicyModule(L.LightningModule):
 
     @property
     def update_loss(self) -> Tensor:
-        return self._update.total * (self._update.divisor / self._update.count)
+        update = self._update
+        return update.total * (update.divisor / update.count) if update.count else torch.tensor(math.nan)
 
     @property
     def update_is_complete(self) -> bool:
@@ -281,7 +282,7 @@ class PolicyModule(L.LightningModule):
                 if weight.grad is not None:
                     weight.grad.mul_(factor)
 
-    def _sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
+    def sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
         """The sum of the losses of a batch's parts, one part in memory at a time."""
         if self.compute_dtype is torch.float16:  # its gradients have to be scaled before they are taken
             return torch.stack([loss_of(part) for part in parts]).sum()
