@@ -261,6 +261,11 @@ class SyntheticDataModule(L.LightningDataModule):
             raise UserError(
                 "data.tokenizer_name_or_path is needed outside of a Trainer. Give the model's name or folder."
             )
+        if getattr(module, "has_no_name", False):
+            raise UserError(
+                f"the model was given as an object that knows no name, {module.model_name_or_path}, so its tokenizer has to be given "
+                "too: set data.tokenizer = ..., or data.tokenizer_name_or_path."
+            )
         return load_tokenizer(
             module.model_name_or_path, revision=module.revision, trust_remote_code=module.trust_remote_code
         )

@@ -43,7 +43,7 @@ Trained with `spin_lightning` {manifest["versions"]["spin_lightning"]} by self-p
 | seed | {binding["seed"]} |
 | beta | {summary["beta"]:g} |
 | updates | {summary["updates"]} |
-| loss, first and last step | {_number(summary["first_loss"])}, {_number(summary["last_loss"])} |
+{_weights(summary)}| loss, first and last step | {_number(summary["first_loss"])}, {_number(summary["last_loss"])} |
 | held-out NLL | {held_out} |
 
 Means over the last epoch's pairs, in nats:
@@ -52,8 +52,32 @@ Means over the last epoch's pairs, in nats:
 |---|---|
 {metrics}
 
-Versions: `{_code(json.dumps(manifest["versions"]))}`
+{how_to_cast(summary)}Versions: `{_code(json.dumps(manifest["versions"]))}`
 """
+
+
+def how_to_cast(summary: Mapping[str, Any]) -> str:
+    """A paragraph on weights that are larger than those that came in, and how to make them as small; else nothing."""
+    dtype, stored = summary.get("dtype"), summary.get("stored_dtype")
+    if dtype != "float32" or stored not in ("bfloat16", "float16"):
+        return ""
+    return f"""The weights are in {dtype}, twice the size of those that training began with, because most of what it changed is
+too small for {stored}. To round them, load them with `dtype=torch.{stored}`, or make a folder of half the size:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+AutoModelForCausalLM.from_pretrained("policy", dtype=torch.{stored}).save_pretrained("policy_{stored}")
+AutoTokenizer.from_pretrained("policy").save_pretrained("policy_{stored}")
+```
+
+"""
+
+
+def _weights(summary: Mapping[str, Any]) -> str:
+    dtype, stored = summary.get("dtype"), summary.get("stored_dtype")
+    return f"| weights | {dtype}; those it began with: {stored or 'unknown'} |\n" if dtype else ""
 
 
 def _number(value: float | None) -> str:

@@ -24,6 +24,10 @@ from spin_lightning.types import NonFiniteError, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    ModelOrName = str | PreTrainedModel
+else:
+    ModelOrName = str  # the command line takes names only, and reads its types here
+
 
 def locate(name_or_path: str) -> dict[str, Any]:
     """The arguments ``from_pretrained`` wants for a hub name, a folder or a ``.gguf`` file.
@@ -127,6 +131,56 @@ def load_policy(
         model.__dict__.pop("quantization_method", None)
         model.__dict__.pop("is_quantized", None)
     return model
+
+
+def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model object in the dtype asked for, ready to be trained. It is changed in place.
+
+    Raises:
+        UserError: Its weights are packed, none of them may be trained, or what is exported would load as another class.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = type(model).__name__
+    if getattr(model, "is_quantized", False):
+        raise UserError(f"the weights of this {name} are packed and cannot be trained. Load it unpacked.")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(
+            f"no weight of this {name} has requires_grad, so nothing can be trained. Set it where it should be."
+        )
+    try:
+        with torch.device("meta"):
+            reloaded = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"a saved {name} could not be loaded again: {reason} Register it with AutoModelForCausalLM."
+        ) from error
+    if not isinstance(model, type(reloaded)):
+        raise UserError(
+            f"a saved {name} would be loaded again as {type(reloaded).__name__}, by AutoModelForCausalLM. Give a model with a head "
+            "that predicts the next token, as that class makes it."
+        )
+    policy: PreTrainedModel = model.to(dtype)
+    return policy
+
+
+def stored_dtype(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
+    """The dtype that a model's config says its weights are stored in, such as ``bfloat16``; None if it says nothing."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            **locate(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError):  # loading the model itself says what is wrong
+        return None
+    dtype = getattr(config, "dtype", None)
+    return None if dtype is None else dtype_name(dtype)
+
+
+def dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_tokenizer(

@@ -17,6 +17,7 @@ from spin_lightning.gate import check_gate
 from spin_lightning.log_probs import pair_log_probs, rounding_of
 from spin_lightning.losses import PairLoss, SpinLoss
 from spin_lightning.metrics import PairMetrics
+from spin_lightning.models import ModelOrName
 from spin_lightning.opponent import Opponent, ResidentOpponent, StoredOpponent
 from spin_lightning.policy import PolicyModule
 from spin_lightning.schedule import at_iteration, check_schedule
@@ -31,7 +32,8 @@ class SpinLightningModule(PolicyModule):
     Settings that may change over the game take one value, or a list with one value an iteration.
 
     Args:
-        model_name_or_path: The SFT model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file.
+        model_name_or_path: The SFT model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
+            a model of ``transformers``, which is then trained in place.
         beta: The paper's lambda. At 1 an exact iteration lands on the data's distribution; below 1/2 exact iterations overshoot
             and diverge. The paper ran 0.1, with few and small steps.
         loss: The pair loss, as a class path with its settings.
@@ -57,7 +59,7 @@ class SpinLightningModule(PolicyModule):
 
     def __init__(
         self,
-        model_name_or_path: str,
+        model_name_or_path: ModelOrName,
         beta: float | list[float] = 1.0,
         loss: PairLoss | None = None,
         learning_rate: float | list[float] = 5e-7,
@@ -111,6 +113,10 @@ class SpinLightningModule(PolicyModule):
         check_schedule("model.beta", self.beta, iterations)
         check_schedule("model.learning_rate", self.learning_rate, iterations)
         self.loss.check(self.beta, iterations)
+
+    @property
+    def needs_start(self) -> bool:
+        return self.loss.needs_initial_log_probs or self.opponent.holds_weights
 
     def start_iteration(self, iteration: int, epochs: int, *, is_fresh: bool) -> None:
         """Move every schedule to this iteration. ``is_fresh`` is False when it resumes after steps were taken."""

@@ -6,11 +6,13 @@ sampling here.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
@@ -22,7 +24,16 @@ from torchmetrics import MeanMetric, Metric
 from spin_lightning.checkpoints import newest_checkpoint
 from spin_lightning.cpu_memory import keep_freed_memory
 from spin_lightning.log_probs import response_log_probs
-from spin_lightning.models import check_model, disable_dropout, load_policy, refuse_ids_beyond
+from spin_lightning.models import (
+    ModelOrName,
+    as_policy,
+    check_model,
+    disable_dropout,
+    dtype_name,
+    load_policy,
+    refuse_ids_beyond,
+    stored_dtype,
+)
 from spin_lightning.optim import Float32Master, fused, sum_in_passes
 from spin_lightning.schedule import at_iteration
 from spin_lightning.terminal import say
@@ -47,10 +58,13 @@ class _Update:
 
 
 class PolicyModule(L.LightningModule):
-    """A language model under training. Subclasses add ``training_step``.
+    """A language model under training. Subclasses add ``training_step``, which returns what ``mean_of_update`` gives.
 
     An update's loss is one mean over all its batches, however many ``trainer.accumulate_grad_batches`` makes them and
     however long each is: batches that are accumulated train like one batch with all their rows.
+
+    Given a model object instead of a name, it trains that object, in place; where self-play needs the weights it started with
+    again (the resident opponent, alpha-SPIN), a copy of them is kept on the CPU.
 
     Attributes:
         update_loss: The loss of the update in progress: the mean over its batches so far.
@@ -58,10 +72,12 @@ class PolicyModule(L.LightningModule):
     """
 
     policy: PreTrainedModel
+    stored_dtype: str | None = None  # of the weights that came in
+    has_no_name = False
 
     def __init__(
         self,
-        model_name_or_path: str,
+        model_name_or_path: ModelOrName,
         learning_rate: float | list[float],
         optimizer: OptimizerCallable,
         lr_schedule: Literal["linear", "cosine", "constant"],
@@ -85,8 +101,16 @@ class PolicyModule(L.LightningModule):
             raise UserError(f"model.lr_schedule must be one of ['linear', 'cosine', 'constant'], got {lr_schedule!r}.")
         if on_non_finite not in ("stop", "skip", "rollback"):
             raise UserError(f"model.on_non_finite must be one of ['stop', 'skip', 'rollback'], got {on_non_finite!r}.")
-        check_model(model_name_or_path, attn_implementation, trust_remote_code)
-        self.model_name_or_path = model_name_or_path
+        # a model object, later a copy of it; in a tuple, or it would be a part of this module
+        self._given: tuple[Any, ...] = ()
+        if isinstance(model_name_or_path, str | PathLike):
+            model_name_or_path = str(model_name_or_path)
+            check_model(model_name_or_path, attn_implementation, trust_remote_code)
+        else:
+            self._given = (_checked(model_name_or_path, attn_implementation, revision),)
+            self.has_no_name = not model_name_or_path.name_or_path
+            model_name_or_path = model_name_or_path.name_or_path or type(model_name_or_path).__name__
+        self.model_name_or_path: str = model_name_or_path
         self.learning_rate = learning_rate
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
@@ -109,24 +133,53 @@ class PolicyModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # validate, or a second fit
             return
-        if self.trust_remote_code:
-            say(f"note: trust_remote_code is on: Python code that comes with {self.model_name_or_path} is run.")
-        self.policy = load_policy(
-            self.model_name_or_path,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            attn_implementation=self.attn_implementation,
-            dtype=torch.get_default_dtype(),  # which trainer.precision bf16-true sets to bfloat16 around this hook
-        )
+        dtype = torch.get_default_dtype()  # which trainer.precision bf16-true sets to bfloat16 around this hook
+        if self._given:
+            (model,) = self._given
+            self.stored_dtype = dtype_name(model.dtype)
+            self.policy = as_policy(model, dtype, self.trust_remote_code)
+            self._given = (copy.deepcopy(self.policy).cpu() if self.needs_start else None,)
+        else:
+            if self.trust_remote_code:
+                say(f"note: trust_remote_code is on: Python code that comes with {self.model_name_or_path} is run.")
+            self.stored_dtype = stored_dtype(
+                self.model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+            self.policy = self._load(dtype)
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if not self.dropout:
             disable_dropout(self.policy)
         self.policy.train()  # from_pretrained returns evaluation mode, and Lightning leaves the mode alone
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether a run needs the weights it started with again, so that those of a model object are kept in memory."""
+        return False
+
+    def load_start(self) -> PreTrainedModel:
+        """The model that the run started from, in the policy's dtype, on the CPU."""
+        if self._given:
+            return cast("PreTrainedModel", copy.deepcopy(self._given[0]))
+        return self._load(next(self.policy.parameters()).dtype)
+
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        return load_policy(
+            self.model_name_or_path,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation=self.attn_implementation,
+            dtype=dtype,
+        )
+
     def on_fit_start(self) -> None:
         self._refuse_other_vocabulary()
         self._measure_in_float32()
+        if self.stored_dtype in ("bfloat16", "float16") and self.policy.dtype is torch.float32:
+            say(
+                f"note: the weights of {self.model_name_or_path} are stored in {self.stored_dtype}; they are trained and exported in "
+                "float32, twice as large, for most of what training changes is too small for 16 bits. trainer.precision bf16-true keeps 16."
+            )
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -214,7 +267,7 @@ class PolicyModule(L.LightningModule):
         """
         update = self._update
         update.divisor = update.divisor or count
-        loss = self._sum_in_passes(lambda part: sum_of(part) / update.divisor, parts)
+        loss = self.sum_in_passes(lambda part: sum_of(part) / update.divisor, parts)
         update.count += count
         update.total = update.total + loss.detach()
         self.log("loss", self.update_loss, prog_bar=True, batch_size=sum(map(len, parts)))
@@ -222,7 +275,8 @@ class PolicyModule(L.LightningModule):
 
     @property
     def update_loss(self) -> Tensor:
-        return self._update.total * (self._update.divisor / self._update.count)
+        update = self._update
+        return update.total * (update.divisor / update.count) if update.count else torch.tensor(math.nan)
 
     @property
     def update_is_complete(self) -> bool:
@@ -239,7 +293,7 @@ class PolicyModule(L.LightningModule):
                 if weight.grad is not None:
                     weight.grad.mul_(factor)
 
-    def _sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
+    def sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
         """The sum of the losses of a batch's parts, one part in memory at a time."""
         if self.compute_dtype is torch.float16:  # its gradients have to be scaled before they are taken
             return torch.stack([loss_of(part) for part in parts]).sum()
@@ -326,3 +380,20 @@ class PolicyModule(L.LightningModule):
         size = sum(map(len, batch))
         self.log("val/nll", self.held_out_nll, prog_bar=True, on_epoch=True, on_step=False, batch_size=size)
         self.log("val/nll_per_token", self.held_out_nll_per_token, on_epoch=True, on_step=False, batch_size=size)
+
+
+def _checked(model: Any, attn_implementation: str | None, revision: str | None) -> Any:
+    """A model object, if it is one and no setting is of how it is loaded."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"model_name_or_path must be a name or a model of transformers, got {type(model).__name__}. "
+            "Of an adapter give the merged model."
+        )
+    for name, value in (("attn_implementation", attn_implementation), ("revision", revision)):
+        if value is not None:
+            raise UserError(
+                f"{name} {value!r} says how a model is loaded, but this {type(model).__name__} is loaded already. Load it so."
+            )
+    return model

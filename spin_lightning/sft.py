@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from spin_lightning.log_probs import response_log_probs
+from spin_lightning.models import ModelOrName
 from spin_lightning.policy import PolicyModule
 from spin_lightning.types import ResponseBatch, UserError
 
@@ -18,7 +19,8 @@ class SftLightningModule(PolicyModule):
     """Maximum likelihood on the real responses; the prompt is not scored.
 
     Args:
-        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file.
+        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
+            a model of ``transformers``, which is then trained in place.
         learning_rate: Peak of the schedule.
         optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
         average: ``token`` divides an update's NLL by its number of response tokens, as SFT does elsewhere;
@@ -38,7 +40,7 @@ class SftLightningModule(PolicyModule):
 
     def __init__(
         self,
-        model_name_or_path: str,
+        model_name_or_path: ModelOrName,
         learning_rate: float = 2e-5,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         average: Literal["token", "response"] = "token",

@@ -211,7 +211,7 @@ class StageCLI(LightningCLI):
     def _names_other_data(self, path: Path) -> bool:
         if not path.exists():
             return True
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        before = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data", {})
         now = redacted({name: self.config["fit"]["data"][name] for name in ("train_data", "val_data")})
         return any(before.get(name) != value for name, value in now.items())
 

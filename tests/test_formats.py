@@ -243,7 +243,9 @@ def test_max_rows_stops_early_and_must_be_positive(tmp_path):
 
 
 def packed(data: bytes, suffix: str) -> bytes:
-    return gzip.compress(data, mtime=0) if suffix.endswith(".gz") else pyarrow.Codec("zstd").compress(data, asbytes=True)
+    return (
+        gzip.compress(data, mtime=0) if suffix.endswith(".gz") else pyarrow.Codec("zstd").compress(data, asbytes=True)
+    )
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])

@@ -374,6 +374,48 @@ def test_identical_pairs_are_dropped_and_counted(model: str, rows: str, tmp_path
     ) in game.health.remarks
 
 
+class RepeatsMore(FakeGenerator):
+    """Repeats no real answer in iteration 0, and the six smallest of the ten sums in iteration 1; says ``no`` otherwise."""
+
+    def generate(self, model: Any, prompts: Any, *args: Any) -> Any:
+        inner = repeating(self.model, 0.6 if self.module.iteration else 0.0)
+        return inner.generate(model, prompts, *args)
+
+
+def test_what_is_said_of_an_iteration_s_answers_is_of_its_own_and_not_of_earlier_ones(
+    model: str, rows: str, tmp_path: Path
+) -> None:
+    """Ten pairs of iteration 0 with ``no`` beside ten new ones, six of which are the real answers."""
+    generator = RepeatsMore(lambda prompt, seed: [])
+    logged: list[float] = []
+    hear = Do(on_generation_end=lambda trainer, module, k, store, report: logged.append(report["identical_share"]))
+    data = {"generator": generator, "val_fraction": 0.0, "history": 1}
+    game = Game(model, rows, tmp_path, data=data, callbacks=[hear], play={"epochs": 1})
+    generator.model, generator.module = model, game.module  # type: ignore[attr-defined]
+    game.play()
+    pairs = [read(tmp_path / f"iteration_{k}/summary.json")["pairs"] for k in range(2)]
+    assert [(p["pairs"], p["identical"], p["identical_share"]) for p in pairs] == [(10, 0, 0.0), (10, 6, 0.6)]
+    assert logged == [0.0, 0.6]
+    assert [(p["training_pairs"], p["training_pairs_dropped"]) for p in pairs] == [(10, 0), (14, 6)]
+    # sums 1, 3, ..., 19: five of one digit, five of two; an answer is its digits and a terminator, "no" has three tokens
+    real = (5 * 2 + 5 * 3) / 10
+    assert [p["real_mean_length"] for p in pairs] == pytest.approx([real, real])
+    own = (5 * 2 + 1 * 3 + 4 * 3) / 10  # 1, 3, 5, 7, 9 and 11 repeated, four times "no"
+    assert [p["generated_mean_length"] for p in pairs] == pytest.approx([3.0, own])
+    assert [p["generated_tokens"] for p in pairs] == [30, round(10 * own)]
+    remarks = [said for iteration, said in game.health.remarks if iteration == 1 and "identical" in said]
+    assert remarks == [
+        "60% of the pairs are identical and teach nothing, so this iteration is shorter; it may be the last useful one"
+    ]
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.949, False), (0.95, True)])
+def test_a_game_is_at_its_equilibrium_from_95_per_cent_of_its_own_answers(share: float, ends: bool) -> None:
+    FakeTrainer.datamodule.game.reasons = reasons = []
+    Health().on_generation_end(FakeTrainer, None, 2, None, situation(identical_share=share))  # type: ignore[arg-type]
+    assert reasons == (["equilibrium: 95% of the answers are identical"] if ends else [])
+
+
 def test_identical_pairs_are_kept_where_the_loss_learns_from_them(model: str, rows: str, tmp_path: Path) -> None:
     data = {"generator": repeating(model, 0.5), "val_fraction": 0.0}
     game = Game(model, rows, tmp_path, data=data, module={"loss": SpinLoss(nll_weight=[0.1, 0.0])}).play()
@@ -551,7 +593,9 @@ class FakeTrainer:
     [
         ({"identical_share": 0.96}, "96% of the generated answers equal the real ones: the game is at its equilibrium"),
         ({"identical_share": 0.5}, "50% of the pairs are identical and teach nothing"),
+        ({"generated_clipped_share": 0.19}, None),  # within a tenth of the real ones
         ({"generated_clipped_share": 0.5}, r"50% of the generated answers hit the length cap \(real 10%\)"),
+        ({"empty_share": 0.05}, None),
         ({"empty_share": 0.06}, "6% of the generated answers are empty: check the prompt template"),
         ({"generated_mean_length": 16.0}, "1.6 times as long as real ones"),
         ({"generated_mean_length": 5.0}, "0.5 times as long as real ones"),

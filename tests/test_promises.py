@@ -296,6 +296,27 @@ def test_p5_pairs_and_models_of_another_game_are_not_mixed_in(
     assert small(model, rows, tmp_path / "copy").play().weights == whole.weights
 
 
+@pytest.mark.parametrize("exchanged_after", [0, 1])
+def test_p5_pairs_of_a_game_that_differs_in_its_model_alone_are_not_mixed_in(
+    exchanged_after: int, model: str, rows: str, tmp_path: Path
+) -> None:
+    """Same rows, tokenizer, settings and seeds: only the chain of manifests tells that another model made these pairs."""
+    other = save_tiny_model(tmp_path / "other_model", seed=1)
+    play = {"iterations": 3, "epochs": 1}
+    for name, first, stop in (("run", model, exchanged_after), ("other", other, 0)):
+        last = DoLast(on_train_epoch_end=lambda trainer, *_, stop=stop: stop_after_epoch(trainer, stop))
+        with pytest.raises(Stopped):
+            small(first, rows, tmp_path / name, last=[last], play=play).play()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for name in ("pairs", "pairs_manifest.json"):
+        (tmp_path / "run/iteration_0" / name).rename(tmp_path / f"own {name}")
+        shutil.move(tmp_path / "other/iteration_0" / name, tmp_path / "run/iteration_0" / name)
+    with pytest.raises(UserError, match=r"iteration_0/pairs are not those that this game made for iteration 0"):
+        small(model, rows, tmp_path / "run", play=play).play()
+    assert not (tmp_path / "run" / f"iteration_{exchanged_after + 1}" / "pairs").exists()
+    small(model, rows, tmp_path / "copy", play=play).play()
+
+
 def stop_after_epoch(trainer: Any, number: int) -> None:
     if trainer.current_epoch == number:
         raise Stopped(number)

@@ -338,6 +338,15 @@ def test_a_game_that_health_ended_stays_ended(
     assert not (tmp_path / "run" / "iteration_1").exists()
 
 
+def test_what_health_compares_with_survives_a_stop(model: str, rows: str, tmp_path: Path) -> None:
+    """The held-out NLL of the model the game started from, and those after the iterations before the stop."""
+    whole = Game(model, rows, tmp_path / "whole", every_n_steps=None).play()
+    stopped_at(7, model, rows, tmp_path / "run", every_n_steps=None)
+    continued = Game(model, rows, tmp_path / "run", every_n_steps=None).play()
+    assert len(whole.health.nll) == 3 and continued.health.nll == whole.health.nll
+    assert continued.health.remarks[-1] == whole.health.remarks[-1]
+
+
 def sft(
     model: str, rows: str, folder: Path, *callbacks: Any, **trainer: Any
 ) -> tuple[Trainer, SftLightningModule, Recorder]:

@@ -222,6 +222,24 @@ def test_the_schedule_counts_a_short_last_window_as_an_update(model: str, rows: 
     assert list(game.recorder.rates.values()) == pytest.approx([1e-3 * factor for factor in expected])
 
 
+@pytest.mark.parametrize(
+    ("limit", "max_updates"),
+    [({"max_epochs": 9, "max_steps": 4}, None), ({"max_epochs": -1, "max_steps": 4}, None), ({"max_epochs": 9}, 4)],
+)
+def test_the_schedule_of_sft_spans_as_many_updates_as_are_taken(
+    limit: dict[str, int], max_updates: int | None, model: str, rows: str, tmp_path: Path
+) -> None:
+    rates: list[float] = []
+    look = Do(on_train_batch_start=lambda trainer, *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
+    module = SftLightningModule(model, learning_rate=1e-3, warmup_ratio=0.0, max_updates=max_updates)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[look], **limit,
+    )  # fmt: skip
+    trainer.fit(module, SyntheticDataModule(rows, batch_size=4, val_fraction=0.0))
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
 def test_rows_of_an_update_that_is_not_finite_are_those_of_its_whole_window(
     model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,3 +257,42 @@ def test_rows_of_an_update_that_is_not_finite_are_those_of_its_whole_window(
     named = {line.strip() for line in said.splitlines() if line.startswith("  ...")}
     assert len(named) == 3  # 2 + 1 pairs of the last two batches, each with another prompt
     assert all(weight.isfinite().all() for weight in game.module.policy.parameters())
+
+
+def test_a_rollback_takes_weights_and_optimiser_from_the_last_checkpoint(model: str, rows: str, tmp_path: Path) -> None:
+    """Saved at update 3; the gradient of update 5 is no number: what updates 4 and 5 did is gone, and the run goes on."""
+    states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def poison(trainer: Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == 5 and 6 not in states:
+            next(module.policy.parameters()).grad[0, 0] = float("inf")
+
+    def look(trainer: Trainer, module: Any, *_: Any) -> None:
+        weights = torch.cat([weight.detach().flatten().clone() for weight in module.policy.parameters()])
+        moments = torch.cat([state["exp_avg"].flatten().clone() for state in trainer.optimizers[0].state.values()])
+        states[trainer.global_step] = weights, moments
+
+    game = Game(
+        model, rows, tmp_path, callbacks=[Do(on_after_backward=poison, on_train_batch_end=look)], every_n_steps=3,
+        module={"on_non_finite": "rollback"}, data={"batch_size": 1, "val_fraction": 0.0},
+        play={"iterations": 1, "epochs": 1},
+    ).play()  # fmt: skip
+    for found, at_3, at_5 in zip(states[6], states[3], states[5], strict=True):
+        assert torch.equal(found, at_3) and not torch.equal(found, at_5)
+    assert not torch.equal(states[7][0], states[6][0]) and len(game.losses) == 11
+
+
+def test_only_updates_in_a_row_that_are_not_finite_end_the_run(model: str, rows: str, tmp_path: Path) -> None:
+    poisoned: list[int] = []
+
+    def poison(trainer: Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step % 2:
+            poisoned.append(trainer.global_step)
+            next(module.policy.parameters()).grad[0, 0] = float("nan")
+
+    Game(
+        model, rows, tmp_path, callbacks=[Do(on_after_backward=poison)], every_n_steps=None,
+        module={"on_non_finite": "skip"}, data={"batch_size": 1, "val_fraction": 0.0},
+        play={"iterations": 1, "epochs": 3},
+    ).play()  # fmt: skip
+    assert len(poisoned) == 16  # more than the ten that may follow each other

@@ -9,7 +9,8 @@ import lightning as L
 
 from spin_lightning.callbacks.progress import was_cut_short
 from spin_lightning.files import refuse_links, run_folder, write_json
-from spin_lightning.models import save_model
+from spin_lightning.model_card import how_to_cast
+from spin_lightning.models import dtype_name, save_model
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -68,11 +69,13 @@ class ExportPolicy(L.Callback):
             **self._state,
             "updates": trainer.global_step,
             "seconds": self._seconds(),
+            "dtype": dtype_name(module.policy.dtype),
+            "stored_dtype": module.stored_dtype,
         }
         card = (
             "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [sft, spin-lightning]\n---\n\n# Supervised fine-tuned policy\n\n"
             + "\n".join(f"- {name}: {value}" for name, value in summary.items())
-            + "\n"
+            + f"\n\n{how_to_cast(summary)}"
         )
         save_model(
             module.policy,

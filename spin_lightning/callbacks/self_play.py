@@ -31,7 +31,7 @@ from spin_lightning.checkpoints import last_checkpoint
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import hold, need_space, read_json, refuse_links, run_folder, sha256_of, write_json
 from spin_lightning.model_card import render_model_card
-from spin_lightning.models import load_policy, save_model, weights_hash
+from spin_lightning.models import dtype_name, load_policy, save_model, weights_hash
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
 from spin_lightning.pairs import PairMaker, own_pairs
@@ -279,6 +279,8 @@ class SelfPlay(L.Callback):
             "last_loss": self._clock.get("last_loss"),
             "updates": self.trainer.global_step - self._clock["first_step"],
             "seconds": self._clock["seconds"],
+            "dtype": dtype_name(module.policy.dtype),
+            "stored_dtype": module.stored_dtype,
             "val_nll": None if nll is None else float(nll),
             "epoch_metrics": {name: float(value) for name, value in module.metrics.compute().items()},
             "pairs": self._report,
@@ -368,19 +370,12 @@ class SelfPlay(L.Callback):
 
     def _load(self, module: SpinLightningModule, iteration: int) -> Any:
         """The policy exported after an iteration; before the first one, the model the game started from."""
-        dtype = next(module.policy.parameters()).dtype
-        if iteration >= 0:
-            return load_policy(
-                str(self.folder(iteration) / "policy"),
-                trust_remote_code=module.trust_remote_code,
-                dtype=dtype,
-                attn_implementation=module.attn_implementation,
-            )
+        if iteration < 0:
+            return module.load_start()
         return load_policy(
-            module.model_name_or_path,
-            revision=module.revision,
+            str(self.folder(iteration) / "policy"),
             trust_remote_code=module.trust_remote_code,
-            dtype=dtype,
+            dtype=next(module.policy.parameters()).dtype,
             attn_implementation=module.attn_implementation,
         )
 

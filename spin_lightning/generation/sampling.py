@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def uniforms_of(seed: int, max_new_tokens: int) -> Tensor:
-    """The random numbers of one answer, one for each token it may have, shape ``(max_new_tokens,)``."""
+    """The random numbers of one answer, one for each token it may have, shape ``(max_new_tokens,)``.
+
+    Of the seed only the lower 32 bits count: torch's generator on the CPU, a Mersenne Twister, begins with no more.
+    """
     return torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
 
 
