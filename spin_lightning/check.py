@@ -146,7 +146,8 @@ def _summary(data: SyntheticDataModule) -> list[str]:
     report = data.report
     lines = [f"format: {report['train_data']['format']}"]
     for part, name in (("train", "to train on"), ("held_out", "held out")):
-        lines.append(f"{name}: {report[part]['prompts']} rows")
+        of = f", a sample of {report[part]['sample_of']}" if "sample_of" in report[part] else ""
+        lines.append(f"{name}: {report[part]['prompts']} rows{of}")
         for kind in ("prompt_tokens", "real_tokens"):
             if spread := report[part][kind]:
                 what = "prompts" if kind == "prompt_tokens" else "real answers"

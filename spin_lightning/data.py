@@ -210,13 +210,15 @@ class SyntheticDataModule(L.LightningDataModule):
         self.refuse_longer_than(self.encoder.tokenizer.model_max_length, "its tokenizer's model_max_length is")
 
     def _refuse_less_than_a_batch(self) -> None:
-        num_pairs = len(self.prompts) * self.answers_per_prompt
-        if num_pairs < self.batch_size and self.sample is None:
+        num_prompts = self.report["train"].get("sample_of", len(self.prompts))
+        if num_prompts * self.answers_per_prompt < self.batch_size:
             answers = f" with {self.answers_per_prompt} answers each" if self.answers_per_prompt > 1 else ""
             train, num_rows = self.report["train"], self.report["train_data"]["rows_kept"]
+            refused = train["refused_rows"]["count"]
             raise UserError(
-                f"{len(self.prompts)} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of {num_rows} rows "
-                f"{num_rows - train['rows']} are held out and {train['long_prompts']['count']} have prompts that are too long. "
+                f"{num_prompts} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of {num_rows} rows "
+                f"{num_rows - train['rows']} are held out and {train['long_prompts']['count']} have prompts that are too long"
+                f"{f', {refused} are refused by the chat template' if refused else ''}. "
                 "Lower data.batch_size, or give more rows."
             )
 
@@ -279,7 +281,9 @@ class SyntheticDataModule(L.LightningDataModule):
 
     def _encode(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
         """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
+        sample_of = {}
         if self.sample is not None and self.sample < len(rows):
+            sample_of = {"sample_of": len(rows)}
             chosen = sorted(random.Random(f"sample/{self.seed}").sample(range(len(rows)), self.sample))
             print(f"note: of {len(rows)} rows {self.sample} are encoded and counted ({part}), a sample")
             rows = [rows[index] for index in chosen]
@@ -328,6 +332,7 @@ class SyntheticDataModule(L.LightningDataModule):
         _print_noted(noted, " (held-out rows)" if part == "held_out" else "")
         self.report[part] = {
             "rows": len(rows),
+            **sample_of,
             "prompts": len(prompts),
             **_as_dicts(noted),
             "prompt_tokens": _spread([len(prompt.prompt_ids) for prompt in prompts]),

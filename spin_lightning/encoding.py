@@ -121,12 +121,11 @@ class Encoder:
         """
         vocabulary = {number: text for text, number in self.tokenizer.get_vocab().items()}
         ends = dict.fromkeys([self.terminator_id, self._shape.call_terminator_id, *self.end_ids])
-        for token in sorted({*ids} & vocabulary.keys() - ends.keys()):
-            if token in self._added or token == self.tokenizer.eos_token_id:
-                ends[token] = None
-            else:
-                text = vocabulary[token]
-                print(f"note: the model's settings end answers at {text!r} ({token}), an ordinary token; it is ignored")
+        given = sorted({*ids} & vocabulary.keys() - ends.keys())
+        ordinary = {n: vocabulary[n] for n in given if n not in self._added and n != self.tokenizer.eos_token_id}
+        if ordinary:
+            print(f"note: the model's settings end answers at ordinary tokens, which are ignored: {ordinary}")
+        ends |= dict.fromkeys(number for number in given if number not in ordinary)
         self.end_ids = tuple(ends)
         texts = [vocabulary[token] for token in self.end_ids]
         named = [text for text in self.tokenizer.special_tokens_map.values() if isinstance(text, str)]
