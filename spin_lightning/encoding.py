@@ -265,8 +265,7 @@ class Encoder:
         """Ids of rendered texts. Those without a marked token, which are nearly all, go to the tokenizer together."""
         is_marked = [_START in text or _END in text for text in texts]
         plain = [text for text, whether in zip(texts, is_marked, strict=True) if not whether]
-        settings = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        found = iter(self.tokenizer(plain, add_special_tokens=False, **settings).input_ids if plain else [])
+        found = iter(self._plain_ids(plain) if plain else [])
         try:
             return [
                 [int(token) for token in encode_marked_chat(self.tokenizer, text)] if whether else next(found)
@@ -274,6 +273,15 @@ class Encoder:
             ]
         except ValueError as error:  # the tokenizer makes a control token of plain text too
             raise UserError(f"{error}. Remove it from the rows.") from error
+
+    def _plain_ids(self, texts: list[str]) -> list[list[int]]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _ids_behind(self, text: str) -> list[int]:
         """Ids of a text that follows another: behind a newline, as some tokenizers put a space before a first word."""
