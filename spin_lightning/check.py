@@ -75,12 +75,19 @@ def main(args: list[str]) -> None:
     module = _make(stage.module_class, model)
     if stage is SpinCLI:
         module.check_schedules(_make(SelfPlay, settings.self_play).iterations)
-    if data.tokenizer_name_or_path is None:
+    if data.tokenizer_name_or_path is not None:
+        data.tokenizer = load_tokenizer(data.tokenizer_name_or_path)
+    else:
         data.tokenizer = load_tokenizer(
             model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     data.sample = sample
-    data.end_ids = end_ids(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    data.end_ids = end_ids(
+        model.model_name_or_path,
+        data.tokenizer,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
     data.setup("fit")
     limit = context_length(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     if limit is not None:

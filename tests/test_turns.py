@@ -62,9 +62,14 @@ def test_ends_of_a_model_are_those_it_is_saved_with(
     model.save_pretrained(tmp_path)
     assert end_ids_of(model) == expected
     (tmp_path / "model.safetensors").unlink()  # no weights are read
-    assert end_ids(str(tmp_path)) == expected
+    assert end_ids(str(tmp_path), byte_tokenizer()) == expected
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
-    assert end_ids(str(tmp_path)) == ([] if config is None else [config])
+    assert end_ids(str(tmp_path), byte_tokenizer()) == ([] if config is None else [config])
+
+
+def test_a_gguf_file_ends_answers_as_its_tokenizer_does(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"")  # not read: its metadata take seconds
+    assert end_ids(str(tmp_path / "model.gguf"), byte_tokenizer()) == [258]
 
 
 def test_exported_policy_ends_answers_where_they_were_ended(tmp_path: Path) -> None:
