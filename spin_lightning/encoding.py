@@ -503,9 +503,14 @@ class _TurnShape:
         def tokens(text: str) -> list[int]:
             """Added tokens, apart from white space and from pairs of tags that the template only explains or fills itself."""
             ids = tokenizer.encode(text, add_special_tokens=False)
-            found = {token: encoder._added[token] for token in ids if token in encoder._added}
-            paired = {tag for tag in found.values() if _partner(tag)[0] in found.values()}
-            return [token for token in found if not found[token].isspace() and found[token] not in paired]
+            found = list(dict.fromkeys(encoder._added[token] for token in ids if token in encoder._added))
+            paired = set()
+            for place, tag in enumerate(found):
+                partner, is_closing = _partner(tag)
+                if not is_closing and partner in found[place:]:
+                    paired |= {tag, partner}
+            kept = {tag for tag in found if not tag.isspace()} - paired
+            return [token for token in dict.fromkeys(ids) if encoder._added.get(token) in kept]
 
         encoder._render([turns["Q"], turns["A"]])  # a template that refuses this says so
         opening, head = between("Q", "Q", is_open=True), between("QA", "Q", "A")

@@ -867,6 +867,13 @@ def test_a_template_that_strips_reasoning_from_every_turn_does_not_strip_it_from
     assert noted(encoder, Row(messages("Hi"), "<think>\nas\n</think>\n\nso")) == {"encoded_apart"}
 
 
+def test_a_block_that_the_template_explains_to_the_model_is_no_part_of_turns() -> None:
+    explained = "{{ '<|im_start|>system\nThink in <think> and </think>.' + '<|im_end|>\n' }}" + CHATML
+    encoder = thinking(explained)
+    expected = expected_ids(encoder.tokenizer, [THINK, "as", END_THINK, "so", IM_END])
+    assert real(encoder, "<think>as</think>so") == expected
+
+
 def test_reasoning_that_no_template_writes_is_counted() -> None:
     row = Row(messages("Hi"), "so", {"reasoning_content": "as"})
     assert noted(FAMILIES["chatml"].encoder(), row) == {"reasoning_left_out"}
