@@ -77,12 +77,19 @@ def main(args: list[str]) -> None:
     module = _make(stage.module_class, model)
     if stage is SpinCLI:
         module.check_schedules(_make(SelfPlay, settings.self_play).iterations)
-    if data.tokenizer_name_or_path is None:
+    if data.tokenizer_name_or_path is not None:
+        data.tokenizer = load_tokenizer(data.tokenizer_name_or_path)
+    else:
         data.tokenizer = load_tokenizer(
             model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     data.sample = sample
-    data.end_ids = end_ids(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    data.end_ids = end_ids(
+        model.model_name_or_path,
+        data.tokenizer,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
     data.setup("fit")
     config = load_config(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     if (limit := context_length(config)) is not None:
@@ -145,7 +152,8 @@ def _summary(data: SyntheticDataModule) -> list[str]:
     report = data.report
     lines = [f"format: {report['train_data']['format']}"]
     for part, name in (("train", "to train on"), ("held_out", "held out")):
-        lines.append(f"{name}: {report[part]['prompts']} rows")
+        of = f", a sample of {report[part]['sample_of']}" if "sample_of" in report[part] else ""
+        lines.append(f"{name}: {report[part]['prompts']} rows{of}")
         for kind in ("prompt_tokens", "real_tokens"):
             if spread := report[part][kind]:
                 what = "prompts" if kind == "prompt_tokens" else "real answers"

@@ -217,13 +217,15 @@ class SyntheticDataModule(L.LightningDataModule):
         self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
 
     def _refuse_less_than_a_batch(self) -> None:
-        num_pairs = len(self.prompts) * self.answers_per_prompt
-        if num_pairs < self.batch_size and self.sample is None:
+        num_prompts = self.report["train"].get("sample_of", len(self.prompts))
+        if num_prompts * self.answers_per_prompt < self.batch_size:
             answers = f" with {self.answers_per_prompt} answers each" if self.answers_per_prompt > 1 else ""
             train, num_rows = self.report["train"], self.report["train_data"]["rows_kept"]
+            refused = train["refused_rows"]["count"]
             raise UserError(
-                f"{len(self.prompts)} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of {num_rows} rows "
-                f"{num_rows - train['rows']} are held out and {train['long_prompts']['count']} have prompts that are too long. "
+                f"{num_prompts} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of {num_rows} rows "
+                f"{num_rows - train['rows']} are held out and {train['long_prompts']['count']} have prompts that are too long"
+                f"{f', {refused} are refused by the chat template' if refused else ''}. "
                 "Lower data.batch_size, or give more rows."
             )
 
@@ -279,14 +281,11 @@ class SyntheticDataModule(L.LightningDataModule):
                 report = read_json(Path(folder) / "data_report.json") or {}
                 began = began or report.get("template_time")
         encoder = Encoder(tokenizer, self.prompt_template, None if began is None else _time(began))
-        if self.end_ids is None and module is not None:
-            policy = getattr(module, "policy", None)
-            self.end_ids = (
-                end_ids_of(policy)
-                if policy is not None
-                else end_ids(
-                    module.model_name_or_path, revision=module.revision, trust_remote_code=module.trust_remote_code
-                )
+        if self.end_ids is None and (policy := getattr(module, "policy", None)) is not None:
+            self.end_ids = end_ids_of(policy)
+        elif self.end_ids is None and isinstance(name := getattr(module, "model_name_or_path", None), str):
+            self.end_ids = end_ids(
+                name, tokenizer, revision=module.revision, trust_remote_code=module.trust_remote_code
             )
         encoder.end_at(self.end_ids or ())
         if encoder.time is not None:
@@ -295,7 +294,9 @@ class SyntheticDataModule(L.LightningDataModule):
 
     def _encode(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
         """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
+        sample_of = {}
         if self.sample is not None and self.sample < len(rows):
+            sample_of = {"sample_of": len(rows)}
             chosen = sorted(random.Random(f"sample/{self.seed}").sample(range(len(rows)), self.sample))
             say(f"note: of {len(rows)} rows {self.sample} are encoded and counted ({part}), a sample")
             rows = [rows[index] for index in chosen]
@@ -344,6 +345,7 @@ class SyntheticDataModule(L.LightningDataModule):
         _print_noted(noted, " (held-out rows)" if part == "held_out" else "")
         self.report[part] = {
             "rows": len(rows),
+            **sample_of,
             "prompts": len(prompts),
             **_as_dicts(noted),
             "prompt_tokens": _spread([len(prompt.prompt_ids) for prompt in prompts]),

@@ -122,12 +122,11 @@ class Encoder:
         """
         vocabulary = {number: text for text, number in self.tokenizer.get_vocab().items()}
         ends = dict.fromkeys([self.terminator_id, self._shape.call_terminator_id, *self.end_ids])
-        for token in sorted({*ids} & vocabulary.keys() - ends.keys()):
-            if token in self._added or token == self.tokenizer.eos_token_id:
-                ends[token] = None
-            else:
-                text = vocabulary[token]
-                say(f"note: the model's settings end answers at {text!r} ({token}), an ordinary token; it is ignored")
+        given = sorted({*ids} & vocabulary.keys() - ends.keys())
+        ordinary = {n: vocabulary[n] for n in given if n not in self._added and n != self.tokenizer.eos_token_id}
+        if ordinary:
+            say(f"note: the model's settings end answers at ordinary tokens, which are ignored: {ordinary}")
+        ends |= dict.fromkeys(number for number in given if number not in ordinary)
         self.end_ids = tuple(ends)
         texts = [vocabulary[token] for token in self.end_ids]
         named = [text for text in self.tokenizer.special_tokens_map.values() if isinstance(text, str)]
@@ -267,8 +266,7 @@ class Encoder:
         """Ids of rendered texts. Those without a marked token, which are nearly all, go to the tokenizer together."""
         is_marked = [_START in text or _END in text for text in texts]
         plain = [text for text, whether in zip(texts, is_marked, strict=True) if not whether]
-        settings = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        found = iter(self.tokenizer(plain, add_special_tokens=False, **settings).input_ids if plain else [])
+        found = iter(self._plain_ids(plain) if plain else [])
         try:
             return [
                 [int(token) for token in encode_marked_chat(self.tokenizer, text)] if whether else next(found)
@@ -276,6 +274,15 @@ class Encoder:
             ]
         except ValueError as error:  # the tokenizer makes a control token of plain text too
             raise UserError(f"{error}. Remove it from the rows.") from error
+
+    def _plain_ids(self, texts: list[str]) -> list[list[int]]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _ids_behind(self, text: str) -> list[int]:
         """Ids of a text that follows another: behind a newline, as some tokenizers put a space before a first word."""
@@ -497,9 +504,14 @@ class _TurnShape:
         def tokens(text: str) -> list[int]:
             """Added tokens, apart from white space and from pairs of tags that the template only explains or fills itself."""
             ids = tokenizer.encode(text, add_special_tokens=False)
-            found = {token: encoder._added[token] for token in ids if token in encoder._added}
-            paired = {tag for tag in found.values() if _partner(tag)[0] in found.values()}
-            return [token for token in found if not found[token].isspace() and found[token] not in paired]
+            found = list(dict.fromkeys(encoder._added[token] for token in ids if token in encoder._added))
+            paired = set()
+            for place, tag in enumerate(found):
+                partner, is_closing = _partner(tag)
+                if not is_closing and partner in found[place:]:
+                    paired |= {tag, partner}
+            kept = {tag for tag in found if not tag.isspace()} - paired
+            return [token for token in dict.fromkeys(ids) if encoder._added.get(token) in kept]
 
         encoder._render([turns["Q"], turns["A"]])  # a template that refuses this says so
         opening, head = between("Q", "Q", is_open=True), between("QA", "Q", "A")

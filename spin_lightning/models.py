@@ -233,8 +233,14 @@ def end_ids_of(model: Any) -> list[int]:
     return _as_list(found if found is not None else getattr(model.config, "eos_token_id", None))
 
 
-def end_ids(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> list[int]:
-    """The same of a model that is not loaded.
+def end_ids(
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[int]:
+    """The same of a model that is not loaded. A ``.gguf`` file has no other than its tokenizer's.
 
     Raises:
         UserError: Nothing can be loaded under that name.
@@ -242,15 +248,16 @@ def end_ids(name_or_path: str, *, revision: str | None = None, trust_remote_code
     from transformers import GenerationConfig
 
     where = _reachable(name_or_path)
-    if "gguf_file" not in where:
-        try:
-            own = GenerationConfig.from_pretrained(
-                where["pretrained_model_name_or_path"], revision=revision or "main"
-            ).eos_token_id
-        except (OSError, ValueError):  # a model need not have one
-            own = None
-        if own is not None:
-            return _as_list(own)
+    if "gguf_file" in where:
+        return _as_list(tokenizer.eos_token_id)
+    try:
+        own = GenerationConfig.from_pretrained(
+            where["pretrained_model_name_or_path"], revision=revision or "main"
+        ).eos_token_id
+    except (OSError, ValueError):  # a model need not have one
+        own = None
+    if own is not None:
+        return _as_list(own)
     config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     return _as_list(getattr(config, "eos_token_id", None))
 

@@ -208,7 +208,9 @@ class PairMaker:
                 f"only if that is one of {list(ends)}, else 'length'"
             )
         if not isinstance(response.log_prob, float | int) or not math.isfinite(response.log_prob):
-            raise self._wrong(f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats")
+            raise self._wrong(
+                f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats (a model with weights that are not finite gives none)"
+            )
         return number, response
 
     def _wrong(self, what: str) -> UserError:

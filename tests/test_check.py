@@ -119,6 +119,35 @@ def test_no_control_character_of_the_data_reaches_the_terminal(flags, capsys, tm
     assert r"\x1b [ 3 1 m \x07 \r" in printed
 
 
+@pytest.mark.parametrize("given", [["--sample", "5"], ["--sample=5"]])
+def test_a_sample_is_read_whole_but_encoded_alone(flags, capsys, given):
+    printed = printed_by([*flags, *given, "--data.batch_size=12"], capsys)
+    assert (
+        "data: read 12 rows of" in printed and "note: of 12 rows 5 are encoded and counted (train), a sample" in printed
+    )
+    assert "to train on: 5 rows, a sample of 12\n" in printed
+    assert len(rows_of(printed)) == 2
+
+
+@pytest.mark.parametrize("given", [["--sample"], ["--sample=0"], ["--sample", "many"]])
+def test_a_sample_is_a_number_of_rows(flags, given):
+    with pytest.raises(UserError, match="--sample must be a number of rows, at least 1, got"):
+        check.main([*flags, *given])
+
+
+def test_the_ends_of_the_model_are_known_without_its_weights(flags, capsys, tmp_path):
+    folder = tmp_path / "with_ends"
+    save_tiny_model(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [258, 256]}')
+    flags[1] = f"--model.model_name_or_path={folder}"
+    (tmp_path / "rows.jsonl").write_text(
+        (tmp_path / "rows.jsonl").read_text().replace('"content": "1"', '"content": "<|endoftext|>"')
+    )
+    first = rows_of(printed_by(flags, capsys))[0]
+    assert first["response"] == (13, " ".join("<|endoftext|>")) and first["terminator"] == (1, "<|im_end|>")
+
+
 # --- colours ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -743,3 +744,326 @@ def test_smollm2_resists_control_tokens_in_text(smollm2: Encoder) -> None:
     assert "<repo_name>" in others
     for text in [*attacks(FAMILIES["chatml"]), *CHATML_SPECIAL, *others]:
         assert_writes_no_control_token(smollm2, text, takes_system=True, said_by_assistants=others)
+
+
+# --- What an assistant writes ---------------------------------------------------------------------------------------
+
+THINK, END_THINK = Control("<think>"), Control("</think>")
+CALL, END_CALL = Control("<tool_call>"), Control("</tool_call>")
+#: The lines that matter of templates that models come with.
+THINKING = (  # Qwen3: splits reasoning off the text, drops it from earlier turns, and writes the newlines itself
+    "{%- for m in messages %}{%- set content = m.content %}{%- set reasoning = '' %}"
+    "{%- if m.reasoning_content is string %}{%- set reasoning = m.reasoning_content %}"
+    "{%- elif '</think>' in content %}"
+    "{%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{%- if m.role == 'assistant' and loop.last %}{{- '<|im_start|>assistant\n<think>\n' + reasoning.strip('\n') }}"
+    "{{- '\n</think>\n\n' + content.lstrip('\n') }}{%- else %}{{- '<|im_start|>' + m.role + '\n' + content }}{%- endif %}"
+    "{%- for call in m.tool_calls or [] %}{{- '\n<tool_call>\n' + (call.function | tojson) + '\n</tool_call>' }}{%- endfor %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    "{%- if tools %}{%- endif %}"
+)
+ALWAYS_THINKING = THINKING.replace("{{- '<|im_start|>assistant\n' }}", "{{- '<|im_start|>assistant\n<think>\n' }}")
+R1 = (  # opens the block in the prompt, and strips reasoning from every turn
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
+    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+CLOSED = R1.replace("<|Assistant|><think>\n", "<|Assistant|></think>").replace(  # DeepSeek V3.1 without thinking
+    "'<|Assistant|>' +", "'<|Assistant|></think>' +"
+)
+GLM = (  # nothing closes a turn but the next one's opener
+    "[gMASK]<sop>{% for m in messages %}{{ '<|observation|>' if m.role == 'tool' else '<|' + m.role + '|>' }}"
+    "{{ '\n' + m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+HARMONY = (  # gpt-oss: one answer is several messages, and reads the reasoning under another name
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.thinking %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{% if m.tool_calls %}{{ '<|start|>assistant to=' + m.tool_calls[0].function.name + '<|message|>' }}"
+    "{{ (m.tool_calls[0].function.arguments | tojson) + '<|call|>' }}"
+    "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
+    "{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+COMMAND = (  # Command-R: an answer has an inside that closes before its turn does
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|TURN|><|BOT|><|SAY|>' + m.content + '<|SAID|><|END|>' }}"
+    "{% else %}{{ '<|TURN|><|USER|>' + m.content + '<|END|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|TURN|><|BOT|>' }}{% endif %}"
+)
+PHI3 = (  # the end of the text stands behind the end of the turn
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+A_CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+
+
+def encoder_of(template: str, special: tuple, plain: tuple = (), eos: str = "", **named: str) -> Encoder:
+    tokenizer = byte_tokenizer(special, template, eos or special[0], **named)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    return Encoder(tokenizer)
+
+
+def thinking(template: str = THINKING) -> Encoder:
+    return encoder_of(template, CHATML_SPECIAL, ("<think>", "</think>", "<tool_call>", "</tool_call>"), "<|im_end|>")
+
+
+def deepseek(template: str) -> Encoder:
+    return encoder_of(template, ("</s>", "<s>", "<|User|>", "<|Assistant|>"), ("<think>", "</think>"), bos_token="<s>")
+
+
+def real(encoder: Encoder, answer: str, *asked: dict, **extras: object) -> list[int]:
+    return encoder.encode(0, Row((*asked, *messages("Hi")), answer, extras), 1000).real_ids
+
+
+@pytest.mark.parametrize(
+    "answer", ["<think>\nas\n</think>\n\nso", "<think>as</think>so", "<think>\n\nas\n\n</think>\nso"]
+)
+def test_reasoning_has_the_tokens_and_the_newlines_that_the_template_gives_it(answer: str) -> None:
+    encoder = thinking()
+    expected = expected_ids(encoder.tokenizer, [THINK, "\nas\n", END_THINK, "\n\nso", IM_END])
+    assert real(encoder, answer) == expected
+    assert real(encoder, "so", reasoning_content="as") == expected
+    assert noted(encoder, Row(messages("Hi"), answer)) == set()
+    whole = encoder.tokenizer.apply_chat_template(
+        [*messages("Hi"), {"role": "assistant", "content": answer}], return_dict=False
+    )
+    assert whole[len(encoder.prompt_ids(messages("Hi"))) : -1] == expected  # but for the newline behind the turn
+
+
+@pytest.mark.parametrize("template", [ALWAYS_THINKING, R1])
+def test_an_answer_goes_on_where_the_prompt_opened_a_block(template: str) -> None:
+    encoder = thinking(template) if template == ALWAYS_THINKING else deepseek(template)
+    end = Control(encoder.tokenizer.convert_ids_to_tokens(encoder.terminator_id))
+    assert encoder.tokenizer.decode(encoder.prompt_ids(messages("Hi"))).endswith("<think>\n")
+    expected = expected_ids(encoder.tokenizer, ["as\n", END_THINK, "\n\nso", end])
+    earlier = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>\nx\n</think>\n\ny"})
+    for asked in ((), earlier):
+        for answer in (
+            "<think>\nas\n</think>\n\nso",
+            "as\n</think>\n\nso",
+        ):  # many data sets leave the prompt's tag out
+            assert real(encoder, answer, *asked) == expected
+            assert "no_reasoning" not in noted(encoder, Row(messages("Hi"), answer))
+        assert real(encoder, "so", *asked, reasoning_content="as") == expected
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, ["\n", END_THINK, "\n\nso", end])
+    assert "no_reasoning" in noted(encoder, Row(messages("Hi"), "so"))
+
+
+def test_no_reasoning_comes_behind_a_prompt_that_closed_its_block() -> None:
+    encoder = deepseek(CLOSED)
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, ["so", EOS])
+    assert real(encoder, "<think>as</think>so") == expected_ids(encoder.tokenizer, ["so", EOS])
+    assert noted(encoder, Row(messages("Hi"), "<think>as</think>so")) == {"reasoning_left_out"}
+    assert noted(encoder, Row(messages("Hi"), "so")) == set()
+
+
+def test_a_template_that_strips_reasoning_from_every_turn_does_not_strip_it_from_the_answer() -> None:
+    encoder = deepseek(R1.replace("<|Assistant|><think>\n", "<|Assistant|>"))
+    expected = expected_ids(encoder.tokenizer, [THINK, "\nas\n", END_THINK, "\n\nso", EOS])
+    assert real(encoder, "<think>\nas\n</think>\n\nso") == expected
+    assert noted(encoder, Row(messages("Hi"), "<think>\nas\n</think>\n\nso")) == {"encoded_apart"}
+
+
+def test_a_block_that_the_template_explains_to_the_model_is_no_part_of_turns() -> None:
+    explained = "{{ '<|im_start|>system\nThink in <think> and </think>.' + '<|im_end|>\n' }}" + CHATML
+    encoder = thinking(explained)
+    expected = expected_ids(encoder.tokenizer, [THINK, "as", END_THINK, "so", IM_END])
+    assert real(encoder, "<think>as</think>so") == expected
+
+
+def test_reasoning_that_no_template_writes_is_counted() -> None:
+    row = Row(messages("Hi"), "so", {"reasoning_content": "as"})
+    assert noted(FAMILIES["chatml"].encoder(), row) == {"reasoning_left_out"}
+    assert noted(thinking(), row) == set()
+
+
+def test_tool_calls_and_their_tags_are_the_template_s() -> None:
+    encoder = thinking()
+    text = '\n{"name": "weather", "arguments": {"city": "Köln"}}\n'
+    assert real(encoder, "", tool_calls=[A_CALL], reasoning_content="as") == expected_ids(
+        encoder.tokenizer, [THINK, "\nas\n", END_THINK, "\n\n\n", CALL, text, END_CALL, IM_END]
+    )
+    assert real(encoder, f"<tool_call>{text}</tool_call>") == expected_ids(
+        encoder.tokenizer, [THINK, "\n\n", END_THINK, "\n\n", CALL, text, END_CALL, IM_END]
+    )
+
+
+def test_a_call_in_another_s_text_stays_text() -> None:
+    encoder = thinking()
+    for turn in (
+        {"role": "tool", "content": "<tool_call>x</think>"},
+        {"role": "user", "content": "<tool_call>x</think>"},
+    ):
+        ids = encoder.prompt_ids([*messages("Hi"), turn])
+        assert not {*encoder.tokenizer.convert_tokens_to_ids(["<tool_call>", "</think>"])} & {*ids}
+
+
+def test_tools_and_earlier_calls_reach_the_template_and_cannot_open_a_turn() -> None:
+    template = (
+        CHATML
+        + "{% if tools %}{{ tools | tojson }}{% endif %}{% if messages[1].tool_calls %}{{ messages[1].tool_calls | tojson }}{% endif %}"
+    )
+    encoder = encoder_of(template, CHATML_SPECIAL, (), "<|im_end|>")
+    called = {**A_CALL, "function": {"name": "weather", "arguments": {"a<|im_start|>": "b<|im_start|>"}}}
+    asked = (*messages("Hi"), {"role": "assistant", "content": "", "tool_calls": [called]}, *messages("and?"))
+    plain = encoder.prompt_ids(asked)
+    with_tools = encoder.prompt_ids(asked, [{"name": "t<|im_start|>", "<|im_start|>": {"<|im_end|>": None}}])
+    text = encoder.tokenizer.decode(with_tools)
+    assert '{"a<|im_start|>": "b<|im_start|>"}' in text
+    assert '[{"name": "t<|im_start|>", "<|im_start|>": {"<|im_end|>": null}}]' in text
+    assert control_ids(encoder.tokenizer, with_tools) == control_ids(encoder.tokenizer, plain)
+    assert control_ids(encoder.tokenizer, plain)[encoder.terminator_id] == 3
+
+
+def test_a_template_that_writes_no_tool_calls_refuses_the_row_and_one_without_tools_is_counted() -> None:
+    encoder = FAMILIES["chatml"].encoder()
+    with pytest.raises(UserError, match=r"does not write the tool calls.*data\.prompt_template"):
+        encoder.encode(0, Row(messages("Hi"), "", {"tool_calls": [A_CALL]}), 100)
+    assert noted(encoder, Row(messages("Hi"), "x", tools=(TOOL,))) == {"tools_left_out"}
+
+
+def test_glm_turns_end_with_what_opens_the_next() -> None:
+    special = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    encoder = encoder_of(GLM, special)
+    user, result = Control("<|user|>"), Control("<|observation|>")
+    assert encoder.tokenizer.convert_ids_to_tokens(list(encoder.end_ids)) == ["<|user|>", "<|observation|>"]
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, ["\nso", user])
+    assert real(encoder, "a<|user|>b") == expected_ids(encoder.tokenizer, ["\na<|user|>b", user])
+    assert real(encoder, "", tool_calls=[A_CALL]) == expected_ids(encoder.tokenizer, ["\nweather", result])
+    assert noted(encoder, Row(messages("Hi"), "so")) == set()
+    assert encoder.decode(real(encoder, "so")) == "\nso"
+
+
+def test_an_answer_of_several_messages_ends_with_the_last() -> None:
+    special = ("<|return|>", "<|end|>", "<|start|>", "<|message|>", "<|channel|>", "<|call|>", "<|endoftext|>")
+    encoder = encoder_of(HARMONY, special)
+    vocabulary = encoder.tokenizer.get_vocab()
+    encoder.end_at([vocabulary[token] for token in ("<|return|>", "<|call|>", "<|endoftext|>")])
+    channel, message = Control("<|channel|>"), Control("<|message|>")
+    final = [channel, "final", message, "so", Control("<|return|>")]
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, final)
+    analysis = [channel, "analysis", message, "as", Control("<|end|>"), Control("<|start|>"), "assistant"]
+    assert real(encoder, "so", reasoning_content="as") == expected_ids(encoder.tokenizer, [*analysis, *final])
+    assert real(encoder, "", tool_calls=[A_CALL]) == expected_ids(
+        encoder.tokenizer, [" to=weather", message, '{"city": "Köln"}', Control("<|call|>")]
+    )
+    spelt = real(encoder, "<|start|><|channel|><|message|><|call|>")  # only the channel is no part of a turn's ends
+    assert [token for token in spelt if token >= 256][2:] == [vocabulary["<|channel|>"], vocabulary["<|return|>"]]
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "eos", "answer"),
+    [
+        (
+            COMMAND,
+            ("<|END|>", "<|TURN|>", "<|BOT|>", "<|USER|>", "<|SAY|>", "<|SAID|>"),
+            "<|END|>",
+            [Control("<|SAY|>"), "so", Control("<|SAID|>"), Control("<|END|>")],
+        ),
+        (PHI3, ("</s>", "<|user|>", "<|assistant|>", "<|end|>"), "</s>", ["so", Control("<|end|>")]),
+    ],
+    ids=["command", "phi3"],
+)
+def test_the_end_of_a_turn_is_what_ends_other_turns_too(template: str, special: tuple, eos: str, answer: list) -> None:
+    encoder = encoder_of(template, special, (), eos)
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, answer)
+
+
+def test_the_model_s_own_ends_end_answers_too(capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = encoder_of(
+        LLAMA3, (*FAMILIES["llama3"].special, "<|eom_id|>", "<|python_tag|>"), (), "<|end_of_text|>", bos_token="<s>"
+    )
+    vocabulary = encoder.tokenizer.get_vocab()
+    end, eom, text = (vocabulary[token] for token in ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"))
+    encoder.end_at([text, eom, end, 10_000, -1])
+    assert encoder.end_ids[0] == encoder.terminator_id == end and {*encoder.end_ids} == {end, eom, text}
+    assert encoder.decode([72, eom]) == encoder.decode([72, end]) == encoder.decode([72])
+    assert capsys.readouterr().out == ""
+    encoder.end_at([65])
+    assert "end answers at ordinary tokens, which are ignored: {65: 'b'}" in capsys.readouterr().out
+    assert 65 not in encoder.end_ids
+    expected = expected_ids(encoder.tokenizer, [Control("<|python_tag|>"), "f()<|eom_id|>", EOT])
+    assert real(encoder, "<|python_tag|>f()<|eom_id|>") == expected
+
+
+def test_a_prompt_may_hold_ends_and_so_may_what_precedes_an_answer() -> None:
+    template = "{% for m in messages %}{{ eos_token + m.role + ':' + m.content + eos_token }}{% endfor %}"
+    encoder = encoder_of(template, ("</s>",))  # no generation prompt: the answer begins with its turn's opener
+    assert real(encoder, "so", *messages("a")) == expected_ids(encoder.tokenizer, [EOS, "assistant:so", EOS])
+
+
+# --- Several templates, and the time --------------------------------------------------------------------------------
+
+NAMED = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML, "rag": "rag" + CHATML}
+
+
+def test_of_several_templates_the_default_is_used_and_the_one_for_tools(capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = Encoder(byte_tokenizer(chat_template=NAMED))
+    assert (
+        "note: of the tokenizer's chat templates, ['default', 'rag', 'tool_use'], 'default'" in capsys.readouterr().out
+    )
+    plain = Encoder(byte_tokenizer())
+    assert encoder.prompt_ids(messages("Hi")) == plain.prompt_ids(messages("Hi"))
+    with_tools = encoder.encode(0, Row(messages("Hi"), "so", tools=(TOOL,)), 100)
+    assert encoder.tokenizer.decode(with_tools.prompt_ids).startswith('[{"type": "function"')
+    assert with_tools.real_ids == plain.encode(0, Row(messages("Hi"), "so"), 100).real_ids
+    assert encoder.tokenizer.chat_template == NAMED  # exported as they were
+    assert encoder.fingerprint != plain.fingerprint
+
+
+def test_one_of_several_templates_is_taken_by_its_name() -> None:
+    encoder = Encoder(byte_tokenizer(chat_template=NAMED), "rag")
+    assert encoder.tokenizer.decode(encoder.prompt_ids(messages("Hi"))).startswith("rag<|im_start|>user")
+    with pytest.raises(UserError, match=r"several chat templates, \['a', 'b'\], and none is named 'default'"):
+        Encoder(byte_tokenizer(chat_template={"b": CHATML, "a": CHATML}))
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_time_it_is_given() -> None:
+    template = "{{ '<|im_start|>' + strftime_now('%d %b %Y') + '<|im_end|>' }}" + CHATML
+    encoder = Encoder(byte_tokenizer(chat_template=template), now=datetime(2031, 2, 3, 4, 5, 6))
+    assert encoder.tokenizer.decode(encoder.prompt_ids(messages("Hi"))).startswith("<|im_start|>03 Feb 2031<|im_end|>")
+    assert encoder.time == "2031-02-03T04:05:06"
+    assert encoder.tokenizer.chat_template == template
+    assert Encoder(byte_tokenizer()).time is None
+    today = Encoder(byte_tokenizer(chat_template=template))
+    assert datetime.fromisoformat(today.time or "") <= datetime.now()
+
+
+# --- Many rows at once ----------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_many_rows_get_the_ids_of_each_alone_and_of_transformers(family: Family) -> None:
+    encoder, numbers = family.encoder(), random.Random(1)
+    fragments = [*family.special, *family.plain, "a", " ", "\n", "ß", "日本", "def f():", family.terminator.name[:3]]
+
+    def text() -> str:
+        return "".join(numbers.choices(fragments, k=numbers.randint(1, 9)))
+
+    rows = [
+        Row(messages(text(), text() if family.system and numbers.random() < 0.4 else None), text()) for _ in range(60)
+    ]
+    together = list(encoder.encode_rows(rows, 30))
+    assert together == [next(encoder.encode_rows([row], 30)) for row in rows]
+    for row, encoded in zip(rows, together, strict=True):
+        assert isinstance(encoded, Encoded)
+        assert encoded.prompt_ids == encoder.tokenizer.apply_chat_template(
+            list(row.prompt), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
+
+
+def test_a_refused_row_does_not_disturb_its_neighbours() -> None:
+    encoder = FAMILIES["gemma"].encoder()
+    rows = [Row(messages("a"), "b"), Row(messages("a", "rule"), "b"), Row(messages("a"), "b")]
+    first, refused, last = encoder.encode_rows(rows, 30)
+    assert isinstance(refused, UserError) and "System role not supported" in str(refused)
+    assert first == last == next(encoder.encode_rows(rows[:1], 30))
+
+
+def test_what_a_template_says_reaches_no_terminal_raw() -> None:
+    template = "{{ raise_exception(messages[0].content) if '[31m' in messages[0].content }}" + CHATML
+    (refused,) = Encoder(byte_tokenizer(chat_template=template)).encode_rows([Row(messages("\x1b[31m"), "b")], 30)
+    assert r"\x1b[31m" in str(refused) and "\x1b" not in str(refused)
