@@ -31,8 +31,6 @@ from spin_lightning.types import PairBatch, PairLogProbs, ResponseBatch, UserErr
 AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 #: Tokens of the longest sequence that ways are tried on, where a model takes so many.
 PROBE_TOKENS = 128
-#: A token may depend on those after it by so much of how it depends on those before it: the rounding of other experts.
-NOT_CAUSAL = 0.1
 
 
 def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
@@ -296,35 +294,38 @@ def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
         probe = _probe(model)
         expected = _alone(model, probe)
         *_, (_, longest) = _sequences(probe)
-        future, past, spread = _influences(model, probe.input_ids[longest])
+        length = int(min(len(longest), rope.limit_of(model)))
+        future, past, spread = _influences(model, probe.input_ids[longest[:length]])
     except Exception as error:
         raise UserError(
             f"{name} cannot be trained as a causal language model, which takes token ids and returns logits of the next: "
             f"{_first_line(error)}. Use a decoder-only model (AutoModelForCausalLM)."
         ) from error
-    if future > NOT_CAUSAL * past:
+    dtype = compute_dtype(expected.device, model)
+    eps = torch.finfo(dtype).eps
+    if future > 2 * eps**0.5 * past + 8 * eps * spread:  # rounding, and in a mixture of experts that of other experts
         raise UserError(
             f"{name} is not a causal language model: what it predicts after a token changes with the tokens that come later "
             f"({future:.2g} nats, and {past:.2g} with those before). Such models (BERT, encoders, prefix masks) cannot "
             "generate from left to right. Use a decoder-only model, or set is_decoder or is_causal in its config."
         )
-    dtype = compute_dtype(expected.device, model)
-    rounding = 64 * torch.finfo(dtype).eps * (1 + spread)
+    rounding = 64 * eps * (1 + spread)
     return probe, expected, AGREEMENT[dtype] if past >= 1 else min(AGREEMENT[dtype], AGREEMENT[dtype] * past + rounding)
 
 
 def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float]:
-    """How far the log-probs in the middle of a sequence move when all later tokens change, and when all earlier ones do, on
-    average over the vocabulary, in nats; and the spread of the logits there."""
+    """How far the log-probs in the middle of a sequence move when all later tokens change or go, and when all earlier ones
+    change, on average over the vocabulary, in nats; and the spread of the logits there."""
     middle, others = len(ids) // 2, ids.roll(3)
     place = torch.arange(len(ids), device=ids.device)
-    rows = [ids, torch.where(place > middle, others, ids), torch.where(place < middle, others, ids)]
+    other_future, other_past = (torch.where(where, others, ids) for where in (place > middle, place < middle))
+    rows = [ids, other_future, ids[: middle + 1], other_past]
     logits = torch.stack([model(input_ids=row[None], use_cache=False).logits[0, middle].float() for row in rows])
     log_probs = logits.log_softmax(-1)
     is_possible = log_probs.isfinite().all(0)
     log_probs = log_probs[:, is_possible]
-    future, past = (log_probs[1:] - log_probs[0]).abs().mean(1).tolist()
-    return future, past, float(logits[0, is_possible].std(correction=0))
+    *future, past = (log_probs[1:] - log_probs[0]).abs().mean(1).tolist()
+    return max(future), past, float(logits[0, is_possible].std(correction=0))
 
 
 def _probe(model: nn.Module) -> ResponseBatch:
