@@ -10,7 +10,7 @@ has the number that it has alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,7 +48,13 @@ def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
     way = way_through(model)
     if not len(batch.scored):  # a zero that has a gradient
         return torch.zeros(len(batch), device=batch.input_ids.device) * next(model.parameters()).flatten()[0]
-    values = _token_log_probs(way, model, batch)
+    try:
+        values = _token_log_probs(way, model, batch)
+    except NotImplementedError:  # a mask that only passes longer than those it was tried on have
+        if not is_shared(way):
+            raise
+        way = _chosen[model] = _choose(model, WAYS[1:], "share a prompt in passes as long as this one")
+        values = _token_log_probs(way, model, batch)
     return values.new_zeros(len(batch)).index_add(0, batch.response_index, values)
 
 
@@ -78,8 +84,13 @@ def way_through(model: nn.Module) -> Way:
         UserError: It is not a causal language model.
     """
     if model not in _chosen:
-        _chosen[model] = _choose(model)
+        _chosen[model] = _choose(model, WAYS)
     return _chosen[model]
+
+
+def is_shared(way: Way) -> bool:
+    """Whether a way computes each prompt once for all its responses."""
+    return isinstance(way, partial) and way.func is _shared
 
 
 def _token_log_probs(way: Way, model: nn.Module, batch: ResponseBatch) -> Tensor:
@@ -211,17 +222,19 @@ WAYS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
 
 
 @torch.no_grad()
-def _choose(model: nn.Module) -> Way:
+def _choose(model: nn.Module, ways: Sequence[tuple[Callable[..., Tensor], str, str]], failed: str = "") -> Way:
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
         return _plain
     config: Any = model.config
-    was_training, attention = model.training, config._attn_implementation
+    was_training, attention = model.training, config._attn_implementation.removesuffix(shared_prompt.SUFFIX)
     model.eval()
-    failures, taken = [], ""
+    failures, taken = [f"cannot {failed}"] if failed else [], ""
+    config._attn_implementation = attention
+    unfuse_rms_norms(model)
     try:
         probe, expected, allowed = _reference(model)
         is_linear = head.is_linear(model)
-        for way, ability, by_way in WAYS:
+        for way, ability, by_way in ways:
             chosen: Way = partial(way, is_linear=is_linear) if way in (_shared, _separate) else way
             try:
                 if way is _shared:
@@ -264,8 +277,7 @@ def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
             break
         sequences.append([ids[place] for place in places])
     whole = move_data_to_device(pack([([], [sequence]) for sequence in sequences]), batch.input_ids.device)
-    is_shared = isinstance(way, partial) and way.func is _shared
-    other: Way = partial(_separate, **way.keywords) if is_shared else _alone  # type: ignore[union-attr]
+    other: Way = partial(_separate, **way.keywords) if is_shared(way) else _alone  # type: ignore[attr-defined]
     was_training = model.training
     model.eval()
     try:

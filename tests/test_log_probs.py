@@ -176,7 +176,7 @@ def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
 
 
 def is_shared(model: nn.Module) -> bool:
-    return getattr(log_probs.way_through(model), "func", None) is log_probs._shared
+    return log_probs.is_shared(log_probs.way_through(model))
 
 
 # --- The numbers, on every architecture -----------------------------------------------------------------------------
@@ -575,6 +575,25 @@ def test_the_kind_of_a_mask_is_read_off_its_rows() -> None:
     for other in (chunked_causal_mask_function(8, torch.zeros(1)), bidirectional_mask_function):
         with pytest.raises(NotImplementedError, match="more than a sliding window"):
             shared_prompt._window(other, 70)
+
+
+def test_a_mask_that_only_long_passes_have_is_no_reason_to_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = spread_out(LlamaForCausalLM(LlamaConfig(**SHAPE))).eval()
+    expected = torch.stack([slow_log_prob(model, *row) for row in ROWS])
+    assert is_shared(model) and capsys.readouterr().out == ""
+
+    def changed(*_: Any) -> None:
+        raise NotImplementedError("another mask")
+
+    monkeypatch.setattr(shared_prompt, "_window", changed)
+    for _ in range(2):
+        assert_close(response_log_probs(model, pack(GROUPS)), expected, 1e-4)
+    said = capsys.readouterr().out
+    assert said.count("note: LlamaForCausalLM cannot share a prompt in passes as long as this one; its log-probs") == 1
+    assert not is_shared(model) and model.config._attn_implementation == "sdpa"
 
 
 class Temperamental(LlamaForCausalLM):
