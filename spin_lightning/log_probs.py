@@ -265,27 +265,32 @@ def _choose(model: nn.Module, ways: Sequence[tuple[Callable[..., Tensor], str, s
 @torch.no_grad()
 def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
     """How far rounding moves the log-prob of one token, in nats (root mean square): the same sequences in passes of other
-    shapes. Over prompts too, for the more tokens; as many sequences as the batch has tokens for.
+    shapes. Over prompts too, for the more tokens; as many sequences as the batch has tokens for, if it has more than 512.
 
     At most what two ways through a model may differ by.
     """
-    way, ids, tokens = way_through(model), batch.input_ids.tolist(), 0
+    way, ids = way_through(model), batch.input_ids.tolist()
     sequences: list[list[int]] = []
     for _, places in _sequences(batch):
-        tokens += len(places)
-        if sequences and tokens > len(ids):
+        if sequences and sum(map(len, sequences)) + len(places) > max(len(ids), 512):
             break
         sequences.append([ids[place] for place in places])
-    whole = move_data_to_device(pack([([], [sequence]) for sequence in sequences]), batch.input_ids.device)
+    together, *alone = (
+        move_data_to_device(pack([([], [sequence]) for sequence in some]), batch.input_ids.device)
+        for some in (sequences, *([sequence] for sequence in sequences if len(sequence) > 1))
+    )
+    if not alone:
+        return 0.0
     other: Way = partial(_separate, **way.keywords) if is_shared(way) else _alone  # type: ignore[attr-defined]
     was_training = model.training
     model.eval()
     try:
-        values, others = (_token_log_probs(each, model, whole) for each in (way, other))
+        values, others = (_token_log_probs(each, model, together) for each in (way, other))
+        one_by_one = torch.cat([_token_log_probs(way, model, part) for part in alone])
     finally:
         model.train(was_training)
-    difference = float((values - others).double().square().mean().sqrt()) if len(values) else 0.0
-    return min(difference, AGREEMENT[compute_dtype(values.device, model)])
+    differences = (torch.stack([others, one_by_one]) - values).double()
+    return min(float(differences.square().mean(1).max().sqrt()), AGREEMENT[compute_dtype(values.device, model)])
 
 
 def compute_dtype(device: torch.device, model: nn.Module) -> torch.dtype:
