@@ -19,8 +19,9 @@ from spin_lightning.losses import PairLoss
 from spin_lightning.types import PairBatch, PairLogProbs, UserError
 
 #: |log-ratio| over sqrt(tokens) that needs no reason, in nats: rounding that two passes may happen not to show.
-FLOOR = {torch.float64: 2e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-#: So many times the measured rounding may be added to it, in the worst response; half of all that in the typical one.
+FLOOR = {torch.float64: 2e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+#: So many times the measured rounding may be added to it, in the worst response; down to half of all that in the typical one
+#: (root mean square), the more responses there are.
 TIMES_ROUNDING = 5.0
 
 
@@ -59,7 +60,8 @@ def check_gate(
 
     def agrees(ratios: Tensor, limit: float) -> bool:
         scaled = ratios / root  # NaN must not pass, so the conditions ask for what is right
-        return bool(scaled.max() <= limit and scaled.square().mean().sqrt() <= limit / 2)
+        typical = limit * min(1.0, 0.5 + len(scaled) ** -0.5)
+        return bool(scaled.max() <= limit and scaled.square().mean().sqrt() <= typical)
 
     def loss_agrees(limit: float) -> bool:
         allowed = limit * (4 * max(beta, 1.0) * float(root.mean()) + 1)

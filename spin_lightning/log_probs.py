@@ -10,7 +10,7 @@ has the number that it has alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,8 +32,6 @@ from spin_lightning.types import PairBatch, PairLogProbs, ResponseBatch, UserErr
 AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 #: Tokens of the longest sequence that ways are tried on, where a model takes so many.
 PROBE_TOKENS = 128
-#: A token may depend on those after it by so much of how it depends on those before it: the rounding of other experts.
-NOT_CAUSAL = 0.1
 
 
 def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
@@ -51,7 +49,13 @@ def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
     way = way_through(model)
     if not len(batch.scored):  # a zero that has a gradient
         return torch.zeros(len(batch), device=batch.input_ids.device) * next(model.parameters()).flatten()[0]
-    values = _token_log_probs(way, model, batch)
+    try:
+        values = _token_log_probs(way, model, batch)
+    except NotImplementedError:  # a mask that only passes longer than those it was tried on have
+        if not is_shared(way):
+            raise
+        way = _chosen[model] = _choose(model, WAYS[1:], "share a prompt in passes as long as this one")
+        values = _token_log_probs(way, model, batch)
     return values.new_zeros(len(batch)).index_add(0, batch.response_index, values)
 
 
@@ -81,8 +85,13 @@ def way_through(model: nn.Module) -> Way:
         UserError: It is not a causal language model.
     """
     if model not in _chosen:
-        _chosen[model] = _choose(model)
+        _chosen[model] = _choose(model, WAYS)
     return _chosen[model]
+
+
+def is_shared(way: Way) -> bool:
+    """Whether a way computes each prompt once for all its responses."""
+    return isinstance(way, partial) and way.func is _shared
 
 
 def _token_log_probs(way: Way, model: nn.Module, batch: ResponseBatch) -> Tensor:
@@ -214,17 +223,19 @@ WAYS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
 
 
 @torch.no_grad()
-def _choose(model: nn.Module) -> Way:
+def _choose(model: nn.Module, ways: Sequence[tuple[Callable[..., Tensor], str, str]], failed: str = "") -> Way:
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
         return _plain
     config: Any = model.config
-    was_training, attention = model.training, config._attn_implementation
+    was_training, attention = model.training, config._attn_implementation.removesuffix(shared_prompt.SUFFIX)
     model.eval()
-    failures, taken = [], ""
+    failures, taken = [f"cannot {failed}"] if failed else [], ""
+    config._attn_implementation = attention
+    unfuse_rms_norms(model)
     try:
         probe, expected, allowed = _reference(model)
         is_linear = head.is_linear(model)
-        for way, ability, by_way in WAYS:
+        for way, ability, by_way in ways:
             chosen: Way = partial(way, is_linear=is_linear) if way in (_shared, _separate) else way
             try:
                 if way is _shared:
@@ -255,28 +266,32 @@ def _choose(model: nn.Module) -> Way:
 @torch.no_grad()
 def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
     """How far rounding moves the log-prob of one token, in nats (root mean square): the same sequences in passes of other
-    shapes. Over prompts too, for the more tokens; as many sequences as the batch has tokens for.
+    shapes. Over prompts too, for the more tokens; as many sequences as the batch has tokens for, if it has more than 512.
 
     At most what two ways through a model may differ by.
     """
-    way, ids, tokens = way_through(model), batch.input_ids.tolist(), 0
+    way, ids = way_through(model), batch.input_ids.tolist()
     sequences: list[list[int]] = []
     for _, places in _sequences(batch):
-        tokens += len(places)
-        if sequences and tokens > len(ids):
+        if sequences and sum(map(len, sequences)) + len(places) > max(len(ids), 512):
             break
         sequences.append([ids[place] for place in places])
-    whole = move_data_to_device(pack([([], [sequence]) for sequence in sequences]), batch.input_ids.device)
-    is_shared = isinstance(way, partial) and way.func is _shared
-    other: Way = partial(_separate, **way.keywords) if is_shared else _alone  # type: ignore[union-attr]
+    together, *alone = (
+        move_data_to_device(pack([([], [sequence]) for sequence in some]), batch.input_ids.device)
+        for some in (sequences, *([sequence] for sequence in sequences if len(sequence) > 1))
+    )
+    if not alone:
+        return 0.0
+    other: Way = partial(_separate, **way.keywords) if is_shared(way) else _alone  # type: ignore[attr-defined]
     was_training = model.training
     model.eval()
     try:
-        values, others = (_token_log_probs(each, model, whole) for each in (way, other))
+        values, others = (_token_log_probs(each, model, together) for each in (way, other))
+        one_by_one = torch.cat([_token_log_probs(way, model, part) for part in alone])
     finally:
         model.train(was_training)
-    difference = float((values - others).double().square().mean().sqrt()) if len(values) else 0.0
-    return min(difference, AGREEMENT[compute_dtype(values.device, model)])
+    differences = (torch.stack([others, one_by_one]) - values).double()
+    return min(float(differences.square().mean(1).max().sqrt()), AGREEMENT[compute_dtype(values.device, model)])
 
 
 def compute_dtype(device: torch.device, model: nn.Module) -> torch.dtype:
@@ -297,35 +312,40 @@ def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
         probe = _probe(model)
         expected = _alone(model, probe)
         *_, (_, longest) = _sequences(probe)
-        future, past, spread = _influences(model, probe.input_ids[longest])
+        length = int(min(len(longest), rope.limit_of(model)))
+        future, beyond, past, spread = _influences(model, probe.input_ids[longest[:length]])
     except Exception as error:
         raise UserError(
             f"{name} cannot be trained as a causal language model, which takes token ids and returns logits of the next: "
             f"{_first_line(error)}. Use a decoder-only model (AutoModelForCausalLM)."
         ) from error
-    if future > NOT_CAUSAL * past:
+    dtype = compute_dtype(expected.device, model)
+    eps = torch.finfo(dtype).eps
+    # what rounding may do: little in passes of one shape, but that a mixture of experts may choose others
+    allowed = 2 * eps**0.5 * past + eps * spread
+    if future > allowed or beyond > allowed + 8 * eps * spread:
         raise UserError(
             f"{name} is not a causal language model: what it predicts after a token changes with the tokens that come later "
-            f"({future:.2g} nats, and {past:.2g} with those before). Such models (BERT, encoders, prefix masks) cannot "
+            f"({max(future, beyond):.2g} nats, and {past:.2g} with those before). Such models (BERT, encoders, prefix masks) cannot "
             "generate from left to right. Use a decoder-only model, or set is_decoder or is_causal in its config."
         )
-    dtype = compute_dtype(expected.device, model)
-    rounding = 64 * torch.finfo(dtype).eps * (1 + spread)
+    rounding = 64 * eps * (1 + spread)
     return probe, expected, AGREEMENT[dtype] if past >= 1 else min(AGREEMENT[dtype], AGREEMENT[dtype] * past + rounding)
 
 
-def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float]:
-    """How far the log-probs in the middle of a sequence move when all later tokens change, and when all earlier ones do, on
-    average over the vocabulary, in nats; and the spread of the logits there."""
+def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float, float]:
+    """How far the log-probs in the middle of a sequence move when all later tokens change, when they go, and when all earlier
+    ones change, on average over the vocabulary, in nats; and the spread of the logits there."""
     middle, others = len(ids) // 2, ids.roll(3)
     place = torch.arange(len(ids), device=ids.device)
-    rows = [ids, torch.where(place > middle, others, ids), torch.where(place < middle, others, ids)]
+    other_future, other_past = (torch.where(where, others, ids) for where in (place > middle, place < middle))
+    rows = [ids, other_future, ids[: middle + 1], other_past]
     logits = torch.stack([model(input_ids=row[None], use_cache=False).logits[0, middle].float() for row in rows])
     log_probs = logits.log_softmax(-1)
     is_possible = log_probs.isfinite().all(0)
     log_probs = log_probs[:, is_possible]
-    future, past = (log_probs[1:] - log_probs[0]).abs().mean(1).tolist()
-    return future, past, float(logits[0, is_possible].std(correction=0))
+    future, beyond, past = (log_probs[1:] - log_probs[0]).abs().mean(1).tolist()
+    return future, beyond, past, float(logits[0, is_possible].std(correction=0))
 
 
 def _probe(model: nn.Module) -> ResponseBatch:

@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 from spin_lightning.batches import pack_rows
 from spin_lightning.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator, seed_of
-from spin_lightning.log_probs import response_log_probs, way_through
+from spin_lightning.log_probs import compute_dtype, response_log_probs, way_through
 from spin_lightning.pair_store import PairStore
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Response, UserError
 
 #: The sampler's own log-probs are taken where they agree with a scoring pass this closely, in nats a token, on a shard's
-#: first prompts. In float32 they do; in bfloat16 they do not, as decoding rounds otherwise than a whole pass.
+#: first prompts. In float32 they do; in bfloat16 they are not asked, as decoding rounds otherwise than a whole pass, and
+#: answers that are certain would agree by chance.
 SAMPLER_TOLERANCE = 1e-4
 NUM_COMPARED = 4
 
@@ -238,7 +239,9 @@ class PairMaker:
                 first = [row for row in rows if row["prompt_id"] in compared]
                 rest = [row for row in rows if row["prompt_id"] not in compared]
                 self._score(player, model, first, sides)
-                if all(map(_sampler_agrees, first)):  # then a pass over the generated answers would find what is known
+                if _is_exact(model) and all(
+                    map(_sampler_agrees, first)
+                ):  # then a pass over the generated answers would find what is known
                     for row in rest:
                         row["opponent_generated_log_prob"] = row["generated_log_prob"]
                     self._score(player, model, rest, ["real"])
@@ -280,6 +283,10 @@ def own_pairs(table: pa.Table, iteration: int) -> pa.Table:
 def _is_out_of_memory(error: BaseException) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in words)
+
+
+def _is_exact(model: nn.Module) -> bool:
+    return torch.finfo(compute_dtype(next(model.parameters()).device, model)).bits >= 32
 
 
 def _sampler_agrees(row: Mapping[str, Any]) -> bool:

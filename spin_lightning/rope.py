@@ -72,6 +72,12 @@ def boundary_of(model: nn.Module) -> Boundary | None:
     return _boundaries[model]
 
 
+def limit_of(model: nn.Module, length: int = 1) -> float:
+    """The greatest length of a pass that leaves a model's positions as they are in one of this length."""
+    boundary = boundary_of(model)
+    return math.inf if boundary is None else boundary.limit(length)
+
+
 def settle(model: nn.Module) -> None:
     """Take back what a long pass left behind in a model, where it has a boundary."""
     boundary = boundary_of(model)

@@ -10,14 +10,22 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_model
 from torch import Tensor, nn
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from spin_lightning.batches import pack
 from spin_lightning.generation import ResponseGenerator, TransformersGenerator, seed_of
@@ -81,6 +89,95 @@ def test_answers_do_not_depend_on_the_batch_they_are_in(model: PreTrainedModel, 
     assert len({tuple(response.ids) for response in alone}) > 4
     for batch_size in (1, 2, 3, 8, 100):
         assert_same(answers(model, batch_size=batch_size, **sampling), alone)
+
+
+class ReadsItsNeighbours(LlamaForCausalLM):
+    """With a neighbour in its batch, and with nothing else, its logits are others."""
+
+    def forward(self, *arguments: Any, **inputs: Any) -> Any:
+        output = super().forward(*arguments, **inputs)
+        output.logits = output.logits + (len(output.logits) > 1) * torch.arange(32)
+        return output
+
+
+class DecodesOtherwise(LlamaForCausalLM):
+    """Its logits after one token are others than after several: a cache that does not work."""
+
+    def forward(self, *arguments: Any, **inputs: Any) -> Any:
+        output = super().forward(*arguments, **inputs)
+        output.logits = output.logits + (inputs["input_ids"].shape[1] == 1) * torch.arange(32)
+        return output
+
+
+def recurrent() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = RecurrentGemmaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_window_size=6,
+        lru_width=16,
+    )
+    model = RecurrentGemmaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def of_kind(kind: type[LlamaForCausalLM]) -> PreTrainedModel:
+    usual = tiny_model(32)
+    model = kind(usual.config).eval()
+    model.load_state_dict(usual.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (recurrent, "only prompts of equal length are answered together"),
+        (lambda: of_kind(ReadsItsNeighbours), "its prompts are answered one by one"),
+        (lambda: of_kind(DecodesOtherwise), "its prompts are answered one by one, without a cache"),
+    ],
+)
+def test_answers_are_those_given_alone_whatever_a_model_makes_of_padding_neighbours_and_caches(
+    make: Callable[[], PreTrainedModel], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make()
+    prompts = [prompt for prompt in [*PROMPTS, [7, 7]] if len(prompt) > 1]
+    seeds = SEEDS[: len(prompts)]
+    found = answers(model, prompts, seeds, batch_size=4)
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {type(model).__name__} is slow to answer: {words} (its logits would be off by ")
+    assert said.count("\n") == 1
+    assert_same(found, answers(model, prompts, seeds, batch_size=1))
+    assert capsys.readouterr().out == ""
+    for prompt, response in zip(prompts, found, strict=True):  # and that is what they were drawn from
+        scored = float(response_log_probs(model, pack([(prompt, [response.ids])])))
+        assert response.log_prob == pytest.approx(scored, abs=1e-3)
+
+
+def test_a_model_that_scores_otherwise_than_it_answers_is_refused() -> None:
+    class Whimsical(LlamaForCausalLM):
+        slope = 0.0
+
+        def generate(self, *arguments: Any, **inputs: Any) -> Any:
+            self.slope = 1.0
+            try:
+                return super().generate(*arguments, **inputs)
+            finally:
+                self.slope = 0.0
+
+        def forward(self, *arguments: Any, **inputs: Any) -> Any:
+            output = super().forward(*arguments, **inputs)
+            output.logits = output.logits + self.slope * torch.arange(32)
+            return output
+
+    with pytest.raises(UserError, match=r"Whimsical cannot answer prompts as it scores them.*off by"):
+        answers(of_kind(Whimsical))
 
 
 def test_answers_do_not_depend_on_the_order_of_the_prompts(model: PreTrainedModel) -> None:

@@ -13,36 +13,52 @@ from helpers import tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     Cohere2Config,
     Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeConfig,
+    JambaConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
     PhiConfig,
     PhiForCausalLM,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    RwkvConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from spin_lightning import cpu_memory, head, log_probs, shared_prompt
 from spin_lightning.batches import collate_pairs, pack
 from spin_lightning.log_probs import pair_log_probs, response_log_probs
+from spin_lightning.types import UserError
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 29,
@@ -160,7 +176,7 @@ def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
 
 
 def is_shared(model: nn.Module) -> bool:
-    return getattr(log_probs.way_through(model), "func", None) is log_probs._shared
+    return log_probs.is_shared(log_probs.way_through(model))
 
 
 # --- The numbers, on every architecture -----------------------------------------------------------------------------
@@ -290,6 +306,41 @@ def test_response_without_tokens_gives_exactly_zero(model: PreTrainedModel) -> N
     assert response_log_probs(model, pack([([3, 4], [[]]), ([5], [[]])])).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [([5, 6, 7], [[8, 9], []])],
+        [([5, 6, 7], [[], [8, 9]])],
+        [([5, 6, 7], [[], [8, 9], [], [7]]), ([3], [[]])],
+        [([], [[]]), ([5], [[6]])],
+        [([], [[], [4, 5]]), ([5], [[]])],
+        [([], [[]])],
+        [([1, 2], [[]])],
+    ],
+)
+def test_empty_responses_give_zero_wherever_they_stand_and_no_gradient_that_is_not_a_number(
+    model: PreTrainedModel, reference: PreTrainedModel, groups: Any
+) -> None:
+    rows = [(prompt, response) for prompt, responses in groups for response in responses]
+    values = response_log_probs(model, pack(groups))
+    for value, (prompt, response) in zip(values, rows, strict=True):
+        if response:
+            expected = (
+                slow_log_prob(reference, prompt, response)
+                if prompt
+                else slow_log_prob(reference, response[:1], response[1:])
+            )
+            assert_close(value[None], expected[None], rounding(model))
+        else:
+            assert float(value) == 0
+    (gradient,) = torch.autograd.grad(values.sum(), next(model.parameters()))
+    assert gradient.isfinite().all()
+    for way in (log_probs._plain, lambda model, batch: log_probs._separate(model, batch, head.is_linear(model))):
+        if len(pack(groups).scored):
+            (gradient,) = torch.autograd.grad(way(model, pack(groups)).sum(), next(model.parameters()))
+            assert gradient.isfinite().all()
+
+
 @torch.no_grad()
 def test_nothing_predicts_the_first_token_after_an_empty_prompt(model: PreTrainedModel) -> None:
     with_prompt = response_log_probs(model, pack([([7], [[8, 9, 2]])]))
@@ -316,6 +367,16 @@ def test_layers_that_are_not_attention_are_refused_before_they_are_tried(capsys:
     assert not is_shared(model)
     assert "layers of kind linear_attention have no place for a shared prompt" in capsys.readouterr().out
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_untrained_model_does_not_hide_a_wrong_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its next token hardly depends on the text, and so a wrong way is hardly off."""
+    torch.manual_seed(0)
+    model = CountsTokens(LlamaConfig(**SHAPE, initializer_range=0.02)).eval()
+    assert not is_shared(model)
+    said = capsys.readouterr().out
+    difference = float(said.partition("log-probs would differ by ")[2].split()[0])
+    assert 1e-5 < difference < log_probs.AGREEMENT[torch.float32]
 
 
 class CountsTokens(LlamaForCausalLM):
@@ -392,6 +453,199 @@ def test_an_adapter_on_the_head_counts_and_learns() -> None:
     slow = gradients(torch.stack([slow_log_prob(model, *row) for row in ROWS]).sum(), model)
     assert_gradients_close(fast, slow, model)
     assert model.lm_head.up.grad is None and float(slow[-1].abs().sum()) > 1e-3
+
+
+# --- Models of every kind ------------------------------------------------------------------------------------------
+
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+WINDOW: dict[str, Any] = {"sliding_window": 6}
+#: How each is made, and the way it takes.
+KINDS: dict[str, tuple[Callable[[], Any], str]] = {
+    "mixtral": (lambda: MixtralConfig(**SHAPE, **WINDOW, num_local_experts=4), "_shared"),
+    # the two below have windows that their attention is told nothing of
+    "qwen2-moe": (
+        lambda: Qwen2MoeConfig(
+            **SHAPE,
+            **EXPERTS,
+            **WINDOW,
+            use_sliding_window=True,
+            layer_types=["sliding_attention"] * 2,
+            shared_expert_intermediate_size=16,
+        ),
+        "_shared",
+    ),
+    "phimoe": (lambda: PhimoeConfig(**SHAPE, **WINDOW, num_local_experts=4), "_shared"),
+    "qwen3-moe": (lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, output_router_logits=True), "_shared"),
+    "granite-moe": (lambda: GraniteMoeConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2), "_shared"),
+    "deepseek-v3, values narrower than keys": (
+        lambda: DeepseekV3Config(
+            **{**SHAPE, "num_key_value_heads": 2},
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        ),
+        "_shared",
+    ),
+    "gpt-oss, attention with sinks": (
+        lambda: GptOssConfig(
+            **SHAPE,
+            **WINDOW,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        "_separate",
+    ),
+    "jamba": (
+        lambda: JambaConfig(
+            **SHAPE, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2, mamba_d_state=4
+        ),
+        "_separate",
+    ),
+    "rwkv": (lambda: RwkvConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2), "_separate"),
+    "llama4, chunks of tokens": (
+        lambda: Llama4TextConfig(
+            **SHAPE, head_dim=8, intermediate_size_mlp=24, num_local_experts=4, attention_chunk_size=6
+        ),
+        "_plain",
+    ),
+}
+LONG = [
+    ([(3 * i) % 29 for i in range(20)], [[(5 * i) % 29 for i in range(30)], [7, 8], [(11 * i) % 29 for i in range(9)]]),
+    ([4, 5], [[(7 * i + 1) % 29 for i in range(58)]]),
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_numbers_and_gradients_are_those_of_each_response_alone(name: str) -> None:
+    """Mixtures of experts, recurrences, and masks that are more than they look: in float32, as they come."""
+    make, way = KINDS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.add_(0.15 * torch.randn_like(parameter))
+    model(torch.tensor([[1]]))  # RWKV changes its weights on its first pass
+    reference = copy.deepcopy(model)
+    found = response_log_probs(model, pack(LONG))
+    expected = torch.stack([slow_log_prob(reference, prompt, row) for prompt, rows in LONG for row in rows])
+    assert (found - expected).abs().max() < 1e-3
+    weights = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in reference.parameters() if parameter.ndim >= 2]
+    fast = torch.autograd.grad(found[0] - 2 * found[1] + found[3], weights, allow_unused=True, materialize_grads=True)
+    total = expected[0] - 2 * expected[1] + expected[3]
+    slow = torch.autograd.grad(total, others, allow_unused=True, materialize_grads=True)
+    off = sum((a - b).norm() ** 2 for a, b in zip(fast, slow, strict=True)) / sum(b.norm() ** 2 for b in slow)
+    assert off < 1e-6
+    chosen = log_probs.way_through(model)
+    assert getattr(chosen, "func", chosen).__name__ == way
+
+
+def test_a_window_that_only_the_mask_knows_is_at_work() -> None:
+    model = AutoModelForCausalLM.from_config(KINDS["qwen2-moe"][0]()).eval()
+    ids = torch.tensor([[(7 * i + 1) % 29 for i in range(40)]])
+    other = ids.clone()
+    other[0, :20] = ids[0, :20].flip(0)  # further back than two layers of windows reach
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[0, -1], model(other).logits[0, -1])
+
+
+def test_the_kind_of_a_mask_is_read_off_its_rows() -> None:
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        chunked_causal_mask_function,
+        sliding_window_causal_mask_function,
+    )
+
+    assert shared_prompt._window(causal_mask_function, 70) is None
+    assert shared_prompt._window(sliding_window_causal_mask_function(70), 70) is None
+    for length in (9, 70, 700):
+        assert shared_prompt._window(sliding_window_causal_mask_function(8), length) == 8
+    for other in (chunked_causal_mask_function(8, torch.zeros(1)), bidirectional_mask_function):
+        with pytest.raises(NotImplementedError, match="more than a sliding window"):
+            shared_prompt._window(other, 70)
+
+
+def test_a_mask_that_only_long_passes_have_is_no_reason_to_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = spread_out(LlamaForCausalLM(LlamaConfig(**SHAPE))).eval()
+    expected = torch.stack([slow_log_prob(model, *row) for row in ROWS])
+    assert is_shared(model) and capsys.readouterr().out == ""
+
+    def changed(*_: Any) -> None:
+        raise NotImplementedError("another mask")
+
+    monkeypatch.setattr(shared_prompt, "_window", changed)
+    for _ in range(2):
+        assert_close(response_log_probs(model, pack(GROUPS)), expected, 1e-4)
+    said = capsys.readouterr().out
+    assert said.count("note: LlamaForCausalLM cannot share a prompt in passes as long as this one; its log-probs") == 1
+    assert not is_shared(model) and model.config._attn_implementation == "sdpa"
+
+
+class Temperamental(LlamaForCausalLM):
+    """Reads what only its own decoder gives, and raises what nobody expects when it is not there."""
+
+    def forward(self, *arguments: Any, **inputs: Any) -> Any:
+        output = super().forward(*arguments, **inputs)
+        if inputs.get("inputs_embeds") is not None:
+            raise StopIteration
+        return output
+
+
+def test_whatever_a_probe_raises_leads_to_the_next_way(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = spread_out(Temperamental(LlamaConfig(**SHAPE))).eval()
+    expected = torch.stack([slow_log_prob(model, *row) for row in ROWS])
+    model.lm_head.bias = nn.Parameter(torch.zeros(29))  # more than one matrix
+    assert_close(response_log_probs(model, pack(GROUPS)), expected, 1e-4)
+    said = capsys.readouterr().out
+    assert said.count("note: ") == 1 and "Temperamental cannot share a prompt" in said
+    assert "the longer way: the logits of all tokens of each response behind a prompt of its own." in said
+
+
+def encoder() -> PreTrainedModel:
+    return BertLMHeadModel(
+        BertConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    )
+
+
+def prefix() -> PreTrainedModel:
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, head_dim=8, use_bidirectional_attention=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [encoder, prefix])
+def test_a_model_that_looks_ahead_is_refused(make: Callable[[], PreTrainedModel], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = spread_out(make()).to(dtype)
+    with pytest.raises(
+        UserError, match=rf"{type(model).__name__} is not a causal language model.*is_decoder or is_causal"
+    ):
+        response_log_probs(model, pack(GROUPS))
+    assert model.training
+
+
+def test_a_model_that_gives_no_logits_of_its_input_is_refused() -> None:
+    config = T5Config(vocab_size=29, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    for model in (T5ForConditionalGeneration(config), encoder().bert):
+        with pytest.raises(
+            UserError, match=f"{type(model).__name__} cannot be trained as a causal language model, which"
+        ):
+            response_log_probs(model, pack(GROUPS))
 
 
 # --- The head -------------------------------------------------------------------------------------------------------

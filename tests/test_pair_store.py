@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 from collections import Counter
@@ -412,6 +413,16 @@ def test_sampled_log_probs_are_taken_where_a_scoring_pass_agrees(
         assert is_sampled == (error < 1e-4 and not is_compared) or (error == 0 and is_compared)
         expected = rescore(players[0], row, "generated_ids") + error * len(row["generated_ids"]) * is_sampled
         assert row["opponent_generated_log_prob"] == pytest.approx(expected, abs=2e-4)
+
+
+def test_sampled_log_probs_are_never_taken_in_bfloat16(
+    tmp_path: Path, encoder: Encoder, prompts: list[Prompt], players: list[PreTrainedModel], monkeypatch: Any
+) -> None:
+    """The answers compared may be certain, and agree by chance."""
+    monkeypatch.setattr(pairs_module, "SAMPLER_TOLERANCE", 1e9)
+    making = maker(encoder, prompts, copy.deepcopy(players[0]).bfloat16())
+    for row in made(tmp_path, making).read().to_pylist():
+        assert row["opponent_generated_log_prob"] != row["generated_log_prob"] or row["generated_log_prob"] == 0
 
 
 def test_history_rows_keep_their_answers_and_are_scored_by_the_current_opponent(

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 
 from spin_lightning.cpu_memory import keep_freed_memory, round_up
 from spin_lightning.generation.packed_linear import decoding_with, packed_forwards
-from spin_lightning.rope import boundary_of
+from spin_lightning.rope import limit_of
 
 #: Free columns of a new buffer: so many steps until rows move to the next.
 SPARE_COLUMNS = 128
@@ -111,7 +111,9 @@ class SlotCache(Cache):
             waiting = waiting[len(group) :]
             # right padding, and so no mask: causal attention does not see what comes after
             padded = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in group], device=self.device)
-            padded = round_up(padded, dim=1)[:, : max(longest, self._most_columns(longest))]
+            # as far as the model has positions, and its RoPE stays as it is
+            most = int(min(self.most_positions, limit_of(self.model, longest)))
+            padded = round_up(padded, dim=1)[:, : max(longest, most)]
             cache, no_logits = DynamicCache(), torch.arange(0, device=self.device)
             self.model(input_ids=padded, past_key_values=cache, use_cache=True, logits_to_keep=no_logits)
             for layer_idx, layer in enumerate(cache.layers):
@@ -120,11 +122,6 @@ class SlotCache(Cache):
                     for row, ids in enumerate(group):
                         for slot in slots[ids]:
                             buffer[slot, :, self.end - len(ids) : self.end] = rows[row, :, : len(ids)]
-
-    def _most_columns(self, longest: int) -> int:
-        """How many columns padding may fill up: positions that the model has, and that leave its RoPE as it is."""
-        boundary = boundary_of(self.model)
-        return self.most_positions if boundary is None else int(min(self.most_positions, boundary.limit(longest)))
 
     def _layer(self, layer_idx: int, *new: Tensor) -> list[Tensor]:
         """The buffers of a layer, made when it first comes."""

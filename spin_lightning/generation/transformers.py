@@ -106,6 +106,8 @@ class Manner:
     words: str = ""
 
 
+#: Tokens of the longest sequence that manners are tried on, where a model takes so many.
+TRIAL_TOKENS = 64
 #: Fastest first.
 MANNERS = (
     Manner(),
@@ -123,7 +125,7 @@ def manner_of(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Manner:
         UserError: None does.
     """
     if model not in _manners:
-        ids = list(islice(cycle(chain(*prompts)), 50))
+        ids = list(islice(cycle(chain(*prompts)), 3 * TRIAL_TOKENS))
         reason = ""
         for manner in MANNERS:
             try:
@@ -148,8 +150,11 @@ def manner_of(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Manner:
 def _trial(model: Any, ids: list[int], pad_id: int, manner: Manner) -> tuple[float, float]:
     """How far the logits before three tokens of an answer are from those of plain passes over prompt and answer, relative
     to their spread; and how far rounding may take them."""
-    answer, short, equal, long = ids[:3], ids[3:10], ids[10:17], ids[17:]
-    prompts = ([short, long] if manner.padded else [short, equal]) if manner.together else [short]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    most = positions if isinstance(positions, int) else TRIAL_TOKENS
+    longest = int(min(TRIAL_TOKENS, most, rope.limit_of(model))) - 3
+    answer, long, other = ids[:3], ids[3 : 3 + longest], ids[3 + longest : 3 + 2 * longest]
+    prompts = [long, other[:7] if manner.padded else other] if manner.together else [long]
     dictated = _Dictated(answer)
     settings = GenerationConfig(
         max_new_tokens=len(answer), do_sample=False, pad_token_id=pad_id, use_cache=manner.cached
