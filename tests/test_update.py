@@ -99,7 +99,7 @@ def shorter(rows: str, folder: Path, count: int) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate", "whole"), [(1, 4, 4), (2, 2, 4), (2, 4, 8)])
+@pytest.mark.parametrize(("batch_size", "accumulate", "whole"), [(1, 4, 4), (2, 4, 8)])
 def test_accumulated_pairs_are_one_batch_of_all_their_pairs(
     batch_size: int, accumulate: int, whole: int, model: str, rows: str, tmp_path: Path
 ) -> None:
