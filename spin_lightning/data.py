@@ -281,11 +281,11 @@ class SyntheticDataModule(L.LightningDataModule):
                 report = read_json(Path(folder) / "data_report.json") or {}
                 began = began or report.get("template_time")
         encoder = Encoder(tokenizer, self.prompt_template, None if began is None else _time(began))
-        if self.end_ids is None and (policy := getattr(module, "policy", None)) is not None:
-            self.end_ids = end_ids_of(policy)
-        elif self.end_ids is None and isinstance(name := getattr(module, "model_name_or_path", None), str):
-            self.end_ids = end_ids(
-                name, tokenizer, revision=module.revision, trust_remote_code=module.trust_remote_code
+        if self.end_ids is None and module is not None:
+            model = getattr(module, "policy", None) or module.given_model
+            settings = {"revision": module.revision, "trust_remote_code": module.trust_remote_code}
+            self.end_ids = (
+                end_ids_of(model) if model is not None else end_ids(module.model_name_or_path, tokenizer, **settings)
             )
         encoder.end_at(self.end_ids or ())
         if encoder.time is not None:

@@ -167,13 +167,9 @@ def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
 
 def stored_dtype(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
     """The dtype that a model's config says its weights are stored in, such as ``bfloat16``; None if it says nothing."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(
-            **locate(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError):  # loading the model itself says what is wrong
+        config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except UserError:  # loading the model itself says what is wrong
         return None
     dtype = getattr(config, "dtype", None)
     return None if dtype is None else dtype_name(dtype)

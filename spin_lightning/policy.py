@@ -153,6 +153,11 @@ class PolicyModule(L.LightningModule):
         self.policy.train()  # from_pretrained returns evaluation mode, and Lightning leaves the mode alone
 
     @property
+    def given_model(self) -> PreTrainedModel | None:
+        """The model object that was given in the place of a name, until training begins."""
+        return cast("PreTrainedModel", self._given[0]) if self._given else None
+
+    @property
     def needs_start(self) -> bool:
         """Whether a run needs the weights it started with again, so that those of a model object are kept in memory."""
         return False

@@ -25,7 +25,6 @@ from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, la
 from spin_lightning.class_defaults import own_defaults
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import read_json, refuse_links, replacing, run_folder
-from spin_lightning.models import load_tokenizer
 from spin_lightning.module import SpinLightningModule
 from spin_lightning.policy import PolicyModule
 from spin_lightning.redaction import redacted
@@ -195,11 +194,8 @@ class StageCLI(LightningCLI):
         config = self.config["fit"]
         output_dir = run_folder(config[self.run_key].output_dir, f"{self.run_key}.output_dir")
         if self._names_other_data(output_dir / "config.yaml"):  # which may hold the same rows
-            if self.datamodule.tokenizer_name_or_path is None:
-                model = self.model
-                self.datamodule.tokenizer = load_tokenizer(
-                    model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-                )
+            self.datamodule.trainer = self.trainer  # as in a fit: the model's tokenizer, and the folder's date
+            self.trainer.strategy.connect(self.model)
             self.datamodule.setup("fit")
         allowed = config.checkpoint.allow_changes or []
         check_finished(self.trainer, self.model, self.datamodule, output_dir / SETTINGS, allowed)
