@@ -266,32 +266,37 @@ def _choose(model: nn.Module, ways: Sequence[tuple[Callable[..., Tensor], str, s
 @torch.no_grad()
 def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
     """How far rounding moves the log-prob of one token, in nats (root mean square): the same sequences in passes of other
-    shapes. Over prompts too, for the more tokens; as many sequences as the batch has tokens for, if it has more than 512.
+    shapes. Each response alone with its prompt; and, over prompts too, the whole sequences by another way.
 
     At most what two ways through a model may differ by.
     """
-    way, ids = way_through(model), batch.input_ids.tolist()
-    sequences: list[list[int]] = []
-    for _, places in _sequences(batch):
-        if sequences and sum(map(len, sequences)) + len(places) > max(len(ids), 512):
-            break
-        sequences.append([ids[place] for place in places])
-    together, *alone = (
-        move_data_to_device(pack([([], [sequence]) for sequence in some]), batch.input_ids.device)
-        for some in (sequences, *([sequence] for sequence in sequences if len(sequence) > 1))
-    )
-    if not alone:
+    if not len(batch.scored):
         return 0.0
+    way, ids = way_through(model), batch.input_ids.tolist()
+    sequences = [([ids[place] for place in places], length) for length, places in _sequences(batch)]
+    whole, *alone = (
+        move_data_to_device(pack(groups), batch.input_ids.device)
+        for groups in (
+            [([], [sequence]) for sequence, _ in sequences],
+            *([(sequence[:length], [sequence[length:]])] for sequence, length in sequences),
+        )
+    )
     other: Way = partial(_separate, **way.keywords) if is_shared(way) else _alone  # type: ignore[attr-defined]
     was_training = model.training
     model.eval()
     try:
-        values, others = (_token_log_probs(each, model, together) for each in (way, other))
-        one_by_one = torch.cat([_token_log_probs(way, model, part) for part in alone])
+        one_by_one = torch.cat([_token_log_probs(way, model, part) for part in alone if len(part.scored)])
+        differences = (
+            _token_log_probs(way, model, batch) - one_by_one,
+            _token_log_probs(way, model, whole) - _token_log_probs(other, model, whole),
+        )
     finally:
         model.train(was_training)
-    differences = (torch.stack([others, one_by_one]) - values).double()
-    return min(float(differences.square().mean(1).max().sqrt()), AGREEMENT[compute_dtype(values.device, model)])
+    largest = max(float(difference.double().square().mean().sqrt()) for difference in differences)
+    # a response of few tokens among long ones hardly shows in the mean: a walk of one is taken for one of 2.5 times the usual
+    walks = differences[0].new_zeros(len(batch)).index_add(0, batch.response_index, differences[0]).abs()
+    largest = max(largest, float((walks / batch.response_lengths.clamp_min(1).sqrt()).max()) / 2.5)
+    return min(largest, AGREEMENT[compute_dtype(one_by_one.device, model)])
 
 
 def compute_dtype(device: torch.device, model: nn.Module) -> torch.dtype:

@@ -233,7 +233,7 @@ def test_rounding_is_the_distance_a_token_of_two_ways_through_the_model(monkeypa
         )
 
     monkeypatch.setattr(log_probs, "_separate", rows)
-    # whole sequences: prompts make more numbers
+    # whole sequences: prompts make more numbers; the responses alone are no further off
     assert rounding_of(model, batch) == pytest.approx(
         ((2 * 0.02**2 + 3 * 0.1**2 + 0.06**2 + 0.04**2) / 9) ** 0.5, rel=0.01
     )
