@@ -128,12 +128,12 @@ def run(args: list[str]) -> LightningCLI | None:
         The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over already.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from spin_lightning.settings_errors import explaining_settings
+    from spin_lightning.settings_errors import explaining_plugins, explaining_settings
     from spin_lightning.stages import RunIsOver, SftCLI, SpinCLI
 
     stage, args = (SftCLI, ["fit", *args[1:]]) if args[0] == "sft" else (SpinCLI, args)
     try:
-        with explaining_settings():
+        with explaining_settings(), explaining_plugins():
             return stage(args=args)
     except RunIsOver:
         return None

@@ -74,7 +74,9 @@ def check_gate(
         return
     with torch.no_grad():
         again, evaluated = recompute(False), recompute(True)
-    if not (policy.real.isfinite().all() and policy.generated.isfinite().all()):
+    if not expected.isfinite().all():
+        cause = f"the loss: {type(loss).__name__} gives no finite number for a model against itself. Mend it, or its settings"
+    elif not (policy.real.isfinite().all() and policy.generated.isfinite().all()):
         cause = "log-probs of the policy that are not numbers. Its weights are damaged, or the dtype overflows: try float32, or another model"
     elif not torch.equal(again.real, policy.real):
         cause = (

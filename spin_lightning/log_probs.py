@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from spin_lightning import head, rope, shared_prompt
 from spin_lightning.batches import pack
 from spin_lightning.cpu_memory import round_up
+from spin_lightning.modes import evaluating
 from spin_lightning.rms_norm import fuse_rms_norms, unfuse_rms_norms
 from spin_lightning.terminal import say
 from spin_lightning.types import PairBatch, PairLogProbs, ResponseBatch, UserError
@@ -227,12 +228,11 @@ def _choose(model: nn.Module, ways: Sequence[tuple[Callable[..., Tensor], str, s
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
         return _plain
     config: Any = model.config
-    was_training, attention = model.training, config._attn_implementation.removesuffix(shared_prompt.SUFFIX)
-    model.eval()
+    attention = config._attn_implementation.removesuffix(shared_prompt.SUFFIX)
     failures, taken = [f"cannot {failed}"] if failed else [], ""
     config._attn_implementation = attention
     unfuse_rms_norms(model)
-    try:
+    with evaluating(model):
         probe, expected, allowed = _reference(model)
         is_linear = head.is_linear(model)
         for way, ability, by_way in ways:
@@ -254,8 +254,6 @@ def _choose(model: nn.Module, ways: Sequence[tuple[Callable[..., Tensor], str, s
             failures.append(f"cannot {ability} ({reason})")
             config._attn_implementation = attention
             unfuse_rms_norms(model)
-    finally:
-        model.train(was_training)
     if failures:
         say(
             f"note: {type(model).__name__} {', and '.join(failures)}; its log-probs are computed the longer way: {taken}."
@@ -282,16 +280,12 @@ def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
         )
     )
     other: Way = partial(_separate, **way.keywords) if is_shared(way) else _alone  # type: ignore[attr-defined]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         one_by_one = torch.cat([_token_log_probs(way, model, part) for part in alone if len(part.scored)])
         differences = (
             _token_log_probs(way, model, batch) - one_by_one,
             _token_log_probs(way, model, whole) - _token_log_probs(other, model, whole),
         )
-    finally:
-        model.train(was_training)
     largest = max(float(difference.double().square().mean().sqrt()) for difference in differences)
     # a response of few tokens among long ones hardly shows in the mean: a walk of one is taken for one of 2.5 times the usual
     walks = differences[0].new_zeros(len(batch)).index_add(0, batch.response_index, differences[0]).abs()

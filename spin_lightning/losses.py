@@ -122,6 +122,8 @@ class PairLoss(nn.Module, ABC):
         else:
             wrong = {key: value for key, value in vars(output).items() if getattr(value, "shape", None) != wanted}
             found = ", ".join(f"{key} as {_described(value)}" for key, value in wrong.items())
+            if not found and not output.losses.is_floating_point():
+                found = f"losses of {output.losses.dtype}"
             if not found and policy.real.requires_grad and torch.is_grad_enabled() and not output.losses.requires_grad:
                 found = "losses without a gradient"
         if found:

@@ -161,8 +161,25 @@ def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
             f"a saved {name} would be loaded again as {type(reloaded).__name__}, by AutoModelForCausalLM. Give a model with a head "
             "that predicts the next token, as that class makes it."
         )
+    kept = _kept_by_loading(model, dtype)
     policy: PreTrainedModel = model.to(dtype)
+    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
+        if name in kept:
+            tensor.data = kept[name]
     return policy
+
+
+def _kept_by_loading(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What ``from_pretrained`` does not convert when it loads a model in some dtype: the frequencies of rotary positions and other
+    buffers that are not saved; and, of 16 bits, what the model's class wants in float32, as routers."""
+    saved, kept = model.state_dict(), {name: tensor.clone() for name, tensor in model.named_buffers()}
+    kept = {name: tensor for name, tensor in kept.items() if name not in saved}
+    if dtype in (torch.bfloat16, torch.float16):
+        in_float32 = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        for name, tensor in saved.items():
+            if any(part in name for part in in_float32):
+                kept[name] = tensor.detach().float().clone()
+    return kept
 
 
 def stored_dtype(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
@@ -264,7 +281,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if re.search("dropout|layerdrop|drop_path", name) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -6,6 +6,7 @@ sets, templates and sampling are not known here.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Literal
 
@@ -18,6 +19,7 @@ from spin_lightning.log_probs import pair_log_probs, rounding_of
 from spin_lightning.losses import PairLoss, SpinLoss
 from spin_lightning.metrics import PairMetrics
 from spin_lightning.models import ModelOrName
+from spin_lightning.modes import evaluating
 from spin_lightning.opponent import Opponent, ResidentOpponent, StoredOpponent
 from spin_lightning.policy import PolicyModule
 from spin_lightning.schedule import at_iteration, check_schedule
@@ -168,10 +170,7 @@ class SpinLightningModule(PolicyModule):
 
     def _recompute(self, batch: PairBatch):  # type: ignore[no-untyped-def]
         def recompute(is_evaluating: bool) -> PairLogProbs:
-            self.policy.train(not is_evaluating)
-            try:
+            with evaluating(self.policy) if is_evaluating else nullcontext():
                 return self.pair_log_probs(batch)
-            finally:
-                self.policy.train()
 
         return recompute

@@ -8,8 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spin_lightning.types import UserError
+
 #: Weights whose gradients are in float32 at a time.
 WEIGHTS_AT_A_TIME = 2**25
+
+
+def refuse_unusable(make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """Try an optimiser on one small weight with an ordinary gradient: a step, which is given the pass that makes the gradient.
+
+    Raises:
+        UserError: It cannot be made, its step fails, or it does not call the pass exactly once. The message names it.
+    """
+    weight, calls = torch.ones(16, 16, requires_grad=True), 0
+
+    def closure() -> float:
+        nonlocal calls
+        calls += 1
+        weight.grad = weight.detach().clone()
+        return 1.0
+
+    name, did = getattr(make_optimizer, "__name__", "of model.optimizer"), "made"
+    try:
+        optimizer = make_optimizer([weight])
+        name, did = type(optimizer).__name__, "used"
+        optimizer.step(closure)
+    except Exception as error:  # a class of the user's own may raise anything
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"the optimiser {name} cannot be {did}: {said.rstrip('.')}. Change model.optimizer.") from error
+    if calls != 1:
+        raise UserError(
+            f"the optimiser {name} computes the gradient {calls} times in one step, where a batch is computed once: "
+            + (
+                "its step must call the closure that it is given."
+                if not calls
+                else "such optimisers are not for batches."
+            )
+            + " Change model.optimizer."
+        )
 
 
 class Float32Master(torch.optim.Optimizer):

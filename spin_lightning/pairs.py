@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from spin_lightning.batches import pack_rows
 from spin_lightning.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator, seed_of
 from spin_lightning.log_probs import compute_dtype, response_log_probs, way_through
+from spin_lightning.modes import evaluating
 from spin_lightning.pair_store import PairStore
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Response, UserError
@@ -74,7 +75,7 @@ class PairMaker:
         with (
             torch.no_grad(),
             self.numerics(),
-            _evaluating(self.model),
+            evaluating(self.model),
             tqdm(
                 total=total, desc=f"iteration {self.iteration}: answers", unit="answer", disable=all(done)
             ) as progress,
@@ -199,6 +200,9 @@ class PairMaker:
         ids, ends, cap = response.ids, self.encoder.end_ids, self.generator.max_new_tokens
         if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
             raise self._wrong(f"gave {_kind(ids)} as ids, which must be a list of at least one int")
+        rows = len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
+        if not 0 <= min(ids) <= max(ids) < rows:
+            raise self._wrong(f"gave the ids {min(ids)} to {max(ids)}, and the model has rows for 0 to {rows - 1}")
         if len(ids) > cap:
             raise self._wrong(f"gave an answer of {len(ids)} tokens, and max_new_tokens is {cap}")
         if any(token in ends for token in ids[:-1]):
@@ -292,13 +296,3 @@ def _is_exact(model: nn.Module) -> bool:
 def _sampler_agrees(row: Mapping[str, Any]) -> bool:
     difference = abs(row["generated_log_prob"] - row["opponent_generated_log_prob"])
     return bool(difference <= SAMPLER_TOLERANCE * len(row["generated_ids"]))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
@@ -34,7 +35,8 @@ from spin_lightning.models import (
     refuse_ids_beyond,
     stored_dtype,
 )
-from spin_lightning.optim import Float32Master, fused, sum_in_passes
+from spin_lightning.modes import calm, is_random
+from spin_lightning.optim import Float32Master, fused, refuse_unusable, sum_in_passes
 from spin_lightning.schedule import at_iteration
 from spin_lightning.terminal import say
 from spin_lightning.types import NonFiniteError, ResponseBatch, UserError
@@ -133,6 +135,9 @@ class PolicyModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # validate, or a second fit
             return
+        if self._trainer is not None and isinstance(self.trainer.precision_plugin, HalfPrecision | DoublePrecision):
+            # it is loaded in that dtype, but for what a model keeps in float32, as routers are
+            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
         dtype = torch.get_default_dtype()  # which trainer.precision bf16-true sets to bfloat16 around this hook
         if self._given:
             (model,) = self._given
@@ -180,6 +185,16 @@ class PolicyModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self._refuse_other_vocabulary()
         self._measure_in_float32()
+        # a batch holds ids and log-probs: a precision of 16 bits would round those of long answers by half a nat or more
+        self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        if not self.dropout:
+            with self.precision_context():
+                if is_random(self.policy):
+                    calm(self.policy)
+                    say(
+                        f"note: {type(self.policy).__name__} is random in training mode, as the router of a mixture of experts may be; "
+                        "it is trained as it answers, without that. model.dropout: true keeps it."
+                    )
         if self.stored_dtype in ("bfloat16", "float16") and self.policy.dtype is torch.float32:
             say(
                 f"note: the weights of {self.model_name_or_path} are stored in {self.stored_dtype}; they are trained and exported in "
@@ -220,6 +235,7 @@ class PolicyModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimiser and one warm-up-and-decay schedule for one iteration."""
+        refuse_unusable(self.optimizer)
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         rate = at_iteration(self.learning_rate, self.iteration)
         if parameters[0].dtype in (torch.bfloat16, torch.float16):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +21,8 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from spin_lightning.types import UserError
+from spin_lightning.files import STORAGE_ERRORS
+from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
 
 #: Code that is given settings and nothing else, and the settings: what it refuses is the user's to mend.
 _LIBRARIES = {
@@ -102,6 +105,58 @@ def explaining_settings(settings: Mapping[str, Any] | None = None) -> Iterator[N
         }
         mend = ", ".join(f"{name} (now {value!r})" for name, value in (meant or known).items()) or _LIBRARIES[where]
         raise UserError(f"{said}{_stop(said)}{mend and f' Change {mend}.'}") from error
+
+
+@contextmanager
+def explaining_plugins() -> Iterator[None]:
+    """Turn what the user's own classes raise, or how they cannot be called, into a ``UserError`` with the place.
+
+    Raises:
+        UserError: The error is of code that is neither this package's nor installed.
+    """
+    try:
+        yield
+    except (UserError, StorageError, NonFiniteError, Interrupted, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+            raise
+        if place := _place_in_plugin(error):
+            said = in_a_sentence(str(error))
+            raise UserError(
+                f"{place} ends with {type(error).__name__}{said and f': {said}'}{_stop(said)} It is code of your own: mend it there."
+            ) from error
+        raise
+
+
+_OURS = Path(__file__).parent
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def _is_of_user(file: str | None) -> bool:
+    return bool(file) and Path(file).is_file() and not (Path(file).is_relative_to(_OURS) or file.startswith(_INSTALLED))  # type: ignore[arg-type]
+
+
+def _place_in_plugin(error: Exception) -> str | None:
+    """Where in the user's own code an error came up, or which of their functions cannot be called as it is here."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = frame.f_code.co_filename
+        if _is_of_user(file):
+            return f"{frame.f_code.co_qualname} ({file}, line {line})"
+        if Path(file).is_relative_to(_OURS):
+            break
+    called = (
+        re.match(r"((?:\w+\.)+\w+)\(\) (?:takes|missing|got) ", str(error)) if isinstance(error, TypeError) else None
+    )
+    for module in list(sys.modules.values()) if called else []:
+        path = getattr(module, "__file__", None)
+        if isinstance(path, str) and _is_of_user(path):
+            found: Any = module
+            for name in called[1].split("."):  # type: ignore[index]
+                found = getattr(found, name, None)
+            if code := getattr(found, "__code__", None):
+                return f"the call of {called[1]} ({code.co_filename}, line {code.co_firstlineno})"  # type: ignore[index]
+    return None
 
 
 def _refused_by(error: Exception) -> str | None:

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "spin_lightning"
 
 #: A module may import those of lower ranks only.
 RANKS = [
-    {"version", "types", "cpu_memory", "terminal"},
+    {"version", "types", "cpu_memory", "modes", "terminal"},
     {
         "files",
         "redaction",
