@@ -151,6 +151,7 @@ class SyntheticDataModule(L.LightningDataModule):
         self.prompt_template = prompt_template
         self.max_prompt_tokens = max_prompt_tokens
         self.generator = generator if generator is not None else ContinuousGenerator()
+        self.generator.check_sampling()
         self.answers_per_prompt = answers_per_prompt
         self.history = history
         self.batch_size = batch_size

@@ -126,3 +126,18 @@ def test_a_generator_whose_ids_the_model_does_not_know_is_named(ids: list[int]) 
         UserError, match=f"Mine gave the ids {min(ids)} to {max(ids)}, and the model has rows for 0 to 263"
     ):
         maker._checked((0, Response(ids, "length", -1.0)), 1)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"nucleus": 0.5}, {"max_new_tokens": 4, "temperature": 1, "top_p": 1, "by": object}]
+)
+def test_a_generator_whose_sampling_cannot_be_kept_is_named(sampling: dict[str, Any]) -> None:
+    from spin_lightning import SyntheticDataModule, TransformersGenerator
+
+    class Mine(TransformersGenerator):
+        @property
+        def sampling(self) -> dict[str, Any]:
+            return sampling
+
+    with pytest.raises(UserError, match=r"Mine.sampling must be a dict that JSON can hold, with max_new_tokens"):
+        SyntheticDataModule("rows.jsonl", generator=Mine())

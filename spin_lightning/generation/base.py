@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
@@ -75,6 +76,23 @@ class ResponseGenerator(ABC):
             "temperature": self.temperature,
             "top_p": self.top_p,
         }
+
+    def check_sampling(self) -> None:
+        """Refuse a ``sampling`` that a manifest cannot keep.
+
+        Raises:
+            UserError: JSON cannot hold it, or a key is missing.
+        """
+        sampling, wanted = self.sampling, ("max_new_tokens", "temperature", "top_p")
+        try:
+            is_kept = json.loads(json.dumps(sampling)) == sampling and all(key in sampling for key in wanted)
+        except (TypeError, ValueError):
+            is_kept = False
+        if not is_kept:
+            raise UserError(
+                f"{type(self).__name__}.sampling must be a dict that JSON can hold, with {', '.join(wanted)}, got {sampling!r}. "
+                "Begin it with **super().sampling."
+            )
 
     @abstractmethod
     def generate(
