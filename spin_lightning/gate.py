@@ -19,7 +19,7 @@ from spin_lightning.losses import PairLoss
 from spin_lightning.types import PairBatch, PairLogProbs, UserError
 
 #: |log-ratio| over sqrt(tokens) that needs no reason, in nats: rounding that two passes may happen not to show.
-FLOOR = {torch.float64: 2e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+FLOOR = {torch.float64: 2e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 #: So many times the measured rounding may be added to it, in the worst response; down to half of all that in the typical one
 #: (root mean square), the more responses there are.
 TIMES_ROUNDING = 5.0
@@ -74,7 +74,7 @@ def check_gate(
         return
     with torch.no_grad():
         again, evaluated = recompute(False), recompute(True)
-    if not expected.isfinite().all():
+    if ratios.isfinite().all() and not expected.isfinite().all():
         cause = f"the loss: {type(loss).__name__} gives no finite number for a model against itself. Mend it, or its settings"
     elif not (policy.real.isfinite().all() and policy.generated.isfinite().all()):
         cause = "log-probs of the policy that are not numbers. Its weights are damaged, or the dtype overflows: try float32, or another model"

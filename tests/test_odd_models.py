@@ -12,8 +12,10 @@ from helpers import byte_tokenizer, save_tiny_model, write_rows
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
+from spin_lightning import TransformersGenerator
 from spin_lightning.models import as_policy
 from spin_lightning.modes import calm, evaluating, is_random
+from spin_lightning.types import UserError
 
 torch.set_num_threads(1)
 
@@ -102,3 +104,19 @@ def test_the_frequencies_of_positions_stay_in_float32() -> None:
     before = model.model.rotary_emb.inv_freq.clone()
     as_policy(model, torch.bfloat16)
     assert torch.equal(model.model.rotary_emb.inv_freq, before) and model.lm_head.weight.dtype is torch.bfloat16
+
+
+def test_an_opponent_of_slightly_other_weights_is_stopped_in_bfloat16(tmp_path: Path) -> None:
+    """One matrix is a tenth larger than when the pairs were scored: a log-ratio of some tenths of a nat."""
+    model, rows = save_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 8)
+
+    def change(trainer: Any, module: Any, *_: Any) -> None:
+        with torch.no_grad():
+            module.policy.model.layers[0].mlp.down_proj.weight.mul_(1.1)
+
+    game = Game(
+        model, rows, tmp_path / "run", callbacks=[Do(on_generation_end=change)], play={"iterations": 1, "epochs": 1},
+        trainer={"precision": "bf16-true"}, data={"generator": TransformersGenerator(max_new_tokens=40)},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="iteration 0 does not start where it should"):
+        game.play()
