@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from games import Do, Game, read
-from helpers import byte_tokenizer, save_tiny_model, write_rows
+from helpers import byte_tokenizer, save_tiny_model, tiny_model, write_rows
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from spin_lightning import TransformersGenerator
 from spin_lightning.models import as_policy
 from spin_lightning.modes import calm, evaluating, is_random
+from spin_lightning.pairs import _is_exact
 from spin_lightning.types import UserError
 
 torch.set_num_threads(1)
@@ -120,3 +121,11 @@ def test_an_opponent_of_slightly_other_weights_is_stopped_in_bfloat16(tmp_path: 
     )  # fmt: skip
     with pytest.raises(UserError, match="iteration 0 does not start where it should"):
         game.play()
+
+
+def test_the_sampler_is_trusted_in_float32_only() -> None:
+    """In bfloat16 it decodes with other rounding than a whole pass, and would agree by chance where answers are certain."""
+    model = tiny_model()
+    assert _is_exact(model) and not _is_exact(tiny_model().to(torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _is_exact(model)
