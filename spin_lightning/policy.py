@@ -178,6 +178,8 @@ class PolicyModule(L.LightningModule):
         )
 
     def on_fit_start(self) -> None:
+        # a precision of bf16-true rounds every float of a batch to 8 bits; ours are stored log-probs, and off by up to half a nat then
+        self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign, assignment]
         self._refuse_other_vocabulary()
         self._measure_in_float32()
         if self.stored_dtype in ("bfloat16", "float16") and self.policy.dtype is torch.float32:
@@ -402,3 +404,7 @@ def _checked(model: Any, attn_implementation: str | None, revision: str | None) 
                 f"{name} {value!r} says how a model is loaded, but this {type(model).__name__} is loaded already. Load it so."
             )
     return model
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
