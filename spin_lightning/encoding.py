@@ -35,7 +35,7 @@ PROMPT_TEMPLATES = {
     ),
 }
 #: Rows that are tokenized together.
-BATCH = 1000
+BATCH = 250
 #: Tokens that mean the same in every tokenizer that has them. Servers stop on the ends by these names, so that no answer has them.
 NEVER_SAID = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
 NEVER_SAID |= {"<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>"}
@@ -112,6 +112,9 @@ class Encoder:
         self._other_turns = [
             t.content for t in added.values() if t.special and any(t.content in text for text in others)
         ]
+        opening = [added[n] for n in tokenizer.encode(self._shape.opening, add_special_tokens=False) if n in added]
+        is_plain = bool(opening) and not (opening[-1].normalized or opening[-1].single_word or opening[-1].lstrip)
+        self._opener = opening[-1].content if is_plain and hasattr(tokenizer, "backend_tokenizer") else ""
         self.terminator_id = self._shape.terminator_id
         self.end_ids: tuple[int, ...] = ()
         self.end_at([])
@@ -178,7 +181,7 @@ class Encoder:
     def _encode_some(self, rows: list[Row], max_response_tokens: int) -> Iterator[Encoded | UserError]:
         texts = [self._rendered(row) for row in rows]
         try:
-            ids = iter(self._ids([text for found in texts if isinstance(found, tuple) for text in found[:2]]))
+            ids = iter(self._ids_of_pairs([found[:2] for found in texts if isinstance(found, tuple)]))
         except UserError as error:
             if len(rows) == 1:
                 yield error
@@ -191,7 +194,7 @@ class Encoder:
                 yield found
                 continue
             prompt, whole, noted = found
-            prompt_ids, whole_ids = next(ids), next(ids)
+            prompt_ids, whole_ids = next(ids)
             try:
                 response = self._response(row, prompt, whole, prompt_ids, whole_ids, noted)
             except UserError as error:
@@ -286,6 +289,26 @@ class Encoder:
         return self._turn_tokens if message["role"] == "assistant" else self._control_tokens
 
     # --- text as ids ----------------------------------------------------------------------------------------------
+
+    def _ids_of_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Ids of prompts and of the conversations that go on behind them. What both begin with is tokenized once.
+
+        Tokenizers take a text apart at its control tokens, so that what stands before one has the same ids whatever follows.
+        """
+        texts, cuts = [], []
+        for prompt, whole in pairs:
+            cut = prompt.rfind(self._opener) if self._opener and _START not in whole else -1
+            is_shared = cut > 0 and whole.startswith(self._opener, cut) and whole[:cut] == prompt[:cut]
+            cuts.append(cut if is_shared else 0)
+            texts += [prompt, whole[cut:] if is_shared else whole]
+        ids = iter(self._ids(texts))
+        found = []
+        for cut in cuts:
+            prompt_ids, whole_ids = next(ids), next(ids)
+            if cut:
+                whole_ids = prompt_ids[: len(prompt_ids) - 1 - prompt_ids[::-1].index(whole_ids[0])] + whole_ids
+            found.append((prompt_ids, whole_ids))
+        return found
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of rendered texts. Those without a marked token, which are nearly all, go to the tokenizer together."""

@@ -1222,6 +1222,21 @@ def test_many_rows_get_the_ids_of_each_alone_and_of_transformers(family: Family)
         )
 
 
+@pytest.mark.parametrize("flag", ["", "lstrip", "rstrip", "single_word", "normalized"])
+def test_what_prompt_and_conversation_share_is_tokenized_once_and_has_the_same_ids(flag: str) -> None:
+    tokenizer = byte_tokenizer(("<|im_end|>",), CHATML)
+    tokenizer.add_tokens(
+        [AddedToken("<|im_start|>", special=True, **{"normalized": False, **({flag: True} if flag else {})})]
+    )
+    encoder = Encoder(tokenizer)
+    for asked, answer in (("Hi", "so"), ("a \n", "\n b"), ("ß<|im_start|>", "x"), ("x", "<|im_start|>y")):
+        (encoded,) = encoder.encode_rows([Row(messages("A", "rule")[:1] + messages(asked), answer)], 100)
+        assert isinstance(encoded, Encoded)
+        turns = [*messages("A", "rule")[:1], *messages(asked), {"role": "assistant", "content": answer}]
+        whole = tokenizer.apply_chat_template(turns, sanitize_control_tokens=True, return_dict=False)
+        assert encoded.prompt_ids + encoded.real_ids == whole[:-1]  # but for the newline behind the turn
+
+
 def test_a_refused_row_does_not_disturb_its_neighbours() -> None:
     encoder = FAMILIES["gemma"].encoder()
     rows = [Row(messages("a"), "b"), Row(messages("a", "rule"), "b"), Row(messages("a"), "b")]
