@@ -161,7 +161,8 @@ def _pair_batch(
 ) -> PairBatch:
     def stored(player: str) -> PairLogProbs:
         of_real, of_generated = (
-            torch.tensor([pair[f"{player}_{side}_log_prob"] for pair in pairs]) for side in ("real", "generated")
+            torch.tensor([pair[f"{player}_{side}_log_prob"] for pair in pairs], dtype=torch.float32)
+            for side in ("real", "generated")
         )
         lengths = responses.response_lengths
         return PairLogProbs(of_real, of_generated, lengths[real], lengths[generated])

@@ -49,6 +49,8 @@ COUNTED = {
     "reasoning_left_out": "real answers whose reasoning_content the chat template does not write; it is left out",
     "no_reasoning": "real answers without reasoning, where the chat template's prompts begin it; they end it at once",
     "tools_left_out": "rows with tools that the chat template does not write; they are left out",
+    "turns_left_out": "prompts of which the chat template leaves out a turn's text or tool calls",
+    "text_left_out": "real answers whose text beside tool calls the chat template does not write; it is left out",
     "also_trained_on": "held-out prompts that are also trained on; the held-out NLL is too good by them",
 }
 
@@ -314,6 +316,8 @@ class SyntheticDataModule(L.LightningDataModule):
                 "reasoning_left_out",
                 "no_reasoning",
                 "tools_left_out",
+                "turns_left_out",
+                "text_left_out",
             )
         }
         noted |= {"also_trained_on": Tally()} if part == "held_out" else {}

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cache
-from itertools import islice
+from functools import cache, partial
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ PROMPT_TEMPLATES = {
     ),
 }
 #: Rows that are tokenized together.
-BATCH = 1000
+BATCH = 250
 #: Tokens that mean the same in every tokenizer that has them. Servers stop on the ends by these names, so that no answer has them.
 NEVER_SAID = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
 NEVER_SAID |= {"<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>"}
@@ -93,13 +93,17 @@ class Encoder:
 
         added = tokenizer.added_tokens_decoder
         self._added = {number: token.content for number, token in added.items()}
+        self._tokens = _any_of(text for text in self._added.values() if not text.isspace())
         self._control_tokens = self._turn_tokens = _any_of(())  # until it is known what the template writes
-        self._shape = _TurnShape.of(self)
+        self._takes_parts, self._role_of_developer = False, "developer"
+        self._shapes = self._find_shapes()
+        self._shape = self._shapes[self.chat_template]
+        around = self._shape.around | self._shapes[self.tool_template].around
         self._control_tokens = _any_of(
             token.content
             for number, token in added.items()
             if token.special
-            or number in self._shape.around
+            or number in around
             or (not token.content.isspace() and any(token.content in text for text in self._templates))
         )
         self._template_text = _any_of(self._plain_markers())
@@ -108,6 +112,9 @@ class Encoder:
         self._other_turns = [
             t.content for t in added.values() if t.special and any(t.content in text for text in others)
         ]
+        opening = [added[n] for n in tokenizer.encode(self._shape.opening, add_special_tokens=False) if n in added]
+        is_plain = bool(opening) and not (opening[-1].normalized or opening[-1].single_word or opening[-1].lstrip)
+        self._opener = opening[-1].content if is_plain and hasattr(tokenizer, "backend_tokenizer") else ""
         self.terminator_id = self._shape.terminator_id
         self.end_ids: tuple[int, ...] = ()
         self.end_at([])
@@ -121,7 +128,8 @@ class Encoder:
         Ids outside of the vocabulary are ignored. So are ordinary tokens, and a printed note says so.
         """
         vocabulary = {number: text for text, number in self.tokenizer.get_vocab().items()}
-        ends = dict.fromkeys([self.terminator_id, self._shape.call_terminator_id, *self.end_ids])
+        shapes = [*self._shapes.values()]
+        ends = dict.fromkeys([self.terminator_id, *(shape.call_terminator_id for shape in shapes), *self.end_ids])
         given = sorted({*ids} & vocabulary.keys() - ends.keys())
         ordinary = {n: vocabulary[n] for n in given if n not in self._added and n != self.tokenizer.eos_token_id}
         if ordinary:
@@ -132,10 +140,9 @@ class Encoder:
         named = [text for text in self.tokenizer.special_tokens_map.values() if isinstance(text, str)]
         named += [text for text in self._added.values() if text in NEVER_SAID]
         self._turn_tokens = _any_of(
-            [*named, *texts, *self._other_turns, *(self._added[token] for token in self._shape.around)]
+            [*named, *texts, *self._other_turns, *(self._added[token] for shape in shapes for token in shape.around)]
         )
         self._ends = re.compile(f"(?<!{_START})(?:{_any_of(texts).pattern})")
-        self._num_leading_ends = len(self._ends.findall(self._shape.lead))
 
     @property
     def fingerprint(self) -> str:
@@ -174,7 +181,7 @@ class Encoder:
     def _encode_some(self, rows: list[Row], max_response_tokens: int) -> Iterator[Encoded | UserError]:
         texts = [self._rendered(row) for row in rows]
         try:
-            ids = iter(self._ids([text for pair in texts if isinstance(pair, tuple) for text in pair]))
+            ids = iter(self._ids_of_pairs([found[:2] for found in texts if isinstance(found, tuple)]))
         except UserError as error:
             if len(rows) == 1:
                 yield error
@@ -182,13 +189,14 @@ class Encoder:
                 for row in rows:
                     yield from self._encode_some([row], max_response_tokens)
             return
-        for row, pair in zip(rows, texts, strict=True):
-            if isinstance(pair, UserError):
-                yield pair
+        for row, found in zip(rows, texts, strict=True):
+            if isinstance(found, UserError):
+                yield found
                 continue
-            prompt_ids, whole_ids = next(ids), next(ids)
+            prompt, whole, noted = found
+            prompt_ids, whole_ids = next(ids)
             try:
-                response, noted = self._response(row, *pair, prompt_ids, whole_ids)
+                response = self._response(row, prompt, whole, prompt_ids, whole_ids, noted)
             except UserError as error:
                 yield error
                 continue
@@ -214,14 +222,30 @@ class Encoder:
 
     # --- a row as text --------------------------------------------------------------------------------------------
 
-    def _rendered(self, row: Row) -> tuple[str, str] | UserError:
-        """The prompt, and the whole conversation with the real answer."""
+    def _rendered(self, row: Row) -> tuple[str, str, set[str]] | UserError:
+        """The prompt, the whole conversation with the real answer, and what is to be counted."""
         *asked, answer = (self._turn(message) for message in (*row.prompt, row.real_turn))
         tools = self._definitions(row.tools)
         try:
-            return self._written(asked, tools, add_generation_prompt=True), self._written([*asked, answer], tools)
+            prompt = self._written(asked, tools, add_generation_prompt=True)
+            whole = self._written([*asked, answer], tools)
         except UserError as error:
             return error
+        noted = set()
+        if any(map(partial(self._is_left_out, prompt), row.prompt)):
+            noted.add("turns_left_out")
+        if any(_name_of(tool) not in prompt for tool in tools or []):
+            noted.add("tools_left_out")
+        return prompt, whole, noted
+
+    def _is_left_out(self, prompt: str, message: Message) -> bool:
+        """Whether the template leaves out a turn's text, or its tool calls. Earlier reasoning is always left to the template."""
+        if message.get("tool_calls") and not self._shape.writes_calls:
+            return True
+        said = message["content"].strip()
+        if said in prompt:
+            return False
+        return _squashed(said.rpartition("</think>")[2]) not in _squashed(prompt)
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), add_generation_prompt: bool = False
@@ -236,6 +260,10 @@ class Encoder:
         turn = {key: _marked(value, tokens) for key, value in message.items() if value is not None}
         if "reasoning_content" in turn:
             turn["thinking"] = turn["reasoning_content"]  # its name in other templates
+        if self._takes_parts:
+            turn["content"] = [{"type": "text", "text": turn["content"]}]
+        if turn["role"] == "developer":
+            turn["role"] = self._role_of_developer
         return turn
 
     def _definitions(self, tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -261,6 +289,26 @@ class Encoder:
         return self._turn_tokens if message["role"] == "assistant" else self._control_tokens
 
     # --- text as ids ----------------------------------------------------------------------------------------------
+
+    def _ids_of_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Ids of prompts and of the conversations that go on behind them. What both begin with is tokenized once.
+
+        Tokenizers take a text apart at its control tokens, so that what stands before one has the same ids whatever follows.
+        """
+        texts, cuts = [], []
+        for prompt, whole in pairs:
+            cut = prompt.rfind(self._opener) if self._opener and _START not in whole else -1
+            is_shared = cut > 0 and whole.startswith(self._opener, cut) and whole[:cut] == prompt[:cut]
+            cuts.append(cut if is_shared else 0)
+            texts += [prompt, whole[cut:] if is_shared else whole]
+        ids = iter(self._ids(texts))
+        found = []
+        for cut in cuts:
+            prompt_ids, whole_ids = next(ids), next(ids)
+            if cut:
+                whole_ids = prompt_ids[: len(prompt_ids) - 1 - prompt_ids[::-1].index(whole_ids[0])] + whole_ids
+            found.append((prompt_ids, whole_ids))
+        return found
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of rendered texts. Those without a marked token, which are nearly all, go to the tokenizer together."""
@@ -292,92 +340,172 @@ class Encoder:
     # --- the answer -----------------------------------------------------------------------------------------------
 
     def _response(
-        self, row: Row, prompt: str, whole: str, prompt_ids: list[int], whole_ids: list[int]
-    ) -> tuple[list[int], set[str]]:
-        """The real answer as the model has to give it after the prompt, up to its terminator; and what is to be counted.
+        self, row: Row, prompt: str, whole: str, prompt_ids: list[int], whole_ids: list[int], noted: set[str]
+    ) -> list[int]:
+        """The real answer as the model has to give it after the prompt, up to its terminator. Adds what is to be counted.
 
         Raises:
-            UserError: The template does not write the answer's tool calls.
+            UserError: The template does not write the answer's tool calls, or not before it ends the turn.
         """
-        noted: set[str] = set()
-        written = self._written_after(prompt, whole)
-        block = self._shape.block if self._shape.block and prompt.endswith(self._shape.block.text) else None
-        if calls := row.real_extras.get("tool_calls"):
-            if written is None or not all(_name_of(call) in written for call in calls):
+        shape = self._shapes[self.tool_template if row.tools else self.chat_template]
+        num_leading_ends = len(self._ends.findall(shape.lead)) if shape.lead else 0
+        written = self._written_after(prompt, whole, shape)
+        block = shape.block if shape.block and prompt.endswith(shape.block.text) else None
+        calls = row.real_extras.get("tool_calls")
+        if calls:
+            names = [_name_of(call) for call in calls]
+            if written is None or any(written.count(name) < names.count(name) for name in names):
                 raise UserError(
                     "the chat template does not write the tool calls of the real answer. Write them into its text, or set "
                     "data.prompt_template to a template that takes tool_calls."
                 )
+            body, _ = self._split_at_end(written, num_leading_ends)
+            if any(body.count(name) < names.count(name) for name in names):
+                raise UserError(
+                    "the chat template ends the real answer's turn before its tool calls, so generation could never come to "
+                    f"them: it writes {written[:80]!r}. Remove the text before the calls, or set data.prompt_template to another template."
+                )
+            if _squashed(row.real) not in _squashed(body):
+                noted.add("text_left_out")
             said = written
-        elif written is None or (not (block and block.is_closed) and self._leaves_out(row.real, written, block)):
+        elif written is None or (
+            not (block and block.is_closed) and self._leaves_out(row.real, written, block, num_leading_ends)
+        ):
             said = str(_marked(row.real, self._turn_tokens))
+            tag = re.match(r"\s*([<\[][^<>\[\]\s]+[>\]])", said)
+            if block is None and not (tag and tag[1] in shape.lead):
+                said = shape.lead + said
         else:
             said = written
         if block is not None:
-            said = self._inside(block, row, said, noted)
+            said = self._inside(block, row, said, num_leading_ends, noted)
         reasoning = row.real_extras.get("reasoning_content") or ""
         if _squashed(reasoning) not in _squashed(said):
             noted.add("reasoning_left_out")
-        if row.tools and "tools" not in self.tool_template:
-            noted.add("tools_left_out")
 
-        if said == written and whole.startswith(prompt) and whole_ids[: len(prompt_ids)] == prompt_ids:
+        if whole == prompt + said and whole_ids[: len(prompt_ids)] == prompt_ids:
             response = whole_ids[len(prompt_ids) :]
         else:  # a token spans the border, or the template writes past answers otherwise: the prompt stays as it is
             noted.add("encoded_apart")
-            response = self._ids_behind(said)
+            response = self._ids_after(prompt, prompt_ids, said)
         ends = (place for place, token in enumerate(response) if token in self.end_ids)
-        end = next(islice(ends, self._num_leading_ends, None), None)
+        end = next(islice(ends, num_leading_ends, None), None)
         if end is not None:
-            return response[: end + 1], noted
-        if said == written and not calls and not self._shape.is_ended_by_next:
+            return response[: end + 1]
+        if (
+            said == written and not calls and not shape.is_ended_by_next
+        ):  # what stands behind the answer is for the next turn
+            answer = str(_marked(row.real, self._turn_tokens))
+            place = said.rfind(answer)
+            said = said[: place + len(answer)] if place >= 0 else answer
             noted.add("encoded_apart")
-            response = self._ids_behind(_marked(row.real, self._turn_tokens))
-        return [*response, self._shape.call_terminator_id if calls else self.terminator_id], noted
+            response = self._ids_after(prompt, prompt_ids, said)
+        return [*response, shape.call_terminator_id if calls else self.terminator_id]
 
-    def _written_after(self, prompt: str, whole: str) -> str | None:
+    def _ids_after(self, prompt: str, prompt_ids: list[int], said: str) -> list[int]:
+        """Ids of an answer right behind its prompt; where the prompt would have other ids with it, behind a new line."""
+        (ids,) = self._ids([prompt + said])
+        return ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._ids_behind(said)
+
+    def _written_after(self, prompt: str, whole: str, shape: _TurnShape) -> str | None:
         """What the template writes behind the prompt. None if it writes the conversation before the answer otherwise."""
         if whole.startswith(prompt):
             return whole[len(prompt) :]
-        same = len(_same_start(prompt, whole))
-        return whole[same:] if len(prompt) - same <= len(self._shape.opening) else None
+        same = self._parting(prompt, whole)
+        if len(prompt) - same <= len(shape.opening):
+            answer, opening = whole[same:], prompt[same:]
+            if opening.strip() and answer.lstrip().startswith(opening.strip()):  # with other white space before it
+                answer = answer.lstrip()[len(opening.strip()) :].removeprefix(opening[len(opening.rstrip()) :])
+            return answer
+        before, opening, answer = whole.rpartition(shape.opening)
+        return answer if before and opening else None
 
-    def _leaves_out(self, answer: str, written: str, block: _Block | None) -> bool:
+    def _parting(self, one: str, other: str) -> int:
+        """Where two rendered texts begin to differ. A token that both begin alike belongs to what differs."""
+        same = len(_same_start(one, other))
+        for text in (one, other):
+            for token in self._tokens.finditer(text, max(same - 100, 0)):
+                if token.start() >= same:
+                    break
+                same = token.start() if token.end() > same else same
+        return same
+
+    def _split_at_end(self, text: str, num_leading_ends: int) -> tuple[str, str]:
+        """An answer's text, and what follows from its terminator on."""
+        end = next(islice(self._ends.finditer(text), num_leading_ends, None), None)
+        return (text, "") if end is None else (text[: end.start()], text[end.start() :])
+
+    def _leaves_out(self, answer: str, written: str, block: _Block | None, num_leading_ends: int) -> bool:
         """Whether the template leaves out an answer's beginning, as many do with reasoning."""
         if answer.strip() in written:
             return False
-        parts = self._ends.split(written, maxsplit=self._num_leading_ends + 1)
-        body, answer = _squashed("".join(parts[: self._num_leading_ends + 1])), _squashed(answer)
+        body, answer = _squashed(self._split_at_end(written, num_leading_ends)[0]), _squashed(answer)
         begun = block.opens + body if block is not None else body
         return answer not in (body, begun) and answer.endswith(body)
 
-    def _inside(self, block: _Block, row: Row, said: str, noted: set[str]) -> str:
+    def _inside(self, block: _Block, row: Row, said: str, num_leading_ends: int, noted: set[str]) -> str:
         """The answer to a prompt that ends with a block such as ``<think>``.
 
         In an open one the answer goes on, and closes it; behind a closed one there is nothing but the answer.
         """
         reasoning = str(_marked(row.real_extras.get("reasoning_content") or "", self._turn_tokens))
+        body, behind = self._split_at_end(said, num_leading_ends)
         if block.is_closed:
             if block.closes in row.real:
                 noted.add("reasoning_left_out")
-            return said.rpartition(block.closes)[2].lstrip("\n") if block.closes in said else said
-        if said.lstrip().startswith(block.opens):
-            said = said.lstrip()[len(block.opens) :].lstrip("\n")
-        if block.closes not in said:
-            said = reasoning.strip("\n") + f"\n{block.closes}\n\n" + said.lstrip("\n")
+            return body.rpartition(block.closes)[2].lstrip("\n") + behind if block.closes in body else said
+        if body.lstrip().startswith(block.opens):
+            body = body.lstrip()[len(block.opens) :].lstrip("\n")
+        if block.closes not in body:
+            body = reasoning.strip("\n") + block.closing + body.lstrip("\n")
         if not reasoning and block.closes not in row.real:
             noted.add("no_reasoning")
-        return said
+        return body + behind
 
     # --- templates ------------------------------------------------------------------------------------------------
+
+    def _find_shapes(self) -> dict[str, _TurnShape]:
+        """The shape of turns under each template; and whether it takes texts as parts, and developers as the system.
+
+        Raises:
+            UserError: A template refuses a question with its answer, or no token could end that.
+        """
+        question, answer = {"role": "user", "content": "spin question"}, {"role": "assistant", "content": "spin answer"}
+
+        def is_written(*turns: Message) -> bool:
+            for tools in ([], [_PROBE_TOOL]):
+                try:
+                    return turns[0]["content"] in self._render(turns, tools)
+                except UserError:
+                    continue
+            return False
+
+        asked: list[Message] = [question, answer]  # type: ignore[list-item]
+        if not is_written(*asked):
+            self._takes_parts = True
+            self._takes_parts = is_written(*asked)
+        rule = {role: is_written({"role": role, "content": "spin rule"}, *asked) for role in ("developer", "system")}
+        if rule["system"] and not rule["developer"]:
+            self._role_of_developer = "system"
+        shapes = {self.tool_template: _TurnShape.of(self, [_PROBE_TOOL])} if len(self._templates) > 1 else {}
+        try:
+            return {**shapes, self.chat_template: _TurnShape.of(self, [])}
+        except UserError as error:
+            try:  # a template for nothing but rows with tools
+                return {**shapes, self.chat_template: _TurnShape.of(self, [_PROBE_TOOL])}
+            except UserError:
+                raise error from None
 
     def _plain_markers(self) -> set[str]:
         """What the template writes between turns, without control tokens; plain words are no markers."""
         turns: list[Message] = [{"role": role, "content": "\0"} for role in ("user", "assistant", "user", "assistant")]
         try:
             written = self._render(turns) + self._render(turns[:1], add_generation_prompt=True)
-        except UserError:  # a template for single questions
-            written = self._render(turns[:2])
+        except UserError:  # a template for single questions, or for rows with tools
+            try:
+                written = self._render(turns[:2])
+            except UserError:
+                return set()
         pieces = [piece.strip() for part in written.split("\0") for piece in self._control_tokens.split(part)]
         lines = {line.strip() for piece in pieces for line in piece.splitlines()}
         return {line for line in lines if len(line) > 2 and not re.fullmatch(r"[\w\s.,'!?-]*", line)}
@@ -439,13 +567,15 @@ class Encoder:
 class _Block:
     """A part of an assistant's turn between two tags, that begins in the prompt: open, or closed there already.
 
-    ``text`` is how the prompt ends: with the tag that opens it, or with all of it.
+    ``text`` is how the prompt ends: with the tag that opens it, or with all of it. ``closing`` is the tag that closes it, with
+    the white space that the template puts around it behind reasoning.
     """
 
     opens: str
     closes: str
     is_closed: bool
     text: str
+    closing: str = ""
 
 
 @dataclass(frozen=True)
@@ -460,6 +590,7 @@ class _TurnShape:
         lead: What is between that place and the answer's text.
         block: A block that ``opening`` ends with, such as ``<think>``, or None.
         call_terminator_id: The token that ends an assistant turn with tool calls.
+        writes_calls: Whether earlier tool calls are written at all.
     """
 
     around: frozenset[int]
@@ -469,10 +600,11 @@ class _TurnShape:
     lead: str
     block: _Block | None
     call_terminator_id: int
+    writes_calls: bool
 
     @classmethod
-    def of(cls, encoder: Encoder) -> _TurnShape:
-        """Of an encoder that can render, and knows nothing else yet.
+    def of(cls, encoder: Encoder, tools: list[dict[str, Any]]) -> _TurnShape:
+        """Of an encoder that can render, and knows nothing else yet; with the tools, and so with the template for them.
 
         Raises:
             UserError: The template refuses a question with its answer, or no token could end that.
@@ -483,6 +615,7 @@ class _TurnShape:
             "Q": {"role": "user", "content": "spin question"},
             "A": {"role": "assistant", "content": "spin answer"},
             "N": {"role": "user", "content": "spin next"},
+            "R": {"role": "assistant", "content": "spin answer", "reasoning_content": "spin reason"},
             "C": {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]},
             "T": {"role": "tool", "content": "spin result", "name": "spin_probe", "tool_call_id": _PROBE_CALL["id"]},
         }
@@ -490,7 +623,7 @@ class _TurnShape:
         @cache
         def written(names: str, is_open: bool = False) -> str:
             try:
-                return encoder._render([turns[name] for name in names], add_generation_prompt=is_open)
+                return encoder._render([turns[name] for name in names], tools, add_generation_prompt=is_open)
             except UserError:  # not every template takes every role
                 return ""
 
@@ -513,7 +646,7 @@ class _TurnShape:
             kept = {tag for tag in found if not tag.isspace()} - paired
             return [token for token in dict.fromkeys(ids) if encoder._added.get(token) in kept]
 
-        encoder._render([turns["Q"], turns["A"]])  # a template that refuses this says so
+        encoder._render([turns["Q"], turns["A"]], tools)  # a template that refuses this says so
         opening, head = between("Q", "Q", is_open=True), between("QA", "Q", "A")
         after, to_next = between("QA", "A"), between("QAN", "A", "N")
         before_question = to_next or between("SQ", "S", "Q") or between("Q", "", "Q")
@@ -522,22 +655,28 @@ class _TurnShape:
         header, block = opening, None
         while tag := re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", header):
             partner, is_closing = _partner(tag[1])
-            if partner in before_question or not (partner in known or any(partner in t for t in encoder._templates)):
+            is_known = partner in known or partner in header or any(partner in text for text in encoder._templates)
+            if partner in before_question or not is_known:
                 break
-            header = header[: tag.start()]
+            header = header[: max(header.rfind(partner), 0) or tag.start()] if is_closing else header[: tag.start()]
             if block is None:
                 opens, closes = (partner, tag[1]) if is_closing else (tag[1], partner)
-                block = _Block(opens, closes, is_closing, text=tag[0])
+                block = _Block(opens, closes, is_closing, text=opening[len(header) :])
             else:
                 block = replace(block, text=opening[len(header) :])
         common = _same_start(header, head)
 
         closes = {tokenizer.eos_token_id, *tokens(common)}  # what also ends a user's turn ends one
         ends = tokens(after)
+        always = tokens(after[: encoder._parting(after, to_next)])  # of several that close, the last ends the turn
+        if written("QA") == written("QA", True):  # a template that always begins the next answer
+            always = [token for token in always if token == tokenizer.eos_token_id]
         is_ended_by_next = not ends
         if is_ended_by_next:
             ends = [token for token in tokens(to_next) if token != tokenizer.bos_token_id or token in closes]
         terminator_id = next((token for token in ends if token in closes), ends[0] if ends else tokenizer.eos_token_id)
+        if always:
+            terminator_id = tokenizer.eos_token_id if tokenizer.eos_token_id in always else always[-1]
         if terminator_id is None:
             raise UserError(
                 "no token can end an answer: the chat template writes none after an assistant turn, and the tokenizer "
@@ -548,7 +687,15 @@ class _TurnShape:
         end_text = str(tokenizer.convert_ids_to_tokens(terminator_id))
         if block is not None and block.closes == end_text:
             block = None
-        to_result = tokens(between("QAT", "A", "T")) if is_ended_by_next else []
+        if block is not None and not block.is_closed:
+            before, tag_text, behind = between("QR", "Q").partition("spin reason")[2].partition(block.closes)
+            blank = "".join(takewhile(str.isspace, behind))
+            block = replace(block, closing=before + tag_text + blank if tag_text else f"\n{block.closes}\n\n")
+        call_text = written("QC")
+        to_result = [token for token in tokens(call_text) if call_text.rstrip().endswith(encoder._added[token])]
+        to_result = [token for token in to_result if token not in tokens(opening)]
+        if is_ended_by_next and not to_result:
+            to_result = tokens(between("QAT", "A", "T"))
 
         def from_end(text: str) -> str:
             return "".join(text.partition(end_text)[1:])
@@ -562,9 +709,10 @@ class _TurnShape:
             terminator_id=int(terminator_id),
             is_ended_by_next=is_ended_by_next,
             opening=opening,
-            lead=head[len(_same_start(opening, head)) :],
+            lead=head[encoder._parting(opening, head) :],
             block=block,
             call_terminator_id=to_result[0] if to_result else int(terminator_id),
+            writes_calls="spin_probe" in written("QCT").partition(str(turns["Q"]["content"]))[2],
         )
 
 
@@ -572,6 +720,10 @@ _PROBE_CALL: dict[str, Any] = {
     "id": "spinprobe",  # nine letters, as Mistral's templates want it
     "type": "function",
     "function": {"name": "spin_probe", "arguments": {}},
+}
+_PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "spin_tool", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
 _START, _, _END = mark_control_tokens(".", re.compile("[.]"))
 
@@ -600,9 +752,13 @@ def _partner(tag: str) -> tuple[str, bool]:
     """The tag that closes or opens what a tag opens or closes, and whether the given one closes.
 
     Example:
-        >>> _partner("<think>"), _partner("[/INST]"), _partner("<|START_THINKING|>")
-        (('</think>', False), ('[INST]', True), ('<|END_THINKING|>', False))
+        >>> _partner("<think>"), _partner("[/INST]"), _partner("<|START_THINKING|>"), _partner("<tool|>")
+        (('</think>', False), ('[INST]', True), ('<|END_THINKING|>', False), ('<|tool>', True))
     """
+    if tag[:2] == "<|" and tag[-2:] != "|>":
+        return f"<{tag[2:-1]}|>", False
+    if tag[:2] != "<|" and tag[-2:] == "|>":
+        return f"<|{tag[1:-2]}>", True
     for opens, closes in (("<", "</"), ("[", "[/"), ("START", "END"), ("begin", "end")):
         if tag.startswith(closes) or (closes.isalpha() and closes in tag):
             return tag.replace(closes, opens, 1), True

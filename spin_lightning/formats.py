@@ -34,6 +34,8 @@ _PLAIN_ROLES = ("user", "assistant", "system", "developer", "tool")
 #: The text of their turns is a tool call, or a list of them, as JSON.
 CALLING_ROLES = {"function_call", "tool_call", "tool_calls"}
 TURN_KEYS = (("role", "content"), ("from", "value"))
+#: A question with its answer in one item of a conversation.
+EXCHANGE_KEYS = (("input", "output"), ("user", "assistant"), ("human", "assistant"), ("question", "answer"))
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 #: False or 0 under one of them: the assistant turn is not to be trained on.
 TRAINED_KEYS = ("weight", "train", "training", "loss")
@@ -232,7 +234,35 @@ def _turns(value: Any, column: str) -> list[Turn]:
     if lists and all(isinstance(items, list) and len(items) == len(lists[0]) for items in lists):
         value = [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
     turns = _list(value, f"column {column!r} must be a list of turns")
-    return [_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(turns, 1)]
+    if column == "conversations" and turns and all(isinstance(turn, str) for turn in turns):  # who speaks first asks
+        sides = (_user, _assistant)
+        return [sides[n % 2](text, f"turn {n + 1} of {column!r}") for n, text in enumerate(turns)]
+    read = []
+    for number, turn in enumerate(turns, 1):
+        where = f"turn {number} of {column!r}"
+        keys = next((keys for keys in EXCHANGE_KEYS if isinstance(turn, dict) and turn.keys() == {*keys}), None)
+        if keys is None:
+            read.append(_turn(turn, where))
+        else:
+            read += [
+                _user(turn[keys[0]], f"{keys[0]!r} of {where}"),
+                _assistant(turn[keys[1]], f"{keys[1]!r} of {where}"),
+            ]
+    return read
+
+
+def _transcript(text: Any) -> list[Turn]:
+    """The turns of a text that tells them as Anthropic's: each behind a blank line and ``Human:`` or ``Assistant:``.
+
+    Example:
+        >>> [turn.message["content"] for turn in _transcript("\\n\\nHuman: 1 + 1?\\n\\nAssistant: 2")]
+        ['1 + 1?', '2']
+    """
+    if not isinstance(text, str) or not re.match(r"\s*Human: .*?\n\nAssistant:", text, re.DOTALL):
+        return []
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text.lstrip())[1:]
+    sides = {"Human": _user, "Assistant": _assistant}
+    return [sides[who](said, "a turn of the text") for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _turn(turn: Any, where: str) -> Turn:
@@ -337,11 +367,15 @@ def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Turn]]:
 
     def read(record: Mapping[str, Any]) -> list[Turn]:
         prompt, answer = record["prompt"], record[column]
+        if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's preferences
+            prompt = prompt["messages"]
         if prompt is None or isinstance(prompt, list):
             asked = _turns(prompt or [], "prompt")
         else:
             asked = [_user(prompt, "column 'prompt'")]
         if not isinstance(answer, list):
+            if prompt is None and (turns := _transcript(answer)):
+                return turns
             if prompt is None:
                 reason = f"column 'prompt' is empty, which is allowed only if {column!r} is a whole conversation"
                 raise BadRow("missing", reason)
@@ -403,7 +437,7 @@ FORMATS: dict[str, Format] = {
         f"the chosen answer {_TEXT_OR_TURNS}",
         ("prompt",),
         ("rejected",),
-        {"prompt": _PROMPTS},
+        {"prompt": _PROMPTS, "chosen": ("preferred_output",)},
     ),
 }
 #: Stands in when no record has columns at all, so that the records themselves are reported.
@@ -420,6 +454,9 @@ def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, tuple
         BadRow: The record has no question, no real answer, or something of the wrong type.
     """
     common = {column: record.get(column) for column in COMMON_COLUMNS}
+    asked = record.get("prompt")
+    if isinstance(asked, dict) and common["tools"] is None:
+        common["tools"] = asked.get("tools")
     turns = layout.read(record)
     if any(value is not None for value in common.values()):
         _common("label", common, _refuse_undesirable)

@@ -6,7 +6,6 @@ Nothing is silent: whatever is dropped, unread or strange is counted, with the f
 from __future__ import annotations
 
 import gc
-import math
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,9 @@ from spin_lightning.formats import (
 )
 from spin_lightning.sources import open_source
 from spin_lightning.types import Row, UserError
+
+#: No source's rows are taken more often.
+MAX_WEIGHT = 1000
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,9 @@ def _load_source(
             if not isinstance(record, dict):
                 raise BadRow("not an object", f"must be an object with columns, got {shown(record)}")
             named = {ours: record.get(theirs) for ours, theirs in reading.origin.items()}
+            for ours, value in named.items():
+                if isinstance(value, float) and value != value:  # how pandas writes that there is nothing
+                    named[ours] = None
             row, num_dropped_turns, unused = read_row(layout, {**absent, **named})
         except (BadRow, RecursionError) as error:
             reason = error if isinstance(error, BadRow) else BadRow("too deep", "holds lists in lists without end")
@@ -266,9 +271,9 @@ def _check_weights(weights: Any) -> None:
         )
     for name, weight in weights.items():
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (is_number and math.isfinite(weight) and weight > 0):
+        if not (is_number and 0 < weight <= MAX_WEIGHT):
             raise UserError(
-                f"the weight of {name!r} must be a number above 0, got {weight!r}. 1 takes all of its rows, 0.5 half of them, "
+                f"the weight of {name!r} must be a number above 0 and at most {MAX_WEIGHT}, got {weight!r}. 1 takes all of its rows, 0.5 half of them, "
                 f"2 each row twice: {example}."
             )
 

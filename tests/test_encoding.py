@@ -995,6 +995,173 @@ def test_a_prompt_may_hold_ends_and_so_may_what_precedes_an_answer() -> None:
     assert real(encoder, "so", *messages("a")) == expected_ids(encoder.tokenizer, [EOS, "assistant:so", EOS])
 
 
+# --- Templates that write an answer otherwise than their prompts announce it -----------------------------------------
+
+CHANNELS = (  # the prompt opens a block whose tag begins like other tags of answers; several tags close, the last is the end
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|turn|><|bot|>' }}"
+    "{% if m.reasoning_content %}{{ '<|START_THOUGHT|>' + m.reasoning_content + '<|END_THOUGHT|>' }}{% endif %}"
+    "{% if m.tool_calls %}{{ '<|START_CALL|>' + m.tool_calls[0].function.name + '<|END_CALL|><|turn_end|>' }}"
+    "{% else %}{{ '<|START_TEXT|>' + m.content + '<|END_TEXT|><|turn_end|>' }}{% endif %}"
+    "{% else %}{{ '<|turn|>' + m.role + '<|START_TEXT|>' + m.content + '<|END_TEXT|><|turn_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn|><|bot|><|START_THOUGHT|>' }}{% endif %}"
+)
+CHANNEL_TOKENS = (
+    "<|pad|>",
+    "<|turn|>",
+    "<|bot|>",
+    "<|turn_end|>",
+    *(f"<|{side}_{what}|>" for side in ("START", "END") for what in ("THOUGHT", "TEXT", "CALL")),
+)
+START_TEXT, END_TEXT, TURN_END = Control("<|START_TEXT|>"), Control("<|END_TEXT|>"), Control("<|turn_end|>")
+END_THOUGHT = Control("<|END_THOUGHT|>")
+GENERIC = (  # what follows the roles it knows, with a call's own end and no text beside calls
+    "{% for m in messages if m.role in known %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.name + '<|call|>' }}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' if not m.tool_calls }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def generic(known: str = "system user assistant tool", template: str = GENERIC) -> Encoder:
+    return encoder_of(template.replace("known", repr(known.split())), (*CHATML_SPECIAL, "<|call|>"), (), "<|im_end|>")
+
+
+def prompt_text(encoder: Encoder, *turns: dict) -> str:
+    return str(encoder.tokenizer.decode(encoder.prompt_ids(turns)))
+
+
+def test_no_token_is_cut_where_two_begin_alike() -> None:
+    encoder = encoder_of(CHANNELS, CHANNEL_TOKENS)
+    said = [START_TEXT, "so", END_TEXT, TURN_END]
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, [END_THOUGHT, *said])
+    assert real(encoder, "so", reasoning_content="as") == expected_ids(encoder.tokenizer, ["as", END_THOUGHT, *said])
+    assert real(encoder, "", tool_calls=[A_CALL]) == expected_ids(
+        encoder.tokenizer, [END_THOUGHT, Control("<|START_CALL|>"), "weather", Control("<|END_CALL|>"), TURN_END]
+    )
+    assert encoder.end_ids == tuple(encoder.tokenizer.convert_tokens_to_ids(["<|turn_end|>"]))
+
+
+@pytest.mark.parametrize(
+    "closed", ["<|START_THOUGHT|><|END_THOUGHT|>", "<|START_THOUGHT|>none<|END_THOUGHT|>", "<|END_THOUGHT|>"]
+)
+def test_a_prompt_may_close_its_block_in_any_words_and_stand_behind_each_conversation(closed: str) -> None:
+    with_prompt = "{{ '<|turn|><|bot|><|START_THOUGHT|>' }}"
+    for template in (
+        CHANNELS.replace(with_prompt, f"{{{{ '<|turn|><|bot|>{closed}' }}}}"),
+        CHANNELS.split("{% if add_generation_prompt %}")[0] + f"{{{{ '<|turn|><|bot|>{closed}' }}}}",
+    ):
+        encoder = encoder_of(template, CHANNEL_TOKENS, (), "<|turn_end|>")
+        said = expected_ids(encoder.tokenizer, [START_TEXT, "so", END_TEXT, TURN_END])
+        assert real(encoder, "so") == real(encoder, "so", reasoning_content="as") == said
+        assert real(encoder, "", tool_calls=[A_CALL]) == expected_ids(
+            encoder.tokenizer, [Control("<|START_CALL|>"), "weather", Control("<|END_CALL|>"), TURN_END]
+        )
+
+
+def test_tags_of_the_second_kind_are_pairs_too() -> None:
+    template = CHANNELS.replace("<|START_THOUGHT|>' }}{% endif %}", "<|think>none\n<think|>' }}{% endif %}")
+    encoder = encoder_of(template, (*CHANNEL_TOKENS, "<|think>", "<think|>"))
+    assert prompt_text(encoder, *messages("Hi")).endswith("<|think>none\n<think|>")
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, [START_TEXT, "so", END_TEXT, TURN_END])
+
+
+def test_a_call_s_own_end_is_an_end() -> None:
+    encoder = generic()
+    assert encoder.tokenizer.convert_ids_to_tokens(list(encoder.end_ids)) == ["<|im_end|>", "<|call|>"]
+    assert real(encoder, "", tool_calls=[A_CALL]) == expected_ids(encoder.tokenizer, ["weather", Control("<|call|>")])
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, ["so", IM_END])
+
+
+def test_what_the_template_leaves_out_is_counted() -> None:
+    encoder = generic(known="user assistant")
+    call = {"role": "assistant", "content": "", "tool_calls": [A_CALL]}
+    result = {"role": "tool", "content": "rain"}
+    assert noted(encoder, Row((*messages("Hi"), call, *messages("and?")), "so")) == set()
+    assert noted(encoder, Row((*messages("Hi"), {**call, "content": "Wait"}), "so")) == {"turns_left_out"}
+    assert noted(encoder, Row((*messages("Hi"), call, result), "so")) == {"turns_left_out"}
+    assert noted(FAMILIES["chatml"].encoder(), Row((*messages("Hi"), call, result), "so")) == {"turns_left_out"}
+    assert noted(encoder, Row(messages("Hi"), "Wait", {"tool_calls": [A_CALL]})) == {"text_left_out"}
+    earlier = {
+        "role": "assistant",
+        "content": "<think>\nas\n</think>\n\nso",
+    }  # earlier reasoning is the template's to keep
+    assert noted(deepseek(R1), Row((*messages("Hi"), earlier, *messages("and?")), "x</think>y")) == {"encoded_apart"}
+
+
+def test_developers_speak_as_the_system_where_the_template_knows_no_developer() -> None:
+    turns = ({"role": "developer", "content": "rule"}, *messages("Hi"))
+    for known, role in (("user assistant system", "system"), ("user assistant system developer", "developer")):
+        assert prompt_text(generic(known), *turns).startswith(f"<|im_start|>{role}\nrule<|im_end|>")
+    encoder = generic("user assistant")
+    assert noted(encoder, Row(turns, "so")) == {"turns_left_out"}
+
+
+@pytest.mark.parametrize("part", ["part['text']", "part.text if part.type == 'text'"])
+def test_a_template_for_parts_is_given_parts(part: str) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}{{ PART }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ).replace("PART", part)
+    encoder = Encoder(byte_tokenizer(chat_template=template))
+    assert prompt_text(encoder, *messages("Hi")) == prompt_text(Encoder(byte_tokenizer()), *messages("Hi"))
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, ["so", IM_END])
+
+
+def test_a_turn_that_ends_before_its_calls_is_refused() -> None:
+    template = CHATML.replace(
+        "'<|im_end|>\n' }}", "'<|im_end|>\n' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    )
+    encoder = Encoder(byte_tokenizer(chat_template=template))
+    with pytest.raises(UserError, match=r"ends the real answer's turn before its tool calls.*data\.prompt_template"):
+        encoder.encode(0, Row(messages("Hi"), "Wait", {"tool_calls": [A_CALL]}), 100)
+
+
+def test_of_two_calls_both_are_written_or_the_row_is_refused() -> None:
+    with pytest.raises(UserError, match="does not write the tool calls"):
+        generic().encode(0, Row(messages("Hi"), "", {"tool_calls": [A_CALL, A_CALL]}), 100)
+
+
+def test_a_template_for_rows_with_tools_alone_is_used_for_these() -> None:
+    template = "{% for t in tools %}{{ t.function.name }}{% endfor %}" + CHATML
+    encoder = Encoder(byte_tokenizer(chat_template=template))
+    encoded, refused = encoder.encode_rows([Row(messages("Hi"), "so", tools=(TOOL,)), Row(messages("Hi"), "so")], 100)
+    assert isinstance(encoded, Encoded) and isinstance(refused, UserError)
+    assert encoded.real_ids == expected_ids(encoder.tokenizer, ["so", IM_END])
+
+
+def test_the_template_for_tools_has_its_own_shape() -> None:
+    encoder = encoder_of(
+        {"default": CHATML, "tool_use": "{% set t = tools[0] %}" + CHANNELS}, (*CHATML_SPECIAL, *CHANNEL_TOKENS)
+    )  # type: ignore[arg-type]
+    row = Row(messages("Hi"), "so", tools=({"name": "weather"},))
+    assert encoder.encode(0, row, 100).real_ids == expected_ids(
+        encoder.tokenizer, [END_THOUGHT, START_TEXT, "so", END_TEXT, TURN_END]
+    )
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, ["so", IM_END])
+
+
+def test_a_lead_stays_where_the_template_has_no_end_or_moves_earlier_turns() -> None:
+    endless = "{% for m in messages %}{{ m.role + ':' + (' ' if m.role == 'assistant' else '') + m.content + ' ' }}{% endfor %}"
+    endless += "{% if add_generation_prompt %}assistant:{% endif %}"
+    assert real(encoder_of(endless, ("</s>",)), "so") == [*byte_tokenizer().encode(" so"), 256]
+    moving = (  # the system's text stands before the last question, as long as that is the last turn
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + (messages[0].content if loop.last and messages[0].role == 'system' else '') + m.content + '[/INST]' }}"
+        "{% else %}{{ ' ' + m.content + (m.tool_calls[0].function.name if m.tool_calls else '') + eos_token }}{% endif %}{% endfor %}"
+    )
+    encoder = encoder_of(moving, ("</s>", "[INST]", "[/INST]"))
+    row = Row(messages("Hi", "rule"), "so")
+    assert prompt_text(encoder, *row.prompt) == "[INST] ruleHi[/INST]"
+    assert encoder.encode(0, row, 100).real_ids == expected_ids(encoder.tokenizer, [" so", EOS])
+    called = Row(row.prompt, "", {"tool_calls": [A_CALL]})
+    assert encoder.encode(0, called, 100).real_ids == expected_ids(encoder.tokenizer, [" weather", EOS])
+
+
+def test_white_space_before_an_answer_s_opener_may_differ() -> None:
+    template = CHATML.replace("'<|im_end|>\n' }}", "'<|im_end|>' }}{{ '\n' if loop.last }}")
+    encoder = Encoder(byte_tokenizer(chat_template=template))
+    assert real(encoder, "so") == expected_ids(encoder.tokenizer, ["so", IM_END])
+
+
 # --- Several templates, and the time --------------------------------------------------------------------------------
 
 NAMED = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML, "rag": "rag" + CHATML}
@@ -1053,6 +1220,21 @@ def test_many_rows_get_the_ids_of_each_alone_and_of_transformers(family: Family)
         assert encoded.prompt_ids == encoder.tokenizer.apply_chat_template(
             list(row.prompt), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
         )
+
+
+@pytest.mark.parametrize("flag", ["", "lstrip", "rstrip", "single_word", "normalized"])
+def test_what_prompt_and_conversation_share_is_tokenized_once_and_has_the_same_ids(flag: str) -> None:
+    tokenizer = byte_tokenizer(("<|im_end|>",), CHATML)
+    tokenizer.add_tokens(
+        [AddedToken("<|im_start|>", special=True, **{"normalized": False, **({flag: True} if flag else {})})]
+    )
+    encoder = Encoder(tokenizer)
+    for asked, answer in (("Hi", "so"), ("a \n", "\n b"), ("ß<|im_start|>", "x"), ("x", "<|im_start|>y")):
+        (encoded,) = encoder.encode_rows([Row(messages("A", "rule")[:1] + messages(asked), answer)], 100)
+        assert isinstance(encoded, Encoded)
+        turns = [*messages("A", "rule")[:1], *messages(asked), {"role": "assistant", "content": answer}]
+        whole = tokenizer.apply_chat_template(turns, sanitize_control_tokens=True, return_dict=False)
+        assert encoded.prompt_ids + encoded.real_ids == whole[:-1]  # but for the newline behind the turn
 
 
 def test_a_refused_row_does_not_disturb_its_neighbours() -> None:

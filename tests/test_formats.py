@@ -905,9 +905,10 @@ def test_what_is_counted_in_several_sources_is_counted_over_all(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"a.jsonl": 0}, "the weight of 'a.jsonl' must be a number above 0, got 0."),
-        ({"a.jsonl": float("nan")}, "must be a number above 0, got nan"),
-        ({"a.jsonl": True}, "must be a number above 0, got True"),
+        ({"a.jsonl": 0}, "the weight of 'a.jsonl' must be a number above 0 and at most 1000, got 0."),
+        ({"a.jsonl": float("nan")}, "must be a number above 0 and at most 1000, got nan"),
+        ({"a.jsonl": True}, "must be a number above 0 and at most 1000, got True"),
+        ({"a.jsonl": 1e9}, "must be a number above 0 and at most 1000, got 1000000000.0"),
         ({}, "a map from each of several to its weight, as {a.jsonl: 1.0, b.jsonl: 0.5}; got dict '{}'"),
         (["a.jsonl"], "must be one source, or a map"),
         ("{a.jsonl: x}", "must be one source, or a map"),
@@ -1136,3 +1137,59 @@ def test_other_file_kinds_drop_bad_rows_too(tmp_path):
 def test_what_to_do_with_bad_rows_is_one_of_two(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", *RECORDS)
     assert "data.on_bad_row must be 'error' or 'drop', got 'skip'" in error_of(source, on_bad_row="skip")
+
+
+# --- Conversations without roles ------------------------------------------------------------------------------------
+
+TWO_ROUNDS = Row((turn("user", "a"), turn("assistant", "b"), turn("user", "c")), "d")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": ["a", "b", "c", "d"]},
+        {"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]},
+        {"messages": [{"user": "a", "assistant": "b"}, turn("user", "c"), turn("assistant", "d")]},
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "rejected": "\n\nHuman: a\n\nAssistant: x",
+        },
+        {
+            "input": {"messages": [turn("user", "a"), turn("assistant", "b"), turn("user", "c")], "tools": []},
+            "preferred_output": [turn("assistant", "d")],
+            "non_preferred_output": [turn("assistant", "x")],
+        },
+    ],
+)
+def test_turns_may_be_told_by_their_order_their_pairs_or_a_transcript(tmp_path, record):
+    assert read_one(tmp_path, record) == TWO_ROUNDS
+
+
+def test_tools_beside_the_messages_of_a_preference_are_read(tmp_path):
+    asked_with = {"messages": [turn("user", "a")], "tools": [{"type": "function", "function": {"name": "look"}}]}
+    row = read_one(tmp_path, {"input": asked_with, "preferred_output": [turn("assistant", "d")]})
+    assert [tool["function"]["name"] for tool in row.tools] == ["look"]
+
+
+def test_a_text_that_is_no_transcript_needs_its_prompt(tmp_path):
+    for text in ("Human: a", "a\n\nHuman: b\n\nAssistant: c", "Assistant: a"):
+        assert "column 'prompt' is empty" in error_of(write_jsonl(tmp_path / "one.jsonl", {"chosen": text}))
+
+
+def test_an_odd_question_at_the_end_is_a_dropped_turn(tmp_path):
+    loaded = load_rows(write_jsonl(tmp_path / "one.jsonl", {"conversations": ["a", "b", "c"]}))
+    assert loaded.rows == [asked("a", "b")] and loaded.noted["dropped_turns"].count == 1
+
+
+def test_a_spreadsheets_line_about_its_separator_is_obeyed(tmp_path):
+    path = tmp_path / "one.csv"
+    path.write_bytes("\ufeffsep=;\r\nprompt;completion\r\na,b;c;\r\n".encode())
+    assert load_rows(str(path)).rows == [asked("a,b", "c")]
+
+
+def test_nan_is_nothing(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"instruction": "a", "input": NaN, "output": "b"}')
+    assert load_rows(str(path)).rows == [asked("a", "b")]
+    path.write_text('{"instruction": "a", "input": "x", "output": NaN}')
+    assert "column 'output' must be text, got nothing" in error_of(path)

@@ -836,6 +836,26 @@ def test_other_precisions_play_and_pass_the_gate(
     assert weight_bits(exported) == game.weights
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+def test_the_loss_is_given_the_opponent_s_log_probs_as_they_are_stored(
+    precision: str, model: str, rows: str, tmp_path: Path
+) -> None:
+    seen: dict[int, float] = {}
+
+    def look(trainer: Trainer, module: SpinLightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+        for part in batch:
+            seen.update(zip(part.pair_ids.tolist(), part.opponent.generated.tolist(), strict=True))
+
+    play = {"iterations": 1, "epochs": 1}
+    Game(
+        model, rows, tmp_path, play=play, trainer={"precision": precision}, callbacks=[Do(on_train_batch_end=look)]
+    ).play()
+    table = PairStore(tmp_path / "iteration_0/pairs").read(["opponent_generated_log_prob"])
+    stored = table["opponent_generated_log_prob"].to_pylist()
+    assert len(seen) == len(stored) and max(map(abs, stored)) > 16  # where bfloat16 has steps of an eighth
+    assert [seen[pair] for pair in range(len(stored))] == pytest.approx(stored, abs=1e-5)
+
+
 def test_float32_master_weights_keep_updates_that_bfloat16_rounds_away(model: str, rows: str, tmp_path: Path) -> None:
     before = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     moved: list[float] = []

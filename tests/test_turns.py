@@ -319,5 +319,5 @@ def test_a_sample_is_encoded_alone_and_the_same_one_again(tmp_path: Path, capsys
 def test_a_context_that_is_the_tokenizer_s_is_called_so(tmp_path: Path) -> None:
     data = data_of(Path(write_rows(tmp_path / "rows.jsonl", 4)))
     data.tokenizer.model_max_length = 50
-    with pytest.raises(UserError, match=r"need \d+ tokens, but its tokenizer's model_max_length is 50"):
+    with pytest.raises(UserError, match=r"need \d+ tokens, but the tokenizer's model_max_length is 50"):
         data.setup("fit")
