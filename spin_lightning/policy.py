@@ -187,8 +187,6 @@ class PolicyModule(L.LightningModule):
         self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign, assignment]
         self._refuse_other_vocabulary()
         self._measure_in_float32()
-        # a batch holds ids and log-probs: a precision of 16 bits would round those of long answers by half a nat or more
-        self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         if not self.dropout:
             with self.precision_context():
                 if is_random(self.policy):
