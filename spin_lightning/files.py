@@ -42,8 +42,7 @@ def run_folder(name: str | Path, setting: str) -> Path:
     text, expected = str(name), f"{setting} must be a folder on this machine's disk, got {str(name)!r}"
     if not text.strip():
         raise UserError(f"{expected}. Give a name, such as runs/mine.")
-    # a Path has one slash left of two
-    if re.match(r"[A-Za-z][\w+.-]+:/|(file|s3a?|gs|hf|hdfs|https?):", text):
+    if is_url(text):
         raise UserError(f"{expected}, which is a URL. Give a local folder, and copy from or to other places yourself.")
     if re.search(r"[\x00-\x1f\x7f-\x9f]", text):
         raise UserError(f"{expected}: it has a control character. Give another name.")
@@ -59,6 +58,11 @@ def run_folder(name: str | Path, setting: str) -> Path:
     if not existing.is_dir():
         raise UserError(f"{expected}, and {existing} is no folder. Give another name.")
     return path
+
+
+def is_url(name: str) -> bool:
+    """Whether a name has a scheme, as ``s3://x`` and ``file:x`` do; ``C:/x`` has none. A ``Path`` has one slash left of two."""
+    return re.match(r"[A-Za-z][\w+.-]+:/|(file|s3a?|gs|hf|hdfs|https?):", name) is not None
 
 
 def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:

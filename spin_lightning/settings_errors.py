@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from spin_lightning.redaction import redacted
 from spin_lightning.types import UserError
 
 #: Code that is given settings and nothing else, and the settings: what it refuses is the user's to mend.
@@ -131,7 +132,8 @@ def explaining_settings(settings: Mapping[str, Any] | None = None) -> Iterator[N
             for name, value in known.items()
             if re.search(rf"\b{name.rpartition('.')[2]}\b", said) or (isinstance(value, str) and value in said)
         }
-        mend = ", ".join(f"{name} (now {value!r})" for name, value in (meant or known).items()) or _LIBRARIES[where]
+        shown = redacted(meant or dict(known))  # a value alone does not tell what it is
+        mend = ", ".join(f"{name} (now {value!r})" for name, value in shown.items()) or _LIBRARIES[where]
         raise UserError(f"{said}{_stop(said)}{mend and f' Change {mend}.'}") from error
 
 
@@ -193,7 +195,7 @@ def in_a_sentence(message: str) -> str:
     takes_classes = re.search(r"<class '\w+\.\w", message.partition("Errors:")[0])
     if takes_classes and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _import_problem(value)):
         return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
-    if made := re.search(r"Errors:\s+- (.*)(?s:.*)Given value: Namespace\(class_path='(.+?)'", message):
+    if made := re.search(r"Errors:\s+- (.*)(?s:.*)Given value: (?:\[.*)?Namespace\(class_path='(.+?)'", message):
         problem = made[1]
         if not re.search("class_path '.+?':", message):  # which says more
             return f"{name}{made[2]!r} cannot be made: {problem}{_stop(problem)}"
