@@ -18,7 +18,7 @@ from spin_lightning.types import UserError
 
 def checkpoint_folder(output_dir: Path | str) -> str:
     """Where the run in a folder keeps its checkpoints."""
-    return str(Path(output_dir).expanduser() / "checkpoints")
+    return str(Path(output_dir) / "checkpoints")
 
 
 def last_checkpoint(output_dir: Path | str) -> str | None:

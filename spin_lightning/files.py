@@ -44,6 +44,8 @@ def run_folder(name: str | Path, setting: str) -> Path:
         raise UserError(f"{expected}. Give a name, such as runs/mine.")
     if is_url(text):
         raise UserError(f"{expected}, which is a URL. Give a local folder, and copy from or to other places yourself.")
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", text):
+        raise UserError(f"{expected}, which is one of Windows. Give a name of this system.")
     if re.search(r"[\x00-\x1f\x7f-\x9f]", text):
         raise UserError(f"{expected}: it has a control character. Give another name.")
     try:
@@ -57,6 +59,8 @@ def run_folder(name: str | Path, setting: str) -> Path:
         raise UserError(f"{expected}. Only a shell replaces a variable: write out what it stands for.")
     if not existing.is_dir():
         raise UserError(f"{expected}, and {existing} is no folder. Give another name.")
+    if re.match("/(proc|sys)(/|$)", str(existing.absolute())):
+        raise UserError(f"{expected}, and {existing} is not on a disk. Give another name.")
     return path
 
 

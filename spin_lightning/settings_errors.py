@@ -212,6 +212,8 @@ def in_a_sentence(message: str) -> str:
         wanted = re.search(r"subclass of (\w+)", message)
         problem = _import_problem(value) or f"it is no {wanted[1] if wanted else 'class for this setting'}"
         return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
+    if setting and "." in value and takes_classes and (problem := _import_problem(value)):
+        return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
     if setting and got:
         kinds = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected an? (.+?)\. Got", message)
         if kinds:
@@ -234,6 +236,8 @@ def _readable(kinds: str) -> str:
 def _import_problem(class_path: str) -> str | None:
     """Why a class cannot be imported, or None."""
     module, _, name = class_path.rpartition(".")
+    if not all(part.isidentifier() for part in class_path.split(".")):
+        return "that is no import path, such as my_module.MyClass: names of modules and of a class, joined by dots"
     if not module:
         return None
     try:
@@ -245,7 +249,7 @@ def _import_problem(class_path: str) -> str | None:
             return f"there is no module {missing!r}, in the current folder or installed.{_among(missing, here)}"
         return f"the module {module!r} needs {missing!r}, which is not installed. Install it"
     except SyntaxError as error:
-        return f"{error.filename}, line {error.lineno}: {error.msg}"
+        return f"{error.filename or module}, line {error.lineno or 1}: {error.msg}"
     except Exception as error:
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         return (
@@ -253,6 +257,8 @@ def _import_problem(class_path: str) -> str | None:
         )
     if not hasattr(found, name):
         return f"the module {module!r} has no {name!r}.{_among(name, dir(found))}"
+    if missing := sorted(getattr(getattr(found, name), "__abstractmethods__", ())):
+        return f"it does not say what {', '.join(missing)} does, which a class of this kind must"
     return None
 
 

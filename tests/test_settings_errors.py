@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from helpers import save_tiny_model, write_rows
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning import UserError
 from spin_lightning.checkpoints import hash_file
@@ -216,6 +217,33 @@ def plugins(tmp_path):
 def test_a_class_that_cannot_be_imported_says_why(said, plugins, key, path, words):
     sentence = said("fit", f"--{key}={path}")
     assert sentence.startswith(f"{key}: {path!r} cannot be used: ") and words in sentence
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("my-losses.MyLoss", "that is no import path"),
+        ("./mylosses.py", "that is no import path"),
+        ("..MyLoss", "that is no import path"),
+        ("spin_lightning.losses.PairLoss", "it does not say what forward does"),
+    ],
+)
+def test_what_is_no_import_path_and_what_is_abstract_are_told(said, path, words):
+    assert said("fit", f"--model.loss={path}").startswith(f"model.loss: {path!r} cannot be used: {words}")
+
+
+def test_a_secret_in_a_setting_is_not_in_the_error(said):
+    assert "pw" not in said("fit", "--ckpt_path=https://me:pw@host/x") + said("fit", "--model.api_key=pw")
+    with (
+        pytest.raises(UserError, match=r"Change trainer.api_key \(now '\*\*\*'\)"),
+        explaining_settings({"trainer.api_key": "pw"}),
+    ):
+        raise MisconfigurationException("no")
+    assert said("fit", "--data.train_data=https://me:pw@host/x").startswith(
+        "data are files on this machine or the name of"
+    )
+    for name in ("", "x" * 300 + ".jsonl"):
+        assert "data" in said("fit", f"--data.train_data={name}")
 
 
 def test_a_class_of_another_kind_or_that_cannot_be_made_or_takes_something_else(said, plugins):
