@@ -257,8 +257,8 @@ def _import_problem(class_path: str) -> str | None:
         )
     if not hasattr(found, name):
         return f"the module {module!r} has no {name!r}.{_among(name, dir(found))}"
-    if missing := sorted(getattr(getattr(found, name), "__abstractmethods__", ())):
-        return f"it does not say what {', '.join(missing)} does, which a class of this kind must"
+    if abstract := sorted(getattr(getattr(found, name), "__abstractmethods__", ())):
+        return f"it does not say what {', '.join(abstract)} does, which a class of this kind must"
     return None
 
 

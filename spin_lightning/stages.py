@@ -140,6 +140,8 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         check_configs(args)
+        for name, of_subcommand in self._subcommand_parsers.items():  # for --help
+            of_subcommand.prog = f"spin-lightning {self.command if name == 'fit' else name}"
         try:
             # Lightning's own also warns that `args` were given: here they always are
             with own_defaults():
