@@ -248,15 +248,25 @@ class StageCLI(LightningCLI):
         config = self.config["fit"]
         output_dir = run_folder(config[self.run_key].output_dir, f"{self.run_key}.output_dir")
         if self._names_other_data(output_dir / "config.yaml"):  # which may hold the same rows
-            self.datamodule.trainer = self.trainer  # as in a fit: the model's tokenizer, and the folder's date
-            self.trainer.strategy.connect(self.model)
-            self.datamodule.setup("fit")
+            self._read_data("fit")
         allowed = config.checkpoint.allow_changes or []
         check_finished(self.trainer, self.model, self.datamodule, output_dir / SETTINGS, allowed)
         say(
             f"the run in {output_dir} is over; its models are in {output_dir}. For another run set --{self.run_key}.output_dir."
         )
         raise RunIsOver
+
+    def _read_data(self, stage: str) -> None:
+        self.datamodule.trainer = self.trainer  # as in a fit: the model's tokenizer, and the folder's date
+        self.trainer.strategy.connect(self.model)
+        self.datamodule.setup(stage)
+
+    def before_fit(self) -> None:
+        """Data that are refused leave nothing behind: loggers write as soon as a fit begins."""
+        self._read_data("fit")
+
+    def before_validate(self) -> None:
+        self._read_data("validate")
 
     def _names_other_data(self, path: Path) -> bool:
         if not path.exists():

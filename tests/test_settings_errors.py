@@ -134,7 +134,8 @@ def test_what_is_asked_of_every_command_before_a_model_is_loaded(said, tmp_path,
     assert said("fit", "--model.optimizer.betas=[2, 2]").endswith("Change model.optimizer.")
     assert said("fit", f"--data.seed={10**22}").startswith("data.seed must have less than 64 bits")
     assert said("validate", "--data.val_fraction=0").startswith("no row is held out, so there is nothing to measure.")
-    assert not (tmp_path / "run" / "run.json").exists()
+    assert "must be 'auto' or one of" in said("fit", "--data.format=mesages") + said("sft", "--data.format=mesages")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_learning_rate_of_the_optimizer_is_said_to_be_none(said, capsys):
