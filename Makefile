@@ -52,10 +52,10 @@ newest:
 	@echo "newest: the above is a report, not a verdict"
 
 versions-differ:
-	@.newest/bin/pip freeze --exclude-editable | diff --unchanged-line-format= --old-line-format='tested %L' --new-line-format='newest %L' constraints.txt - || true
+	@.newest/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | diff --unchanged-line-format= --old-line-format='tested %L' --new-line-format='newest %L' constraints.txt - | grep -v '^tested #' || true
 
 lock:
-	test -d .newest || $(MAKE) install VENV=.newest LOCK=
+	$(MAKE) install VENV=.newest LOCK=  # at once where `make newest` has done it
 	(head -1 constraints.txt; .newest/bin/pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new
 	mv constraints.new constraints.txt
 

@@ -15,7 +15,14 @@ from typing import Any
 
 from spin_lightning.callbacks import SelfPlay
 from spin_lightning.data import SyntheticDataModule
-from spin_lightning.models import context_length, end_ids, load_config, load_tokenizer, refuse_ids_beyond
+from spin_lightning.models import (
+    context_length,
+    end_ids,
+    load_config,
+    load_tokenizer,
+    refuse_ids_beyond,
+    refuse_without_causal_head,
+)
 from spin_lightning.settings_errors import explaining_settings
 from spin_lightning.stages import SftCLI, SpinCLI, StageCLI
 from spin_lightning.terminal import say
@@ -92,6 +99,7 @@ def main(args: list[str]) -> None:
     )
     data.setup("fit")
     config = load_config(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    refuse_without_causal_head(config, model.trust_remote_code)
     if (limit := context_length(config)) is not None:
         data.refuse_longer_than(limit)
     rows = getattr(config.get_text_config(), "vocab_size", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from spin_lightning.types import UserError
 
 def checkpoint_folder(output_dir: Path | str) -> str:
     """Where the run in a folder keeps its checkpoints."""
-    return str(Path(output_dir).expanduser() / "checkpoints")
+    return str(Path(output_dir) / "checkpoints")
 
 
 def last_checkpoint(output_dir: Path | str) -> str | None:
@@ -121,9 +122,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: It is not the file that was written, there is none on this machine, or it holds code.
         """
-        path = _local(path)
-        if not path.is_file():
-            raise UserError(f"there is no checkpoint {path}. Give the path of a file that a run saved.")
+        path = existing_checkpoint(path)
         if hash_file(path).exists() and (reason := damage(path)) is not None:
             raise UserError(f"{path} {reason}. Restore it from a copy, or continue from another checkpoint.")
         try:
@@ -139,6 +138,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         super().remove_checkpoint(path)
         hash_file(Path(path)).unlink(missing_ok=True)
+
+
+def existing_checkpoint(path: Any) -> Path:
+    """The file of a checkpoint on this machine's disk.
+
+    Raises:
+        UserError: There is none, or the name is a URL.
+    """
+    file = _local(path)
+    with suppress(OSError):  # a name that is too long
+        if file.is_file():
+            return file
+    raise UserError(f"there is no checkpoint {str(path)!r}. Give the path of a file that a run saved, or leave it out.")
 
 
 def _local(path: Any) -> Path:

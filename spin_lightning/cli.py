@@ -115,9 +115,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _end(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:
+    from spin_lightning.redaction import redacted
     from spin_lightning.terminal import say
 
-    say(f"spin-lightning: {kind}{message}", file=sys.stderr)
+    say(f"spin-lightning: {kind}{redacted(message)}", file=sys.stderr)  # it quotes settings
     sys.exit(exit_code)
 
 

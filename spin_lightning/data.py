@@ -141,6 +141,8 @@ class SyntheticDataModule(L.LightningDataModule):
             raise UserError(
                 f"data.val_fraction must be in [0, 1), got {val_fraction!r}. 0.05 holds out one row in twenty."
             )
+        if not -(2**63) <= seed < 2**63 - 2**32:  # an epoch's number is added
+            raise UserError(f"data.seed must have less than 64 bits, got {seed!r}. Give a smaller one.")
         self.train_data = train_data
         self.val_data = val_data
         self.val_fraction = val_fraction
@@ -181,6 +183,10 @@ class SyntheticDataModule(L.LightningDataModule):
             self._read()
         if stage == "fit":
             self._refuse_less_than_a_batch()
+        if stage == "validate" and not self.val_prompts:
+            raise UserError(
+                "no row is held out, so there is nothing to measure. Give data.val_data or raise data.val_fraction."
+            )
 
     def write_report(self, folder: Path) -> None:
         """Write ``data_report.json`` into a run's folder."""

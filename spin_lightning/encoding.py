@@ -17,6 +17,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template, encode_marked_chat, mark_control_tokens
 
 from spin_lightning.files import sha256_of
@@ -83,7 +84,12 @@ class Encoder:
         self.tokenizer = tokenizer
         own = tokenizer.chat_template
         self.chat_template, self.tool_template = self._resolve_templates(prompt_template)
-        self._templates = {text: _compile_jinja_template(text) for text in (self.chat_template, self.tool_template)}
+        try:
+            self._templates = {text: _compile_jinja_template(text) for text in (self.chat_template, self.tool_template)}
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template is not one of Jinja: {error}. Mend it in the model's folder, or give data.prompt_template."
+            ) from None
         self._settings: dict[str, Any] = {"documents": None, **tokenizer.special_tokens_map}
         self.time: str | None = None
         if any("strftime_now" in text for text in self._templates):

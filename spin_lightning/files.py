@@ -24,6 +24,9 @@ RUN_NAMES = (
     r"|step_\d+\.ckpt.*|\.lock(_holder)?|\.probe|\..*\.tmp"
 )
 
+_FOLDERS = r"checkpoints|iteration_\d+|policy(\.partial)?|logs|tensorboard|pairs"
+_FILES = r"\w+\.(json|yaml|csv|parquet|safetensors)|step_\d+\.ckpt.*|\.lock(_holder)?|\..*\.tmp"
+
 
 def run_folder(name: str | Path, setting: str) -> Path:
     """The folder on this machine's disk that a setting names, with ``~`` expanded. Nothing is made.
@@ -39,9 +42,10 @@ def run_folder(name: str | Path, setting: str) -> Path:
     text, expected = str(name), f"{setting} must be a folder on this machine's disk, got {str(name)!r}"
     if not text.strip():
         raise UserError(f"{expected}. Give a name, such as runs/mine.")
-    # a Path has one slash left of two
-    if re.match(r"[A-Za-z][\w+.-]+:/|(file|s3a?|gs|hf|hdfs|https?):", text):
+    if is_url(text):
         raise UserError(f"{expected}, which is a URL. Give a local folder, and copy from or to other places yourself.")
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", text):
+        raise UserError(f"{expected}, which is one of Windows. Give a name of this system.")
     if re.search(r"[\x00-\x1f\x7f-\x9f]", text):
         raise UserError(f"{expected}: it has a control character. Give another name.")
     try:
@@ -55,7 +59,14 @@ def run_folder(name: str | Path, setting: str) -> Path:
         raise UserError(f"{expected}. Only a shell replaces a variable: write out what it stands for.")
     if not existing.is_dir():
         raise UserError(f"{expected}, and {existing} is no folder. Give another name.")
+    if re.match("/(proc|sys)(/|$)", str(existing.absolute())):
+        raise UserError(f"{expected}, and {existing} is not on a disk. Give another name.")
     return path
+
+
+def is_url(name: str) -> bool:
+    """Whether a name has a scheme, as ``s3://x`` and ``file:x`` do; ``C:/x`` has none. A ``Path`` has one slash left of two."""
+    return re.match(r"[A-Za-z][\w+.-]+:/|(file|s3a?|gs|hf|hdfs|https?):", name) is not None
 
 
 def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
@@ -65,7 +76,8 @@ def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
     names there, which a run leaves alone, nothing is asked.
 
     Raises:
-        UserError: There is a symbolic link, dangling or not. Hard links need no check: what exists is replaced, not written to.
+        UserError: There is a symbolic link, dangling or not; a pipe or a device, at which a run would wait for ever; a file
+            where a folder belongs, or the reverse. Hard links need no check: what exists is replaced, not written to.
     """
 
     def look(entry: os.DirEntry[str]) -> None:
@@ -74,7 +86,15 @@ def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
                 f"{entry.path} is a link to {str(Path(entry.path).readlink())!r}: what the run writes or removes there would be "
                 "elsewhere. Put the file or folder itself in its place, remove the link, or make the whole run folder a link."
             )
-        if entry.is_dir(follow_symlinks=False):
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if not is_folder and not entry.is_file(follow_symlinks=False):
+            raise UserError(f"{entry.path} is neither a file nor a folder. Remove it, or use another run folder.")
+        if re.fullmatch(_FOLDERS, entry.name) if not is_folder else re.fullmatch(_FILES, entry.name):
+            is_one, belongs = ("folder", "file") if is_folder else ("file", "folder")
+            raise UserError(
+                f"{entry.path} is a {is_one}, and a run has a {belongs} of that name. Remove it, or use another run folder."
+            )
+        if is_folder:
             for inner in os.scandir(entry):
                 look(inner)
 

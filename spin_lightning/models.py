@@ -37,7 +37,7 @@ def locate(name_or_path: str) -> dict[str, Any]:
     """
     if not name_or_path.strip():
         raise UserError("model_name_or_path is empty. Give a Hugging Face folder, a .gguf file, or a hub name.")
-    path = Path(name_or_path).expanduser()
+    path = _path(name_or_path)
     if path.suffix == ".gguf" and path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
@@ -54,6 +54,18 @@ def locate(name_or_path: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name_or_path}
 
 
+def _path(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    try:
+        path = path.expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; a user that nobody knows
+        raise UserError(
+            f"model_name_or_path {name_or_path!r} is no name of a model: {error}. Give another one."
+        ) from None
+    return path
+
+
 def check_model(name_or_path: str, attn_implementation: str | None = None, trust_remote_code: bool = False) -> None:
     """Refuse what could not be loaded or would run code of others, as far as names tell. Reads no weights, asks no hub.
 
@@ -68,7 +80,7 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
         return
     if (folder / "adapter_config.json").is_file():
         raise _adapter(name_or_path, (folder / "adapter_config.json").read_text(encoding="utf-8", errors="replace"))
-    files = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
     pickles = [name for name in files if re.fullmatch(r"pytorch_model.*\.bin|.*\.(pth?|ckpt)", name)]
     if pickles and not any(name.endswith(".safetensors") for name in files):
         raise UserError(
@@ -77,6 +89,60 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
             f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).save_pretrained('converted'); "
             f"T.from_pretrained({name_or_path!r}).save_pretrained('converted')\" and give the folder 'converted'."
         )
+    if "config.json" in files and '"transformers_weights"' not in (folder / "config.json").read_text(errors="replace"):
+        _check_weights(name_or_path, folder, files)
+
+
+def _check_weights(name_or_path: str, folder: Path, files: Sequence[str]) -> None:
+    """Look whether all safetensors are there, and whole by what their headers say. A few kilobytes are read.
+
+    Raises:
+        UserError: One is missing, or cut; or an index names something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names = _files_of_index(folder / _INDEX, name_or_path) if _INDEX in files and _WEIGHTS not in files else {_WEIGHTS}
+    for name in sorted(names):
+        if name not in files:
+            there = (
+                ", ".join(other for other in files if not other.endswith((".json", ".md", ".txt", ".jinja")))
+                or "no weights"
+            )
+            raise UserError(
+                f"{name_or_path!r} has no {name}, which would hold its weights; it has {there}. Give a whole Hugging Face folder "
+                "with safetensors, or a .gguf file by its own name."
+            )
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{folder / name} is not whole ({error}). Download or copy it again; a file of some hundred bytes is a pointer "
+                "of Git LFS: git lfs pull."
+            ) from None
+
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def _files_of_index(path: Path, name_or_path: str) -> set[str]:
+    """The files that an index of weights names.
+
+    Raises:
+        UserError: It names something else than safetensors beside it, which could be a pickle or lie elsewhere.
+    """
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"the index of the weights of {name_or_path!r} cannot be read ({type(error).__name__}: {error})."
+        ) from None
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise UserError(
+                f"the index of the weights of {name_or_path!r} names {name!r}, and only safetensors beside it are opened."
+            )
+    return names
 
 
 def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -114,13 +180,25 @@ def load_policy(
     where = {**_reachable(name_or_path), "revision": revision or "main"}
     try:
         _check_config(where, trust_remote_code)
+        if "gguf_file" not in where and (index := _cached_index(where)):
+            _files_of_index(index, name_or_path)  # of a hub's model too
         if "gguf_file" in where:
             where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
         else:
             where["use_safetensors"] = True  # a pytorch_model.bin is a pickle, and is not opened
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"{name_or_path!r} has no values for {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}; "
+                "they would be random. Give the whole model, with the config that belongs to it."
+            )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -130,7 +208,8 @@ def load_policy(
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)
         model.__dict__.pop("is_quantized", None)
-    return model
+    policy: PreTrainedModel = model
+    return policy
 
 
 def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -208,9 +287,33 @@ def load_tokenizer(
 
     where = _reachable(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(**where, revision=revision or "main", trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            **where, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+        limit, templates = tokenizer.model_max_length, tokenizer.chat_template
+        if not isinstance(limit, int | float):
+            raise ValueError(f"its model_max_length must be a number, got {limit!r}")
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            if not isinstance(template, str | None):
+                raise ValueError(f"its chat template must be text, got {template!r}")
+        return tokenizer
     except Exception as error:
         raise _not_loaded("tokenizer", name_or_path, error) from error
+
+
+def refuse_without_causal_head(config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
+    """Make sure that a config is one of a causal language model that can be built. No weights are made.
+
+    Raises:
+        UserError: It is not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _not_loaded("model", config._name_or_path, error) from error
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -386,6 +489,21 @@ def _reachable(name_or_path: str) -> dict[str, Any]:
     return where
 
 
+def _cached_index(where: dict[str, Any]) -> Path | None:
+    """The index of a model's weights, downloaded if need be; None if it has none."""
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        where["pretrained_model_name_or_path"],
+        _INDEX,
+        revision=where["revision"],
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
+
+
 def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
     """Refuse what ``transformers`` would run, or leave out with no more than a warning, because a config says so."""
     from transformers import PreTrainedConfig
@@ -395,6 +513,9 @@ def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
         return
     config, _ = PreTrainedConfig.get_config_dict(**where)
     _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
+    weights = config.get("transformers_weights")
+    if weights is not None and not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", str(weights)):
+        raise ValueError(f"its config names {weights!r} as the weights, and only safetensors beside it are opened")
     pad, rows = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise UserError(
@@ -448,7 +569,7 @@ def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
         reason = f"{type(error).__name__}: {reason}"
     if "custom code" in reason:
         return UserError(f"{reason} Read that code, and set model.trust_remote_code to run it.")
-    path, advice = Path(name_or_path).expanduser(), "Give a Hugging Face folder, a .gguf file, or the name of a model "
+    path, advice = _path(name_or_path), "Give a Hugging Face folder, a .gguf file, or the name of a model "
     if packed := sorted(path.glob("*.gguf")) if path.is_dir() else []:
         advice = f"Name the file, if you mean {packed[0]}; or give a Hugging Face folder or the name of a model "
     if not path.exists() and not hub.is_reachable():

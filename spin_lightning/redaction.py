@@ -12,8 +12,8 @@ from typing import Any
 #: Words of a name whose value is left out, whatever it is.
 _SECRET = re.compile(
     r"(^|_)(passwd|passphrases?|pwd|authori[sz]ation|auth|oauth2?|bearer|jwt|cookies?|dsn|connection_string|conn_str)(_|$)"
-    r"|secret|password|credential|api_?key|webhook|(^|_)(pass|sas|sig|signature|session_id)$"
-    r"|(^|_)(access|private|account|ssh|gpg|encryption|master|storage)_?keys?(_|$)|(^|_)token$"
+    r"|secret|password|credential|api_?key|webhook|(^|_)(pass|sas|sig|signature|session_?id|pem|otp|pin|pat|salt)$"
+    r"|(^|_)(access|private|account|ssh|gpg|encryption|master|storage|signing)_?keys?(_|$)|(^|_)token$"
 )
 #: Tokens of a vocabulary.
 _VOCABULARY = re.compile(
@@ -25,14 +25,28 @@ _PERHAPS = re.compile(r"(^|_)(\w*keys?|tokens?\d*|token\w*value|oauth\w*)(_|$)")
 #: Words of a name whose value is a hash, however much it looks like a key.
 _HASH = re.compile(r"(^|_)(revision|commit|sha\d*|hash|digest|fingerprint|checksum|md5|ref|version)(_|$)")
 
+#: Words of a name whose value says where something is or what it is called. A run's folder may be named as keys look.
+_PLACE = re.compile(r"(^|_)(dir|dirpath|folder|path|file|data|name|run|uuid|experiment|project|split)$")
+
 _SHAPES = re.compile(
-    r"(?<=://)[^/@\s:]*:[^/@\s]+(?=@)|(?<=://)[^/@\s:]{12,}(?=@)"  # user:password@host, token@host
-    r"|\b(?:hf|api|sk|rk|pk|gh[a-z]|github_pat|glpat|wandb|xox[a-z]|xapp|npm|pypi|nvapi|r8)[_-][\w-]{16,}"
-    r"|\bdapi[0-9a-f]{32}\b|\bA[KS]IA[0-9A-Z]{16}\b|\bey[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*-----|\Z)"
-    r"|\bBearer\s+\S+|\b(?i:bearer|basic)\s+(?=\S*[\d=])[\w+/=.~-]{8,}"
+    r"(?<=://)[^/@\s:]*:[^/?#\s]+(?=@)|(?<=://)[^/@\s:]{12,}(?=@)|(?<=[a-z0-9]:/)[^/@\s:]+:[^/?#\s]+(?=@)"  # user:password@host, token@host
+    r"|\bAIza[\w-]{30,}|\bya29\.[\w-]{16,}|\bAGE-SECRET-KEY-\w+|\bSG\.[\w-]{16,}\.[\w-]{16,}"
+    r"|\bdapi[0-9a-f]{32}\b|\b(?:SK|AC)[0-9a-f]{32}\b|\bA[KS]IA[0-9A-Z]{16}\b|\bey[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+    r"|(?<=hooks\.slack\.com/)\S+|(?<=/api/webhooks/)\S+"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY[A-Z ]*-----[\s\S]*?(?:-----END [A-Z ]*-----|\Z)"
+    r"|\b(?i:bearer)\s+(?=\S*[\d=]|\S{20})[\w+/=.~-]{8,}|\b(?i:basic)\s+(?=\S*[A-Z])(?=\S*[a-z])(?=\S*[\d=])[\w+/=-]{8,}"
 )
-_ASSIGNED = re.compile(r"(^|[?&;,\s])(-{0,2}[A-Za-z][\w.-]*=)([^&;,\s#]+)")  # of a URL's query, a header, a flag
+#: How tokens begin that are known by it. ``hf_train_and_held_out_rows`` begins so too.
+_PREFIXED = re.compile(
+    r"\b(?:hf|api_org|sk|rk|pk|gh[a-z]|github_pat|glpat|wandb|xox[a-z]|xapp|npm|pypi|nvapi|r8|gsk|secret|lin_api|tgp_v1|do[opr]_v1"
+    r"|hvs|shpat|dckr_pat)[_-]([\w-]{16,})"
+)
+_ASSIGNED = re.compile(  # of a URL's query, a header, a flag; of JSON in a text; a line of YAML
+    r"(^|[?&;,\s'(])(-{0,2}[A-Za-z][\w.-]*='?|--[A-Za-z][\w.-]*\s+)([^&;,\s#']+)"
+    r"""|(")([\w.-]+"\s*:\s*")([^"]+)"""
+    r"|^(\s*)([A-Za-z][\w-]*:\s+)(\S+)$",
+    re.MULTILINE,
+)
 _RUN = re.compile(r"[A-Za-z0-9]{20,}")
 _HEXADECIMAL = re.compile(r"[0-9a-f]{32}|[0-9a-f]{40}")  # a key of wandb, or a git revision: the name tells
 
@@ -65,10 +79,11 @@ def redacted(value: Any, name: str = "") -> Any:
         return "***"
     if not isinstance(value, str):
         return value
-    is_key = _HEXADECIMAL.fullmatch(value) or (_PERHAPS.search(words) and _has_key(value))
+    is_place = bool(_PLACE.search(words))
+    is_key = (_HEXADECIMAL.fullmatch(value) and not is_place) or (_PERHAPS.search(words) and _has_key(value))
     if is_key and not _HASH.search(words):
         return "***"
-    return _without_shapes(value)
+    return _without_shapes(value, is_place and "://" not in value)
 
 
 def _words(name: str) -> str:
@@ -76,9 +91,25 @@ def _words(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name.rpartition(".")[2].lstrip("-")).lower()
 
 
-def _without_shapes(text: str) -> str:
-    text = _ASSIGNED.sub(lambda found: found[1] + found[2] + redacted(found[3], found[2][:-1]), text)
-    return _RUN.sub(lambda found: "***" if _looks_random(found[0]) else found[0], _SHAPES.sub("***", text))
+def _without_shapes(text: str, is_place: bool = False) -> str:
+    text = _ASSIGNED.sub(_without_value, _SHAPES.sub("***", text))
+    text = _PREFIXED.sub(lambda found: "***" if _is_token(found[1]) else found[0], text)
+    return text if is_place else _RUN.sub(lambda found: "***" if _looks_random(found[0]) else found[0], text)
+
+
+def _without_value(found: re.Match[str]) -> str:
+    before, name, value = (part for part in found.groups() if part is not None)
+    words = _words(re.sub(r"[\s:=\"']+$", "", name))
+    is_secret = bool(_SECRET.search(words)) and not _VOCABULARY.search(words)
+    return before + name + ("***" if is_secret or (_PERHAPS.search(words) and _has_key(value)) else value)
+
+
+def _is_token(text: str) -> bool:
+    """Whether a part of it is more than a word: long, or with capitals or digits among its small letters."""
+    runs = re.findall("[A-Za-z0-9]{8,}", text)
+    return any(
+        len(run) >= 20 or (re.search("[a-z]", run) and re.search("[A-Z0-9]", run)) or run.isdigit() for run in runs
+    )
 
 
 def _has_key(text: str) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import sysconfig
@@ -22,6 +23,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning.files import STORAGE_ERRORS
+from spin_lightning.redaction import redacted
 from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
 
 #: Code that is given settings and nothing else, and the settings: what it refuses is the user's to mend.
@@ -42,7 +44,7 @@ def check_configs(args: Sequence[str]) -> None:
         UserError: There is one.
     """
     for number, arg in enumerate(args):
-        if arg == "--config" and args[number + 1 :]:
+        if arg in ("-c", "--config") and args[number + 1 :]:
             _check_config(args[number + 1])
         elif arg.startswith("--config="):
             _check_config(arg.removeprefix("--config="))
@@ -51,12 +53,19 @@ def check_configs(args: Sequence[str]) -> None:
 def _check_config(name: str) -> None:
     path = Path(name).expanduser()
     expected = "Give a YAML file with sections such as 'model:' and 'data:'; the folder configs/ has examples."
-    if ":" in name and not path.exists() and isinstance(yaml.safe_load(name), dict):
-        return  # settings in place of a file
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name that is too long, say
+        is_file = False
+    try:
+        if not is_file and ":" in name and isinstance(yaml.safe_load(name), dict):
+            return  # settings in place of a file
+    except yaml.YAMLError:
+        pass
+    if not is_file:
         raise UserError(f"the config {name!r} is no file (looked at {path.absolute()}). {expected}")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)  # it is a SafeLoader
     except UnicodeDecodeError as error:
         raise UserError(
             f"the config {name!r} is not UTF-8 text ({error.reason} at byte {error.start}). {expected}"
@@ -70,6 +79,29 @@ def _check_config(name: str) -> None:
     if not isinstance(config, dict):
         kind = "nothing" if config is None else f"a {type(config).__name__}"
         raise UserError(f"the config {name!r} must hold sections with settings, got {kind}. {expected}")
+    try:
+        json.dumps(config, default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        raise UserError(f"in the config {name!r} an alias (*...) is inside of what it stands for. {expected}") from None
+    for section, settings in config.items():
+        if not isinstance(section, str) or isinstance(settings, list):
+            raise UserError(
+                f"in the config {name!r}, {section!r} must be the name of a section with settings under it, or of one setting; "
+                f"it has {'a list' if isinstance(settings, list) else f'{settings!r}'}. {expected}"
+            )
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Of a key that is there twice, the parser would take the second one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"{key.value!r} is there a second time", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 @contextmanager
@@ -103,7 +135,8 @@ def explaining_settings(settings: Mapping[str, Any] | None = None) -> Iterator[N
             for name, value in known.items()
             if re.search(rf"\b{name.rpartition('.')[2]}\b", said) or (isinstance(value, str) and value in said)
         }
-        mend = ", ".join(f"{name} (now {value!r})" for name, value in (meant or known).items()) or _LIBRARIES[where]
+        shown = redacted(meant or dict(known))  # a value alone does not tell what it is
+        mend = ", ".join(f"{name} (now {value!r})" for name, value in shown.items()) or _LIBRARIES[where]
         raise UserError(f"{said}{_stop(said)}{mend and f' Change {mend}.'}") from error
 
 
@@ -199,6 +232,10 @@ def in_a_sentence(message: str) -> str:
         return (
             f"{link[2]} follows from {link[1].replace(', ', ' and ')}: leave it out, and set {link[1].split(', ')[-1]}."
         )
+    if other := re.match(r"Subcommand '\w+' does not accept option '(.+)'", message):
+        return f"there is no setting {other[1]}."
+    if section := re.match(r'Parser key "(?:\w+\.)?(\w+)":\s+Unable to load config "(.*)"', message):
+        return f"{section[1]} is a section: give its settings, as --{section[1]}.KEY VALUE, or a file with them; got {section[2]!r}."
     setting = re.match(r'Parser key "(.+?)":', message)
     name = f"{setting[1]}: " if setting else ""
     _, nested, inner = message[1:].partition('Parser key "')
@@ -213,9 +250,9 @@ def in_a_sentence(message: str) -> str:
     takes_classes = re.search(r"<class '\w+\.\w", message.partition("Errors:")[0])
     if takes_classes and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _import_problem(value)):
         return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
-    if made := re.search(r"Errors:\s+- (.*)(?s:.*)Given value: Namespace\(class_path='(.+?)'", message):
+    if made := re.search(r"Errors:\s+- (.*)(?s:.*)Given value: (?:\[.*)?Namespace\(class_path='(.+?)'", message):
         problem = made[1]
-        if "class_path" not in problem:
+        if not re.search("class_path '.+?':", message):  # which says more
             return f"{name}{made[2]!r} cannot be made: {problem}{_stop(problem)}"
     path = re.search(r"class_path '(.+?)':\s*(.*)", message)
     if path and (problem := _import_problem(path[1]) or path[2].strip()):
@@ -230,11 +267,13 @@ def in_a_sentence(message: str) -> str:
         wanted = re.search(r"subclass of (\w+)", message)
         problem = _import_problem(value) or f"it is no {wanted[1] if wanted else 'class for this setting'}"
         return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
+    if setting and "." in value and takes_classes and (problem := _import_problem(value)):
+        return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
     if setting and got:
         kinds = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected an? (.+?)\. Got", message)
         if kinds:
             return f"{setting[1]} must be {_readable(kinds[1])}, got {value!r}."
-    message = re.sub(r"\b(fit|validate)\.(?=model\.|data\.)", "--", message)
+    message = re.sub(r"\b(fit|validate)\.(?=model\.|data\.)", "--", message)  # in a list of what is required
     return re.sub(r"^Parser key \"(.+?)\":", r"\1:", " ".join(message.split()))
 
 
@@ -246,12 +285,14 @@ def _readable(kinds: str) -> str:
     kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds)
     kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kinds)
     kinds = re.sub(r"(?:\w+\.)+(\w+)", r"\1", kinds).replace("NoneType", "null")
-    return " or ".join(dict.fromkeys(kinds.split(", ")))
+    return " or ".join(dict.fromkeys(re.split(r", (?![^\[]*\])", kinds)))
 
 
 def _import_problem(class_path: str) -> str | None:
     """Why a class cannot be imported, or None."""
     module, _, name = class_path.rpartition(".")
+    if not all(part.isidentifier() for part in class_path.split(".")):
+        return "that is no import path, such as my_module.MyClass: names of modules and of a class, joined by dots"
     if not module:
         return None
     try:
@@ -263,7 +304,7 @@ def _import_problem(class_path: str) -> str | None:
             return f"there is no module {missing!r}, in the current folder or installed.{_among(missing, here)}"
         return f"the module {module!r} needs {missing!r}, which is not installed. Install it"
     except SyntaxError as error:
-        return f"{error.filename}, line {error.lineno}: {error.msg}"
+        return f"{error.filename or module}, line {error.lineno or 1}: {error.msg}"
     except Exception as error:
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         return (
@@ -271,6 +312,8 @@ def _import_problem(class_path: str) -> str | None:
         )
     if not hasattr(found, name):
         return f"the module {module!r} has no {name!r}.{_among(name, dir(found))}"
+    if abstract := sorted(getattr(getattr(found, name), "__abstractmethods__", ())):
+        return f"it does not say what {', '.join(abstract)} does, which a class of this kind must"
     return None
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from spin_lightning import hub
+from spin_lightning.files import is_url
 from spin_lightning.formats import BadRow, Tally, fits, is_turn, near, shown
 from spin_lightning.types import UserError
 
@@ -376,7 +377,17 @@ def open_source(name: str, split: str, revision: str | None) -> Source:
     Raises:
         UserError: It does not exist, or cannot be read; also while the records are read.
     """
-    source, path, key = Source(), Path(name).expanduser(), ""
+    if not name.strip() or is_url(name):
+        raise UserError(
+            f"data are files on this machine or the name of a data set on the hub, got {name!r}. Download them first, or give a name as "
+            "HuggingFaceH4/ultrachat_200k."
+        )
+    source, path, key = Source(), Path(name), ""
+    try:
+        path = path.expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; a user that nobody knows
+        raise UserError(f"{name!r} is no name of data: {error}. Give another one.") from None
     base, _, behind = name.rpartition(":")
     if behind and not path.exists() and _kind(Path(base))[0] in (".json", ".jsonl", ".ndjson"):
         path, key = Path(base).expanduser(), behind

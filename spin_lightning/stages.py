@@ -5,23 +5,26 @@ Imports everything, so ``cli`` imports it only when a stage runs.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from spin_lightning.callbacks import ExportPolicy, Health, RunCheckpoint, SelfPlay, ShowAnswers
 from spin_lightning.callbacks.settings import SETTINGS, check_finished
-from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, last_checkpoint
+from spin_lightning.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.class_defaults import own_defaults
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import read_json, refuse_links, replacing, run_folder
@@ -57,6 +60,16 @@ _TRAINER: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "Nothing would be trained on. Give more, or leave it out.",
     ),
     ("accumulate_grad_batches", lambda value: value >= 1, "Give the number of batches in one update, at least 1."),
+    (
+        "val_check_interval",
+        lambda value: value is None or value > 0,
+        "Give after which share of an epoch the held-out NLL is measured, or leave it out.",
+    ),
+    (
+        "gradient_clip_val",
+        lambda value: value is None or value >= 0,  # below 0 every update would be turned around
+        "Give the largest norm of a gradient, or leave it out.",
+    ),
 )
 
 
@@ -90,7 +103,9 @@ class StageCLI(LightningCLI):
     """What the stages share: a run folder with checkpoint, loggers and config, and continuing where it was."""
 
     module_class: type[PolicyModule]
+    command: str
     run_key: str  # the section that holds output_dir
+    foreign: dict[str, str]  # sections that other commands have, by the name of the command
     over_file: str  # written last in the run's folder
     is_over = False
 
@@ -104,7 +119,7 @@ class StageCLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_kwargs={"allow_abbrev": False, "exit_on_error": False},
+            parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "prog": "spin-lightning"},
             trainer_defaults={
                 "reload_dataloaders_every_n_epochs": 1,
                 "num_sanity_val_steps": -1,
@@ -125,6 +140,8 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         check_configs(args)
+        for name, of_subcommand in self._subcommand_parsers.items():  # for --help
+            of_subcommand.prog = f"spin-lightning {self.command if name == 'fit' else name}"
         try:
             # Lightning's own also warns that `args` were given: here they always are
             with own_defaults():
@@ -132,21 +149,56 @@ class StageCLI(LightningCLI):
         except Exception as error:
             if (sentence := refusal_of_arguments(error, args)) is None:
                 raise
+            sentence += "" if sentence.endswith((".", "?")) else "."
             raise UserError(f"{sentence}{self._did_you_mean(sentence)}") from error
 
     def instantiate_classes(self) -> None:
         with explaining_settings():
             super().instantiate_classes()
+            if self.subcommand == "fit":
+                self._try_optimizer()
         if self.is_over:
             self._end()
 
+    def _try_optimizer(self) -> None:
+        """Make the optimiser for one small weight and let it step: what it refuses need not wait for the model.
+
+        Raises:
+            UserError: It takes no dense gradients, say. What it says of its settings is raised as it is.
+        """
+        chosen = self.config[self.subcommand].model.optimizer
+        settings = dict(chosen.get("init_args") or {}) if chosen else {}
+        if "lr" in settings and settings["lr"] != _default_lr(chosen.class_path):
+            say(f"note: model.optimizer.lr {settings['lr']!r} is not used: model.learning_rate is.")
+        weight = torch.nn.Parameter(torch.zeros(2, 2))
+        weight.grad = torch.zeros_like(weight)
+        optimizer = self.model.optimizer([weight])
+        try:
+            optimizer.step(lambda: torch.zeros(()))
+        except RuntimeError as error:
+            raise UserError(
+                f"model.optimizer {type(optimizer).__name__} cannot train a language model: {error}. Give another one."
+            ) from error
+
     def _did_you_mean(self, message: str) -> str:
-        """The settings that read like the one that is not known."""
-        if not re.search("unrecognized|does not accept", message):
+        """The settings that read like the one that is not known, or the command that has it."""
+        if not re.search("unrecognized|there is no setting", message):
             return ""
+        words = [word.strip(".") for word in re.findall(r"[A-Za-z_][\w.]+", message)]
+        for section in (word.partition(".")[0] for word in words if "." in word):
+            if section in self.foreign:
+                return f" The section {section} is of spin-lightning {self.foreign[section]}; this is {self.command}."
+            if section in ("fit", "sft", "validate"):
+                return f" Sections stand alone, as model, data and trainer, and not in one called {section}."
         known = {key for parser in self._subcommand_parsers.values() for key, _ in parser.get_defaults().items()}
-        words = [word for word in re.findall(r"[\w.]+", message) if len(word) > 3 and not word.endswith(tuple(known))]
-        close = {match for word in words for match in get_close_matches(word, known, 3, 0.75)}
+        wrong = [word for word in words if len(word) > 3 and not word.endswith(tuple(known))]
+        close = {match for word in wrong for match in get_close_matches(word, known, 3, 0.75)}
+        for last in (word.rpartition(".")[2] for word in words):  # output_dir, lr
+            close |= {
+                key
+                for key in known
+                if ".init_args." not in key and last in (name := key.rpartition(".")[2], _initials(name))
+            }
         return f" Did you mean {' or '.join(sorted(close))}?" if close else ""
 
     def _parse_ckpt_path(self) -> None:
@@ -159,6 +211,8 @@ class StageCLI(LightningCLI):
         for name, is_fine, advice in _TRAINER:
             if not is_fine(value := config.trainer[name]):
                 raise UserError(f"trainer.{name} cannot be {value!r} here. {advice}")
+        if config.ckpt_path is not None:  # now, and not after the model was loaded
+            existing_checkpoint(config.ckpt_path)
         if (
             self.subcommand != "fit" or config.trainer.fast_dev_run
         ):  # a trial neither continues a run nor minds one that is over
@@ -194,15 +248,25 @@ class StageCLI(LightningCLI):
         config = self.config["fit"]
         output_dir = run_folder(config[self.run_key].output_dir, f"{self.run_key}.output_dir")
         if self._names_other_data(output_dir / "config.yaml"):  # which may hold the same rows
-            self.datamodule.trainer = self.trainer  # as in a fit: the model's tokenizer, and the folder's date
-            self.trainer.strategy.connect(self.model)
-            self.datamodule.setup("fit")
+            self._read_data("fit")
         allowed = config.checkpoint.allow_changes or []
         check_finished(self.trainer, self.model, self.datamodule, output_dir / SETTINGS, allowed)
         say(
             f"the run in {output_dir} is over; its models are in {output_dir}. For another run set --{self.run_key}.output_dir."
         )
         raise RunIsOver
+
+    def _read_data(self, stage: str) -> None:
+        self.datamodule.trainer = self.trainer  # as in a fit: the model's tokenizer, and the folder's date
+        self.trainer.strategy.connect(self.model)
+        self.datamodule.setup(stage)
+
+    def before_fit(self) -> None:
+        """Data that are refused leave nothing behind: loggers write as soon as a fit begins."""
+        self._read_data("fit")
+
+    def before_validate(self) -> None:
+        self._read_data("validate")
 
     def _names_other_data(self, path: Path) -> bool:
         if not path.exists():
@@ -213,7 +277,7 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
-        plugins = config["trainer"].get("plugins") or []
+        plugins = self.config_init[self.subcommand]["trainer"].get("plugins") or []  # made, not their settings
         kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
         if config["trainer"].get("logger") in (None, True):
             output_dir = run_folder(config[self.run_key]["output_dir"], f"{self.run_key}.output_dir")
@@ -229,9 +293,16 @@ class StageCLI(LightningCLI):
             type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
         )  # even one, with ddp_spawn
         if trainer.world_size > 1 or starts_others:
+            got = repr(config["trainer"]["strategy"]) if starts_others else trainer.world_size
             raise UserError(
-                f"a run is one process so far, got {trainer.world_size}. Set trainer.devices: 1, num_nodes: 1."
+                f"a run is one process so far, got {got}. Set trainer.devices: 1, num_nodes: 1, strategy: auto."
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+                raise UserError(
+                    f"{type(callback).__name__} trains before the run and takes it back, which a run that can be continued does not "
+                    "allow. Leave it out."
+                )
         if trainer.loggers:
             trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
         return trainer
@@ -241,7 +312,9 @@ class SpinCLI(StageCLI):
     """``spin-lightning fit``: the game."""
 
     module_class = SpinLightningModule
+    command = "fit"
     run_key = "self_play"
+    foreign = {"export": "sft"}
     over_file = "game.json"
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -265,7 +338,9 @@ class SftCLI(StageCLI):
     """``spin-lightning sft``: supervised fine-tuning on the same data, encoding and loader."""
 
     module_class = SftLightningModule
+    command = "sft"
     run_key = "export"
+    foreign = dict.fromkeys(("self_play", "health", "samples"), "fit")
     over_file = "summary.json"
 
     def add_arguments_to_parser(self, parser: Any) -> None:
@@ -280,7 +355,19 @@ class SftCLI(StageCLI):
             raise UserError(
                 "trainer.max_epochs -1 has no end. Give a number, or an end: model.max_updates or trainer.max_time."
             )
+        if self.subcommand == "fit" and 0 in (config.trainer.max_epochs, config.trainer.max_steps):
+            raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
         super().before_instantiate_classes()
+
+
+def _default_lr(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    parameter = inspect.signature(getattr(import_module(module), name)).parameters.get("lr")
+    return parameter and parameter.default
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def _is_not_a_tip(record: logging.LogRecord) -> bool:

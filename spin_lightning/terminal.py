@@ -18,16 +18,25 @@ _OBEYED = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
+#: A joiner or non-joiner between two characters that are shown and not Latin: Persian, Hindi and emoji are spelt with them.
+_JOINER = re.compile("(?<=[^\x00-\u02ff\u2000-\u206f])[\u200c\u200d](?=[^\x00-\u02ff\u2000-\u206f])")
 
 
 def printable(text: str) -> str:
     """The text with every character that a terminal would obey, or not show, written as its escape. Newlines stay.
 
+    So do the joiners inside of words and emoji of scripts that need them.
+
     Example:
         >>> print(printable("a\\x1b[2Jb\\u202ec"))
         a\\x1b[2Jb\\u202ec
     """
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+    def shown(found: re.Match[str]) -> str:
+        is_needed = _JOINER.match(text, found.start())
+        return found[0] if is_needed else found[0].encode("unicode_escape").decode()
+
+    return _OBEYED.sub(shown, text)
 
 
 def say(*texts: Any, file: TextIO | None = None, flush: bool = False) -> None:

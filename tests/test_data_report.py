@@ -181,7 +181,8 @@ def test_a_batch_of_pairs_counts_every_answer_of_a_prompt(tmp_path):
 
 
 def test_only_training_needs_a_whole_batch(tmp_path):
-    module(write(tmp_path / "rows.jsonl", ("p", "a")), batch_size=8).setup("validate")
+    two = write(tmp_path / "two.jsonl", ("p", "a"), ("q", "b"))
+    module(two, batch_size=8, val_fraction=0.5).setup("validate")
 
 
 # --- several sources --------------------------------------------------------------------------------------------------

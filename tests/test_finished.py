@@ -12,6 +12,7 @@ import pytest
 from helpers import save_tiny_model, write_rows
 
 from spin_lightning import UserError
+from spin_lightning.callbacks.settings import _agree
 from spin_lightning.cli import run
 
 QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
@@ -103,3 +104,9 @@ def test_other_data_is_refused_and_moved_data_is_not(finished: dict[str, Any], t
         run([*command, f"--data.train_data={write_rows(tmp_path / 'other.jsonl', 11)}"])
     with pytest.raises(UserError, match=r"\n  data.held_out_sha256: "):
         run([*command, f"--data.val_data={rows}"])
+
+
+def test_what_an_older_version_left_out_of_the_record_agrees_with_any_value() -> None:
+    assert _agree("***", "hf_dataset_of_words") and _agree("a *** c", "a b c") and _agree(["***"], ["x"])
+    assert not _agree("a *** c", "a b d") and not _agree("x", "***") and _agree("***", "***")
+    assert _agree({"a": "***"}, {"a": "x"}) and not _agree({"a": "***"}, {"b": "x"}) and not _agree({"a": 1}, {"a": 2})

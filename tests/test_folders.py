@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def rows(tmp_path: Path) -> str:
         ("gs://bucket", "is a URL"),
         ("file:///tmp/run", "is a URL"),
         ("hdfs:run", "is a URL"),
+        ("C:\\runs\\mine", "one of Windows"),
+        ("C:/runs", "one of Windows"),
+        ("/proc/run", "not on a disk"),
         ("runs/a\nb", "control character"),
         ("runs/a\0b", "control character"),
         ("runs/\x1b[2J", "control character"),
@@ -156,6 +160,26 @@ def test_a_link_at_a_name_that_a_run_uses_is_refused(tmp_path: Path, name: str, 
     with pytest.raises(UserError) as caught:
         refuse_links(tmp_path / "run")
     assert f"{link} is a link to '{outside}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pipe_at_a_name_that_a_run_uses_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is neither a file nor a folder"):
+        hold(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["logs", "iteration_0", "iteration_0/pairs", "checkpoints"])
+def test_a_file_where_a_folder_belongs_and_the_reverse_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("")
+    with pytest.raises(UserError, match="is a file, and a run has a folder of that name"):
+        refuse_links(tmp_path / "run")
+    (tmp_path / "other" / "run.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="is a folder, and a run has a file of that name"):
+        refuse_links(tmp_path / "other")
 
 
 def test_other_links_and_a_run_folder_that_is_a_link_are_left_alone(tmp_path: Path) -> None:

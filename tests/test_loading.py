@@ -12,10 +12,18 @@ import pytest
 import torch
 from helpers import byte_tokenizer, save_tiny_model, tiny_model, write_rows
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from spin_lightning import UserError, hub, models
 from spin_lightning.cli import main
-from spin_lightning.models import check_model, load_config, load_policy, load_tokenizer, refuse_ids_beyond
+from spin_lightning.models import (
+    check_model,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    refuse_ids_beyond,
+    refuse_without_causal_head,
+)
 
 
 @pytest.fixture
@@ -92,6 +100,79 @@ def test_a_file_that_is_no_gguf_and_a_folder_of_gguf_files_are_told_apart(model:
     (tmp_path / "packed" / "q8.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"Name the file, if you mean .*packed/q8\.gguf"):
         load_policy(str(tmp_path / "packed"))
+
+
+def test_weights_that_are_missing_are_never_made_up(model: str) -> None:
+    path = Path(model) / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "q_proj" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"has no values for 1 of the weights of a LlamaForCausalLM, such as {name}"):
+        load_policy(model)
+    save_file({**weights, "more": torch.zeros(1)}, path, {"format": "pt"})  # such as a head that is not used here
+    load_policy(model)
+    change(model, "config.json", model_type="gpt2")
+    with pytest.raises(UserError, match="of the weights of a GPT2LMHeadModel"):
+        load_policy(model)
+
+
+@pytest.mark.parametrize("content", [b"", b"half", b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 99])
+def test_a_file_of_weights_that_is_not_whole_is_named_by_every_command(
+    model: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(model) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content == b"half" else content)
+    for said in endings(model, tmp_path, capsys):
+        assert said.startswith(f"{path} is not whole (")
+
+
+def test_files_of_weights_are_those_beside_the_index_and_safetensors_only(model: str, tmp_path: Path) -> None:
+    path, index = Path(model) / "model.safetensors", Path(model) / "model.safetensors.index.json"
+    names = list(load_file(path))
+    torch.save({}, Path(model) / "evil.bin")
+    path.rename(tmp_path / "a.safetensors")
+    for file, words in (
+        ("../a.safetensors", "names '../a.safetensors', and only safetensors beside it are opened"),
+        ("evil.bin", "names 'evil.bin', and only safetensors"),
+        ("gone.safetensors", r"has no gone.safetensors, which would hold its weights; it has evil.bin"),
+        (5, "names 5"),
+    ):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+        with pytest.raises(UserError, match=words):
+            check_model(model)
+    index.write_text("[]")
+    with pytest.raises(UserError, match=r"index of the weights of .* cannot be read"):
+        check_model(model)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "a.safetensors")}))
+    (tmp_path / "a.safetensors").rename(Path(model) / "a.safetensors")
+    load_policy(model)
+    change(model, "config.json", transformers_weights="evil.bin")
+    with pytest.raises(UserError, match="only safetensors beside it are opened"):
+        load_policy(model)
+
+
+def test_check_refuses_a_model_that_fit_would_refuse(model: str) -> None:
+    refuse_without_causal_head(load_config(model))
+    for entries in ({"model_type": "t5"}, {"hidden_act": "no such"}):
+        change(model, "config.json", **entries)
+        with pytest.raises(UserError, match="no model could be loaded from"):
+            refuse_without_causal_head(load_config(model))
+
+
+@pytest.mark.parametrize("entries", [{"model_max_length": "x"}, {"chat_template": 5}])
+def test_a_tokenizer_that_makes_no_sense_ends_in_a_sentence(model: str, entries: dict[str, Any]) -> None:
+    (Path(model) / "chat_template.jinja").unlink(missing_ok=True)
+    change(model, "tokenizer_config.json", **entries)
+    with pytest.raises(UserError, match="no tokenizer could be loaded from"):
+        load_tokenizer(model)
+
+
+def test_a_chat_template_that_is_no_jinja_ends_in_a_sentence(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(model) / "chat_template.jinja").write_text("{% if %}")
+    for said in endings(model, tmp_path, capsys):
+        assert said.startswith("the chat template is not one of Jinja: ")
 
 
 @pytest.mark.parametrize("entry", [{"quant_method": "no_such_method"}, {"bits": 4}, {"quant_method": 7}, "no dict"])

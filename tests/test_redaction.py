@@ -47,7 +47,8 @@ SHAPES = {
     "jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.{}", "pem": "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----",
     "userinfo": "https://me:{}@host/x", "userinfo alone": "https://{}@host/x", "query": "https://h/x?page=1&access_token={}",
     "signature": "https://h/x?sv=1&sig={}", "path": "https://hooks.example.com/services/T0/B0/{}", "basic": "Basic {}",
-    "bearer": "bearer {}", "flag": "--api-key={}", "connection": "Server=db;User=me;Password={}",
+    "bearer": "bearer {}", "flag": "--api-key={}", "flag apart": "--api-key {}", "mangled": "s3:/me:{}@host/x", "groq": "gsk_{}",
+    "header": "Cookie: {}", "json": '{{"password": "{}"}}', "quoted": "Made(password='{}')", "connection": "Server=db;User=me;Password={}",
 }  # fmt: skip
 
 
@@ -85,10 +86,38 @@ def test_short_secrets_in_urls_and_pairs_are_left_out() -> None:
         "### Instruction: {prompt}\n\n### Response: ",
         "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}",
         "basic instructions for the bearer",
+        "Bearer of bad news",
+        "the password: is asked for in row 3, the token: a word",
+        "hf_dataset_train_and_held_out",
+        "sk-learn-pipeline-experiments",
+        "runs/2026-11-26_lr1e-5_beta1.0_seed42_HuggingFaceTB-SmolLM2-135M",
+        "train-00000-of-00042-ab12cd34ef56ab78.parquet",
+        "https://host:8080/x?mail=a@b",
     ],
 )
 def test_hashes_paths_names_and_templates_are_kept(value: str) -> None:
     assert redacted({"setting": value}) == {"setting": value}
+
+
+@pytest.mark.parametrize("name", ["self_play.output_dir", "data.train_data", "model.model_name_or_path", "run"])
+@pytest.mark.parametrize(
+    "value", ["550e8400e29b41d4a716446655440000", "lr1e5Bs8Ep3Wd01Beta01Seed42", "runs/lr1e5Bs8Ep3Wd01Beta01"]
+)
+def test_a_place_may_be_named_as_keys_look(name: str, value: str) -> None:
+    assert redacted({name: value}) == {name: value}
+    assert redacted({name: f"https://me:pw@host/{RANDOM}"}) == {name: "https://***@host/***"}
+    assert redacted({name: f"hf_{RANDOM}"}) == {name: "***"}
+
+
+def test_short_secrets_by_name_inside_of_texts() -> None:
+    for text, kept in (
+        ("api_key: pw", "api_key: ***"),
+        ('{"password": "pw", "n": "2"}', '{"password": "***", "n": "2"}'),
+        ("C(password='pw', n=2)", "C(password='***', n=2)"),
+        ("https://me:p@w@host/x", "https://***@host/x"),
+        ("hooks.slack.com/services/T0/B0/x", "hooks.slack.com/***"),
+    ):
+        assert redacted(text) == kept
 
 
 def test_revisions_are_kept_by_their_name() -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from helpers import save_tiny_model, write_rows
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning import UserError
 from spin_lightning.checkpoints import hash_file
@@ -49,6 +50,14 @@ def said(model, tmp_path, capsys, monkeypatch):
     return run
 
 
+FLAGS_OF_SPARSE = [
+    "fit",
+    "--model.model_name_or_path=x/y",
+    "--data.train_data=x",
+    "--model.optimizer=torch.optim.SparseAdam",
+]
+
+
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
@@ -65,6 +74,12 @@ def said(model, tmp_path, capsys, monkeypatch):
         ("enable_checkpointing=false", "trainer.enable_checkpointing cannot be False here"),
         ("limit_train_batches=0", "Nothing would be trained on"),
         ("accumulate_grad_batches=0", "at least 1"),
+        ("val_check_interval=0", "trainer.val_check_interval cannot be 0 here"),
+        ("gradient_clip_val=-1", "trainer.gradient_clip_val cannot be -1 here"),
+        ("strategy=ddp_spawn", "a run is one process so far, got 'ddp_spawn'"),
+        ("callbacks+=LearningRateFinder", "LearningRateFinder trains before the run"),
+        ("callbacks=EarlyStopping", "EarlyStopping' cannot be used: the following arguments are required: monitor."),
+        ("plugins=AsyncCheckpointIO", "multiple values for CheckpointIO"),
         ("devices=2", "a run is one process so far, got 2. Set trainer.devices: 1"),
         ("num_nodes=2", "a run is one process so far, got 2"),
         ("accelerator=warp", "Change trainer.accelerator (now 'warp')"),
@@ -106,6 +121,40 @@ def test_what_follows_from_other_settings(said):
 
 def test_a_run_of_sft_without_an_end(said):
     assert "trainer.max_epochs -1 has no end" in said("sft", "--trainer.max_epochs=-1")
+    for flag in ("--trainer.max_epochs=0", "--trainer.max_steps=0"):
+        assert said("sft", flag).endswith("nothing would be trained.")
+
+
+def test_what_is_asked_of_every_command_before_a_model_is_loaded(said, tmp_path, monkeypatch):
+    monkeypatch.setattr("spin_lightning.policy.PolicyModule.configure_model", None)
+    for path in ("best", "last", "x" * 300):
+        assert said("validate", f"--ckpt_path={path}").startswith(f"there is no checkpoint {path!r}.")
+    assert "local disk only" in said("fit", "--ckpt_path=s3://x/y")
+    assert said("fit", "--model.optimizer=torch.optim.SparseAdam").startswith("model.optimizer SparseAdam cannot train")
+    assert said("fit", "--model.optimizer.betas=[2, 2]").endswith("Change model.optimizer.")
+    assert said("fit", f"--data.seed={10**22}").startswith("data.seed must have less than 64 bits")
+    assert said("validate", "--data.val_fraction=0").startswith("no row is held out, so there is nothing to measure.")
+    assert "must be 'auto' or one of" in said("fit", "--data.format=mesages") + said("sft", "--data.format=mesages")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_learning_rate_of_the_optimizer_is_said_to_be_none(said, capsys):
+    for value, is_said in ((0.5, True), (0.001, False)):  # its own default is in every printed config
+        with pytest.raises(SystemExit):
+            main([*FLAGS_OF_SPARSE, f"--model.optimizer.lr={value}"])
+        assert ("model.optimizer.lr 0.5 is not used" in capsys.readouterr().out) == is_said
+
+
+def test_a_setting_that_is_not_there_is_looked_for_by_its_last_word_and_its_section(said, tmp_path):
+    assert said("fit", "--output_dir=x") == "unrecognized arguments: --output_dir=x. Did you mean self_play.output_dir?"
+    assert said("fit", "--model.lr=1").endswith("Did you mean model.learning_rate?")
+    (tmp_path / "c.yaml").write_text("export:\n  output_dir: x\n")
+    assert said("fit", "--config=c.yaml") == (
+        "there is no setting export.output_dir. The section export is of spin-lightning sft; this is fit."
+    )
+    (tmp_path / "c.yaml").write_text("fit:\n  model:\n    beta: 1\n")
+    assert said("fit", "-c=c.yaml").endswith("and not in one called fit.")
+    assert said("fit", "--model=x").startswith("model is a section: give its settings, as --model.KEY VALUE")
 
 
 def test_what_lightning_an_optimizer_or_the_seed_refuses(said):
@@ -169,6 +218,33 @@ def plugins(tmp_path):
 def test_a_class_that_cannot_be_imported_says_why(said, plugins, key, path, words):
     sentence = said("fit", f"--{key}={path}")
     assert sentence.startswith(f"{key}: {path!r} cannot be used: ") and words in sentence
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("my-losses.MyLoss", "that is no import path"),
+        ("./mylosses.py", "that is no import path"),
+        ("..MyLoss", "that is no import path"),
+        ("spin_lightning.losses.PairLoss", "it does not say what forward does"),
+    ],
+)
+def test_what_is_no_import_path_and_what_is_abstract_are_told(said, path, words):
+    assert said("fit", f"--model.loss={path}").startswith(f"model.loss: {path!r} cannot be used: {words}")
+
+
+def test_a_secret_in_a_setting_is_not_in_the_error(said):
+    assert "pw" not in said("fit", "--ckpt_path=https://me:pw@host/x") + said("fit", "--model.api_key=pw")
+    with (
+        pytest.raises(UserError, match=r"Change trainer.api_key \(now '\*\*\*'\)"),
+        explaining_settings({"trainer.api_key": "pw"}),
+    ):
+        raise MisconfigurationException("no")
+    assert said("fit", "--data.train_data=https://me:pw@host/x").startswith(
+        "data are files on this machine or the name of"
+    )
+    for name in ("", "x" * 300 + ".jsonl"):
+        assert "data" in said("fit", f"--data.train_data={name}")
 
 
 def test_a_class_of_another_kind_or_that_cannot_be_made_or_takes_something_else(said, plugins):
@@ -235,6 +311,10 @@ def test_a_class_in_the_current_folder_is_found_behind_what_is_installed(said, p
         (b"- a\n- b\n", "must hold sections with settings, got a list"),
         (b"hello\n", "got a str"),
         (b"", "got nothing"),
+        (b"model:\n  beta: 1\n  beta: 2\n", "line 3, column 3 is not YAML: 'beta' is there a second time"),
+        (b"a: &a [*a]\n", "an alias (*...) is inside of what it stands for"),
+        (b"data:\n- a\n", "'data' must be the name of a section"),
+        (b"1: 2\n", "1 must be the name of a section"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
         (None, "is no file (looked at "),
     ],
@@ -247,6 +327,13 @@ def test_a_config_that_cannot_be_read_is_named_with_its_line(tmp_path, text, wor
     with pytest.raises(UserError) as caught:
         check_configs(["fit", *style.format(path).split()])
     assert f"the config {str(path)!r}" in str(caught.value) and words in str(caught.value)
+
+
+def test_a_config_s_name_may_be_too_long_and_its_merged_keys_may_be_set_again(tmp_path):
+    with pytest.raises(UserError, match="is no file"):
+        check_configs(["fit", "-c", "x" * 300])
+    (tmp_path / "c.yaml").write_text("a: &a {beta: 1}\nmodel:\n  <<: *a\n  beta: 2\n")
+    check_configs(["fit", "--config", str(tmp_path / "c.yaml")])
 
 
 def test_a_folder_is_no_config_and_a_key_in_a_config_is_suggested(said, tmp_path):

@@ -36,6 +36,23 @@ def test_every_character_that_a_terminal_obeys_is_written_as_its_escape() -> Non
         assert printable(text) == text
 
 
+def test_joiners_stay_where_words_and_emoji_need_them() -> None:
+    for text in (
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0915\u094d\u200d\u0937",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f\u200d\U0001f525",
+    ):
+        assert printable(text) == text
+    for text in (
+        "pay\u200dpal",
+        "\u200d\u0915",
+        "\u0915\u200d",
+        "\u0915\u200d\u200d\u0915",
+        "\u0915\u200c\u202e\u0915",
+    ):
+        assert "\\u200" in printable(text) and is_harmless(printable(text))
+
+
 def test_samples_show_it_too() -> None:
     shown = side_by_side({f"real{EVIL}": f"safe{EVIL}\tand\nsound"})
     assert is_harmless(say_to_string(shown)) and r"safe\x1b]0;pwned" in shown and "and sound" in shown
