@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
@@ -29,6 +28,7 @@ from spin_lightning.class_defaults import own_defaults
 from spin_lightning.data import SyntheticDataModule
 from spin_lightning.files import read_json, refuse_links, replacing, run_folder
 from spin_lightning.module import SpinLightningModule
+from spin_lightning.optim import refuse_unusable
 from spin_lightning.policy import PolicyModule
 from spin_lightning.redaction import redacted
 from spin_lightning.settings_errors import check_configs, explaining_settings, refusal_of_arguments
@@ -110,7 +110,9 @@ class StageCLI(LightningCLI):
     is_over = False
 
     def __init__(self, args: Sequence[str]) -> None:
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_a_tip)
+        for library in ("lightning.pytorch.utilities.rank_zero", "transformers.utils.generic"):
+            logging.getLogger(library).addFilter(_is_for_users)
+        warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch's
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # collating ids takes no time
         super().__init__(
@@ -161,24 +163,16 @@ class StageCLI(LightningCLI):
             self._end()
 
     def _try_optimizer(self) -> None:
-        """Make the optimiser for one small weight and let it step: what it refuses need not wait for the model.
+        """Refuse an optimiser that cannot be used before the model is loaded.
 
         Raises:
-            UserError: It takes no dense gradients, say. What it says of its settings is raised as it is.
+            UserError: It cannot be made, or its step fails.
         """
         chosen = self.config[self.subcommand].model.optimizer
         settings = dict(chosen.get("init_args") or {}) if chosen else {}
         if "lr" in settings and settings["lr"] != _default_lr(chosen.class_path):
             say(f"note: model.optimizer.lr {settings['lr']!r} is not used: model.learning_rate is.")
-        weight = torch.nn.Parameter(torch.zeros(2, 2))
-        weight.grad = torch.zeros_like(weight)
-        optimizer = self.model.optimizer([weight])
-        try:
-            optimizer.step(lambda: torch.zeros(()))
-        except RuntimeError as error:
-            raise UserError(
-                f"model.optimizer {type(optimizer).__name__} cannot train a language model: {error}. Give another one."
-            ) from error
+        refuse_unusable(self.model.optimizer)
 
     def _did_you_mean(self, message: str) -> str:
         """The settings that read like the one that is not known, or the command that has it."""
@@ -370,5 +364,6 @@ def _initials(name: str) -> str:
     return "".join(word[:1] for word in name.split("_"))
 
 
-def _is_not_a_tip(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage() and "Tip:" not in record.getMessage()
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """No advertisement; nor that ``past_key_values`` has a new name, which transformers 5.23 does not know."""
+    return not any(word in record.getMessage() for word in ("litlogger", "Tip:", "past_key_values"))

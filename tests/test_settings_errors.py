@@ -130,7 +130,7 @@ def test_what_is_asked_of_every_command_before_a_model_is_loaded(said, tmp_path,
     for path in ("best", "last", "x" * 300):
         assert said("validate", f"--ckpt_path={path}").startswith(f"there is no checkpoint {path!r}.")
     assert "local disk only" in said("fit", "--ckpt_path=s3://x/y")
-    assert said("fit", "--model.optimizer=torch.optim.SparseAdam").startswith("model.optimizer SparseAdam cannot train")
+    assert said("fit", "--model.optimizer=torch.optim.SparseAdam").startswith("the optimiser SparseAdam cannot be used")
     assert said("fit", "--model.optimizer.betas=[2, 2]").endswith("Change model.optimizer.")
     assert said("fit", f"--data.seed={10**22}").startswith("data.seed must have less than 64 bits")
     assert said("validate", "--data.val_fraction=0").startswith("no row is held out, so there is nothing to measure.")
