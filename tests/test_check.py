@@ -7,6 +7,7 @@ import re
 
 import pytest
 from helpers import save_tiny_model, write_rows
+from safetensors.torch import save_file
 
 from spin_lightning import check, cli
 from spin_lightning.cli import config_folder
@@ -21,7 +22,7 @@ def model(tmp_path_factory):
     """A model folder without its weights."""
     folder = tmp_path_factory.mktemp("model")
     save_tiny_model(folder)
-    (folder / "model.safetensors").unlink()
+    save_file({}, folder / "model.safetensors")  # whole, and nothing to load
     return str(folder)
 
 
@@ -138,7 +139,7 @@ def test_a_sample_is_a_number_of_rows(flags, given):
 def test_the_ends_of_the_model_are_known_without_its_weights(flags, capsys, tmp_path):
     folder = tmp_path / "with_ends"
     save_tiny_model(folder)
-    (folder / "model.safetensors").unlink()
+    save_file({}, folder / "model.safetensors")  # whole, and nothing to load
     (folder / "generation_config.json").write_text('{"eos_token_id": [258, 256]}')
     flags[1] = f"--model.model_name_or_path={folder}"
     (tmp_path / "rows.jsonl").write_text(
