@@ -49,7 +49,8 @@ def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
     """
     way = way_through(model)
     if not len(batch.scored):  # a zero that has a gradient
-        return torch.zeros(len(batch), device=batch.input_ids.device) * next(model.parameters()).flatten()[0]
+        zeros = torch.zeros(len(batch), dtype=torch.float32, device=batch.input_ids.device)
+        return zeros * next(model.parameters()).flatten()[0]
     try:
         values = _token_log_probs(way, model, batch)
     except NotImplementedError:  # a mask that only passes longer than those it was tried on have

@@ -137,7 +137,7 @@ class _Ask:
         device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
         positions = torch.tensor([[*range(min(length, FIRST)), length - 1]], device=device)
         extra = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        output = module.forward(torch.zeros(1, 1, 1, device=device), positions, **extra)
+        output = module.forward(torch.zeros(1, 1, 1, dtype=torch.float32, device=device), positions, **extra)
         return [part[..., :-1, :] for part in (output if isinstance(output, tuple) else (output,))]
 
     def on_a_copy(self, length: int) -> list[Tensor]:

@@ -95,7 +95,7 @@ def _window(mask_function: Callable[..., Tensor], length: int) -> int | None:
     Raises:
         NotImplementedError: It is neither causal nor causal with a window.
     """
-    queries = torch.linspace(0, length - 1, min(ROWS, length)).long()[:, None]
+    queries = torch.linspace(0, length - 1, min(ROWS, length), dtype=torch.float64).long()[:, None]
     keys, first = torch.arange(length), torch.zeros((), dtype=torch.long)
     visible = torch.as_tensor(mask_function(first, first, queries, keys)).expand(len(queries), length)
     window = int(visible[-1].sum())

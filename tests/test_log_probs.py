@@ -889,3 +889,29 @@ def test_log_probs_and_gradients_are_numbers_at_extreme_logits(scale: float, dty
         lengths = torch.tensor([len(response) for _, responses in GROUPS for response in responses])
         assert_close(values, -lengths * math.log(SHAPE["vocab_size"]), 1e-5)
     assert all(gradient.isfinite().all() for gradient in gradients(values.sum(), model))
+
+
+@pytest.mark.parametrize("length", [19, 255, 257, 511, 700])
+@pytest.mark.parametrize("window", [None, 4, 300])
+def test_a_mask_is_read_alike_whatever_the_default_dtype(length: int, window: int | None) -> None:
+    """Lightning's bf16-true makes bfloat16 the default, in which 257 is no number."""
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_past = key <= query
+        return is_past if window is None else is_past & (key > query - window)
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = shared_prompt._window(mask, length)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == (window if window is not None and window < length else None)
+
+
+def test_prompts_are_shared_in_bf16_true_too() -> None:
+    model = tiny_model(max_position_embeddings=512).to(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert log_probs.is_shared(log_probs.way_through(model))
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
+from helpers import tiny_model
 
+from spin_lightning import ContinuousGenerator, TransformersGenerator
 from spin_lightning.generation import seed_of
 from spin_lightning.generation.sampling import uniforms_of
 
@@ -43,3 +46,29 @@ def test_different_seeds_give_different_and_fair_numbers() -> None:
     counts = torch.stack([torch.histc(column, 10, 0, 1) for column in numbers.T])
     assert float(((counts - 500) ** 2 / 500).sum(1).max()) < 30  # chi squared with 9 degrees of freedom: 1 in 2,000
     assert float(torch.corrcoef(torch.stack([numbers[:-1, 0], numbers[1:, 0]]))[0, 1].abs()) < 0.05
+
+
+def test_an_answer_s_numbers_are_those_of_float32_whatever_the_default_dtype() -> None:
+    """Lightning's bf16-true makes bfloat16 the default while answers are sampled."""
+    numbers = uniforms_of(7, 1000)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(uniforms_of(7, 1000), numbers) and numbers.dtype is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", [ContinuousGenerator, TransformersGenerator])
+def test_answers_are_the_same_whatever_the_default_dtype(kind: type[TransformersGenerator]) -> None:
+    def answers() -> list[list[int]]:
+        generator = kind(max_new_tokens=12)
+        found = dict(generator.generate(model, [[5, 6, 7]] * 40, [seed_of(0, 0, n, 0) for n in range(40)], 263, 0))
+        return [found[n].ids for n in range(40)]
+
+    model = tiny_model(seed=3).eval()
+    expected = answers()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert answers() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

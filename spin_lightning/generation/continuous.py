@@ -89,7 +89,9 @@ class ContinuousGenerator(TransformersGenerator):
                 ]
                 active = [active[place] for place in order]
             logits = cache.step([answer.last_id for answer in active])
-            numbers = torch.tensor([answer.uniforms[len(answer.ids)] for answer in active], device=logits.device)
+            numbers = torch.tensor(
+                [answer.uniforms[len(answer.ids)] for answer in active], dtype=torch.float32, device=logits.device
+            )
             tokens, log_probs = choose_tokens(logits, numbers, self.temperature, self.top_p)
             # together, for one transfer and one wait a step; float32 holds whole numbers up to 16 million
             chosen = torch.stack((tokens.float(), log_probs), dim=1).tolist()
