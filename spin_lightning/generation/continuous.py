@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spin_lightning import rope
 from spin_lightning.generation.base import as_set
-from spin_lightning.generation.sampling import choose_tokens, uniforms_of
+from spin_lightning.generation.sampling import choose_tokens, dtype_of_uniforms, uniforms_of
 from spin_lightning.generation.slots import SlotCache
 from spin_lightning.generation.transformers import TransformersGenerator
 from spin_lightning.terminal import say
@@ -90,7 +90,7 @@ class ContinuousGenerator(TransformersGenerator):
                 active = [active[place] for place in order]
             logits = cache.step([answer.last_id for answer in active])
             numbers = torch.tensor(
-                [answer.uniforms[len(answer.ids)] for answer in active], dtype=torch.float32, device=logits.device
+                [answer.uniforms[len(answer.ids)] for answer in active], dtype=dtype_of_uniforms(), device=logits.device
             )
             tokens, log_probs = choose_tokens(logits, numbers, self.temperature, self.top_p)
             # together, for one transfer and one wait a step; float32 holds whole numbers up to 16 million

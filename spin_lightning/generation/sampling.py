@@ -11,8 +11,12 @@ def uniforms_of(seed: int, max_new_tokens: int) -> Tensor:
 
     Of the seed only the lower 32 bits count: torch's generator on the CPU, a Mersenne Twister, begins with no more.
     """
-    # float32 always: a precision of bf16-true makes bfloat16 the default, in which there are 256 numbers
-    return torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=dtype_of_uniforms())
+
+
+def dtype_of_uniforms() -> torch.dtype:
+    """float32, or a wider default: a precision of bf16-true makes bfloat16 the default, in which there are 256 numbers."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
