@@ -1,4 +1,4 @@
-# make demo    install, then play self-play fine-tuning on a small real model (about eight minutes on two CPU cores)
+# make demo    install, then play self-play fine-tuning on a small real model (five to eight minutes on two CPU cores)
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
 # make test    install, then run the tests
 # make check   format, lint, types, tests
