@@ -440,10 +440,8 @@ def _describe(what: str, source: str | dict[str, float], loaded: LoadedRows) -> 
 
 
 def _refusal(refused: Tally, num_rows: int) -> str:
-    more = f"\n  and {refused.count - len(refused.first)} more" if refused.count > len(refused.first) else ""
-    shown = "".join(f"\n  {place}" for place in refused.first)
     cure = ", or set data.on_bad_row: drop to leave them out" if refused.count < num_rows else ""
-    return f"{refused.count} of {num_rows} rows cannot be encoded{shown}{more}\nMend or remove these rows{cure}."
+    return f"{refused.count} of {num_rows} rows cannot be encoded{refused.listed()}\nMend or remove these rows{cure}."
 
 
 def _time(text: Any) -> datetime:

@@ -84,6 +84,11 @@ class Tally:
         if len(self.first) < NUM_EXAMPLES:
             self.first.append(where)
 
+    def listed(self) -> str:
+        """The first places, each on a line of its own, and how many more there are."""
+        more = f"\n  and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
+        return "".join(f"\n  {place}" for place in self.first) + more
+
 
 class Turn(NamedTuple):
     """A turn as it was read: whether its answer may be trained on, and its keys that have no effect."""

@@ -205,11 +205,9 @@ def _load_source(
         rows.append(row)
         places.append(where)
     if bad.count and (on_bad_row == "error" or not rows):
-        more = f"\n  and {bad.count - len(bad.first)} more" if bad.count > len(bad.first) else ""
-        examples = "".join(f"\n  {example}" for example in bad.first)
         cure = ", or set data.on_bad_row: drop to leave them out" if rows else ""
         raise UserError(
-            f"{bad.count} of {len(taken)} rows of {name} cannot be read as {read_as}{examples}{more}"
+            f"{bad.count} of {len(taken)} rows of {name} cannot be read as {read_as}{bad.listed()}"
             f"\nExpected {layout.expected}. Mend or remove these rows{cure}."
         )
 

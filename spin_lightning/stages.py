@@ -198,9 +198,13 @@ class StageCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning lets hyper-parameters in a checkpoint silently override flags. Ours has none, and flags win."""
 
+    @property
+    def _output_dir(self) -> Path:
+        return run_folder(self.config[self.subcommand][self.run_key].output_dir, f"{self.run_key}.output_dir")
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        output_dir = run_folder(config[self.run_key].output_dir, f"{self.run_key}.output_dir")
+        output_dir = self._output_dir
         refuse_links(output_dir)  # loggers and what continues a run use it before any callback can look
         for name, is_fine, advice in _TRAINER:
             if not is_fine(value := config.trainer[name]):
@@ -240,7 +244,7 @@ class StageCLI(LightningCLI):
             UserError: It was another; the message shows each setting that differs.
         """
         config = self.config["fit"]
-        output_dir = run_folder(config[self.run_key].output_dir, f"{self.run_key}.output_dir")
+        output_dir = self._output_dir
         if self._names_other_data(output_dir / "config.yaml"):  # which may hold the same rows
             self._read_data("fit")
         allowed = config.checkpoint.allow_changes or []
@@ -274,7 +278,7 @@ class StageCLI(LightningCLI):
         plugins = self.config_init[self.subcommand]["trainer"].get("plugins") or []  # made, not their settings
         kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
         if config["trainer"].get("logger") in (None, True):
-            output_dir = run_folder(config[self.run_key]["output_dir"], f"{self.run_key}.output_dir")
+            output_dir = self._output_dir
             kwargs["logger"] = [
                 CSVLogger(output_dir, name="logs", flush_logs_every_n_steps=1),  # a kill loses no row
                 TensorBoardLogger(output_dir, name="tensorboard", version=""),

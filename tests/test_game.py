@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from games import CountingGenerator, Do, FakeGenerator, Game, Recorder, read, weight_bits
-from helpers import save_tiny_model, write_rows
+from helpers import save_tiny_model
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
@@ -47,16 +47,6 @@ from spin_lightning.optim import Float32Master
 from spin_lightning.pair_store import PairStore
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 10)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from games import DoLast, Game, Stopped, read, weight_bits, without_seconds
-from helpers import byte_tokenizer, save_tiny_model, tiny_model, write_rows
+from helpers import byte_tokenizer, tiny_model
 from lightning import Trainer
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
 
@@ -24,16 +24,6 @@ from spin_lightning import (
 )
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 10)
 
 
 def load(folder: str) -> Any:

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from games import CountingGenerator, Do, DoLast, FakeGenerator, Game, Stopped, read
-from helpers import save_tiny_model, write_rows
+from helpers import save_tiny_model
 
 from spin_lightning import (
     AlphaSpinLoss,
@@ -44,16 +44,6 @@ from spin_lightning.pair_store import PairStore
 
 torch.set_num_threads(1)
 TESTS = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 10)
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_short_secrets_in_urls_and_pairs_are_left_out() -> None:
     "value",
     [
         "ac6e600eefcce74f5e8bae1035d4f66019e93190/model",
-        "/root/.cache/huggingface/hub/models--a--b/snapshots/ac6e600eefcce74f5e8bae1035d4f66019e93190",
+        "/home/ada/.cache/huggingface/hub/models--a--b/snapshots/ac6e600eefcce74f5e8bae1035d4f66019e93190",
         "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824",
         "org/DeepSeekR1DistillQwen15B",
         "lightning.pytorch.callbacks.LearningRateMonitor",

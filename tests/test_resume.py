@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from games import CountingGenerator, Do, DoLast, Game, Recorder, Stopped, read, weight_bits, without_seconds
-from helpers import save_tiny_model, write_rows
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
@@ -38,16 +37,6 @@ from spin_lightning import (
 from spin_lightning.pair_store import PairStore
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 10)
 
 
 #: The games that are stopped. Each has several shards, a held-out set, and two epochs in each of two iterations.

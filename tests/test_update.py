@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 import torch
 from games import Do, Game, read
-from helpers import save_tiny_model
 from lightning import Trainer
 from torch import Tensor
 
 from spin_lightning import ExportPolicy, SftLightningModule, SpinLoss, SyntheticDataModule
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
