@@ -41,8 +41,8 @@ class Shape:
 
 def smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, made once of the package's GGUF file."""
-    from spin_lightning.demo.play import smollm2 as gguf_file
-    from spin_lightning.models import load_policy, load_tokenizer
+    from spin_lightning.demos.small_model import smollm2 as gguf_file
+    from spin_lightning.models.loading import load_policy, load_tokenizer
 
     if not (folder / "tokenizer.json").exists():
         load_policy(gguf_file(), dtype=torch.bfloat16).save_pretrained(folder)

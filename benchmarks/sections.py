@@ -302,8 +302,8 @@ def _smollm2() -> tuple[str, Any]:
 
 
 def _encoder(folder: str) -> Any:
-    from spin_lightning.encoding import Encoder
-    from spin_lightning.models import load_tokenizer
+    from spin_lightning.data.encoding import Encoder
+    from spin_lightning.models.loading import load_tokenizer
 
     return Encoder(load_tokenizer(folder))
 

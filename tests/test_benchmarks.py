@@ -12,7 +12,7 @@ from benchmarks.flops import least_flops
 from benchmarks.models import Shape
 from benchmarks.workload import Lengths, make_exchanges, read_pairs, write_workload
 from spin_lightning import SyntheticDataModule
-from spin_lightning.encoding import Encoder
+from spin_lightning.data.encoding import Encoder
 from tests.helpers import byte_tokenizer
 
 

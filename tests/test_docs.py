@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_model, write_rows
 
-from spin_lightning.cli import run
+from spin_lightning.cli.commands import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,9 +68,9 @@ def test_every_relative_link_leads_somewhere(page):
 def test_the_readme_s_line_numbers_point_at_the_method():
     wanted = {
         "spin_lightning/losses.py": "class SpinLoss",
-        "spin_lightning/log_probs.py": "def response_log_probs",
-        "spin_lightning/module.py": "def training_step",
-        "spin_lightning/callbacks/self_play.py": "def ensure_iteration",
+        "spin_lightning/models/log_probs.py": "def response_log_probs",
+        "spin_lightning/stages/spin.py": "def training_step",
+        "spin_lightning/stages/clock.py": "def ensure_iteration",
     }
     links = dict(re.findall(r"\]\((spin_lightning/[\w/.]+)#L(\d+)\)", README))
     lines = {path: (ROOT / path).read_text().splitlines() for path in wanted}

@@ -3,77 +3,80 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spin_lightning"
 
-#: A module may import those of lower ranks only.
-RANKS = [
-    {"version", "types", "cpu_memory", "modes", "terminal"},
-    {
-        "files",
-        "redaction",
-        "class_defaults",
-        "hub",
-        "signals",
-        "schedule",
-        "optim",
-        "batches",
-        "head",
-        "shared_prompt",
-        "rms_norm",
-        "rope",
-    },
-    {"checkpoints"},
-    {"log_probs", "losses", "encoding", "formats", "models", "model_card"},
-    {"generation", "pair_store", "sources"},
-    {"rows"},
-    {"opponent", "metrics", "gate", "pairs"},
-    {"policy"},
-    {"module", "sft", "data"},
-    {"callbacks", "settings_errors"},
-    {"stages"},
-    {"cli", "check"},
-    {"demo", "lab"},
-    {"__main__"},
-]
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+#: A room imports from those above it only. What stands before the first room knows no room.
+ROOMS = ["runs", "models", "data", "generation", "stages", "cli", "demos"]
+#: Files that stand alone, and what they may import of each other.
+FOUNDATION = ["version", "types", "terminal", "schedule", "losses"]
+ORDER = [*FOUNDATION, *ROOMS]
 
 
-def part_of(path: Path) -> str:
+def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_parts(path: Path):
-    """Parts of the package that a file imports when it is imported; the command line loads its stages later, by design."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spin_lightning."):
-            yield node.module.split(".")[1]
+def imports_of(path: Path) -> Iterator[tuple[str, str]]:
+    """What a file imports of the package, also inside of functions: module and name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            if (node.module or "").partition(".")[0] == "spin_lightning":
+                yield from ((str(node.module), alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("spin_lightning."))
+            yield from ((alias.name, "") for alias in node.names if alias.name.partition(".")[0] == "spin_lightning")
 
 
-def test_imports_point_one_way():
-    arrows = [
-        (part_of(path), part)
-        for path in PACKAGE.rglob("*.py")
-        if path != PACKAGE / "__init__.py"
-        for part in imported_parts(path)
+def files() -> list[Path]:
+    return [
+        path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
     ]
-    upward = [(a, b) for a, b in arrows if a != b and RANK[b] >= RANK[a]]
-    assert len(arrows) > 50
-    assert upward == []
+
+
+def arrows() -> Iterator[tuple[Path, str]]:
+    for path in files():
+        for module, name in imports_of(path):
+            inside = module.split(".")[1:] or [name]
+            if inside[0] in ORDER:
+                yield path, inside[0]
+
+
+def test_a_room_imports_only_rooms_above_it():
+    found = list(arrows())
+    upward = [
+        (str(path.relative_to(PACKAGE)), room)
+        for path, room in found
+        if room_of(path) != room and ORDER.index(room) > ORDER.index(room_of(path))
+    ]
+    # the command line loads the shows when they are asked for
+    allowed = [("cli/commands.py", "demos")]
+    assert len(found) > 150
+    assert [arrow for arrow in upward if arrow not in allowed] == []
+
+
+def test_no_file_imports_a_private_name_of_another():
+    private = [
+        (str(path.relative_to(PACKAGE)), name)
+        for path in files()
+        for _, name in imports_of(path)
+        if name.startswith("_") and name != "__version__"
+    ]
+    assert private == []
+
+
+def test_every_file_stands_in_a_room():
+    assert {room_of(path) for path in files()} == set(ORDER)
 
 
 def test_module_and_data_never_import_each_other():
-    assert "data" not in set(imported_parts(PACKAGE / "module.py"))
-    assert "module" not in set(imported_parts(PACKAGE / "data.py"))
-
-
-def test_every_part_has_a_rank():
-    parts = {part_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert parts == set(RANK)
+    data, module = "spin_lightning.generation.synthetic_data", "spin_lightning.stages.spin"
+    assert data not in {name for name, _ in imports_of(PACKAGE / "stages" / "spin.py")}
+    assert module not in {name for name, _ in imports_of(PACKAGE / "generation" / "synthetic_data.py")}
 
 
 def test_public_names_load_lazily_and_exist():
@@ -86,3 +89,21 @@ def test_public_names_load_lazily_and_exist():
         assert getattr(spin_lightning, name) is not None
     code = "import sys, spin_lightning; assert 'torch' not in sys.modules; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_editors_are_told_the_public_names_and_their_homes():
+    import spin_lightning
+
+    told = {
+        (name, module) for module, name in imports_of(PACKAGE / "__init__.py") if module != "spin_lightning.version"
+    }
+    homes = spin_lightning._HOMES
+    assert told == {(name, f"spin_lightning.{home}") for home, names in homes.items() for name in names}
+    assert spin_lightning.__all__ == sorted({name for name, _ in told} | {"__version__"})
+
+
+def test_nothing_is_called_by_a_name_it_had():
+    """Texts name modules that exist."""
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("notebooks/*.ipynb"), *files()]:
+        for name in re.findall(r"spin_lightning/([\w/]+\.py)", path.read_text()):
+            assert (PACKAGE / name).exists(), (path, name)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_model, write_rows
 
-from spin_lightning.callbacks.samples import side_by_side
-from spin_lightning.cli import main
-from spin_lightning.model_card import render_model_card
+from spin_lightning.cli.commands import main
+from spin_lightning.models.model_card import render_model_card
+from spin_lightning.stages.samples import side_by_side
 from spin_lightning.terminal import printable, say
 
 #: Renames the window, clears the screen, turns the reading direction, is invisible, ends a line, is half a character.
@@ -73,7 +73,7 @@ def test_nothing_in_the_package_prints_past_say() -> None:
         count = sum(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
         if count:
             found[path.name] = count
-    assert found == {"terminal.py": 1, "cli.py": 3, "check.py": 2}
+    assert found == {"terminal.py": 1, "commands.py": 3, "check.py": 2}
 
 
 @pytest.fixture(scope="module")

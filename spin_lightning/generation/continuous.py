@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spin_lightning import rope
 from spin_lightning.generation.base import as_set
 from spin_lightning.generation.sampling import choose_tokens, dtype_of_uniforms, uniforms_of
 from spin_lightning.generation.slots import SlotCache
 from spin_lightning.generation.transformers import TransformersGenerator
+from spin_lightning.models import rope
 from spin_lightning.terminal import say
 from spin_lightning.types import Response
 

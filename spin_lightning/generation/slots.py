@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
-from spin_lightning.cpu_memory import keep_freed_memory, round_up
 from spin_lightning.generation.packed_linear import decoding_with, packed_forwards
-from spin_lightning.rope import limit_of
+from spin_lightning.models.cpu_memory import keep_freed_memory, round_up
+from spin_lightning.models.rope import limit_of
 
 #: Free columns of a new buffer: so many steps until rows move to the next.
 SPARE_COLUMNS = 128

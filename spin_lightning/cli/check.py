@@ -1,0 +1,228 @@
+"""``spin-lightning check``: what the data looks like to the game, before a weight is loaded.
+
+Reads, checks, counts and encodes as ``fit`` and ``sft`` do, by the same code, and shows one pair token by token. Of the
+model it loads the tokenizer and the config.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spin_lightning.cli.settings_errors import explaining_settings
+from spin_lightning.cli.stage_cli import SftCLI, SpinCLI, StageCLI
+from spin_lightning.generation.synthetic_data import SyntheticDataModule
+from spin_lightning.models.loading import (
+    context_length,
+    end_ids,
+    load_config,
+    load_tokenizer,
+    refuse_ids_beyond,
+    refuse_without_causal_head,
+)
+from spin_lightning.stages.clock import SelfPlay
+from spin_lightning.terminal import say
+from spin_lightning.types import UserError
+
+HELP = """usage: spin-lightning check --config FILE [--KEY VALUE ...]
+
+Looks at the data as the game will, in seconds and without loading the model's weights: reads and checks every row, says
+which format was detected, counts what is bad, double, too long or cut, and shows one pair token by token.
+
+For millions of rows, --sample 1000 reads and checks all of them, but encodes and counts only as many, chosen by data.seed.
+
+Takes what `spin-lightning fit` takes, or `sft`. Two settings are enough:
+
+  spin-lightning check --data.train_data my_data.jsonl --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
+
+What you may want to set, here and in the run:
+  --data.columns '{prompt: question, completion: answer}'  your names of the columns
+  --data.format messages                                   where two formats fit
+  --data.on_bad_row drop                                   leave bad rows out, counted, instead of refusing the data
+  --data.max_prompt_tokens 512                             rows with longer prompts are left out, counted
+  --data.generator.max_new_tokens 256                      cap on the answers; longer real ones are cut, counted
+  --data.prompt_template alpaca                            where the model has no chat template
+
+A run writes the same counts to data_report.json in its folder. `spin-lightning fit --help` explains every setting.
+Colours are for terminals; NO_COLOR=1 turns them off, FORCE_COLOR=1 on. The exit code is 0 if a run can begin, else 2."""
+
+#: What a token can be: how it is coloured, and what becomes of it.
+KINDS = {
+    "prompt": ("36", "read, never scored"),
+    "response": ("32", "scored: its log-probabilities are what the loss compares"),
+    "terminator": ("33", "scored too: ends an answer, and generation stops on it. An answer that was cut has none"),
+    "padding": (
+        "90",
+        "fills shorter rows where a batch is padded, never scored. Training lays rows end to end, without any, if the model can",
+    ),
+}
+
+
+class _Parsed(Exception):
+    """Carries the parsed settings out of the command line, before anything is made of them."""
+
+
+def main(args: list[str]) -> None:
+    """Check the data of a run and show one pair of it.
+
+    Args:
+        args: The arguments of ``fit`` or ``sft``.
+
+    Raises:
+        UserError: A run with these settings and data could not begin.
+    """
+    if {"-h", "--help"} & set(args):
+        print(HELP)
+        return
+    sample, args = _take_sample(args)
+    stage, settings = _parse(args)
+    data, model = _make(SyntheticDataModule, settings.data), settings.model
+    module = _make(stage.module_class, model)
+    if stage is SpinCLI:
+        module.check_schedules(_make(SelfPlay, settings.self_play).iterations)
+    if data.tokenizer_name_or_path is not None:
+        data.tokenizer = load_tokenizer(data.tokenizer_name_or_path)
+    else:
+        data.tokenizer = load_tokenizer(
+            model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    data.sample = sample
+    data.end_ids = end_ids(
+        model.model_name_or_path,
+        data.tokenizer,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    data.setup("fit")
+    config = load_config(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    refuse_without_causal_head(config, model.trust_remote_code)
+    if (limit := context_length(config)) is not None:
+        data.refuse_longer_than(limit)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    refuse_ids_beyond(rows, data.encoder.tokenizer, data.encoder.pad_id, data.encoder.terminator_id)
+    say("\n".join(["", *_summary(data), ""]))
+    print("\n".join(show_pair(data)))  # whose tokens are printable, and colours are wanted
+
+
+def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
+    """``--sample N``, which only this command has, and the arguments without it."""
+    rest, value = [], None
+    remaining = iter(args)
+    for arg in remaining:
+        if arg == "--sample" or arg.startswith("--sample="):
+            value = next(remaining, "") if arg == "--sample" else arg.partition("=")[2]
+            if not (value.isascii() and value.isdigit() and int(value)):
+                raise UserError(f"--sample must be a number of rows, at least 1, got {value!r}.")
+        else:
+            rest.append(arg)
+    return None if value is None else int(value), rest
+
+
+def _parse(args: list[str]) -> tuple[type[StageCLI], Any]:
+    """The settings of ``fit``; where these do not fit but those of ``sft`` do, of ``sft``."""
+    try:
+        return SpinCLI, _parse_as(SpinCLI, args)
+    except UserError as error:
+        try:
+            return SftCLI, _parse_as(SftCLI, args)
+        except UserError:
+            raise error from None
+
+
+def _parse_as(stage: type[StageCLI], args: list[str]) -> Any:
+    class ParseOnly(stage):  # type: ignore[valid-type, misc]
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            super().parse_arguments(parser, args)
+            raise _Parsed(self.config["fit"])
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        ParseOnly(args=["fit", *args])
+    except _Parsed as parsed:
+        return parsed.args[0]
+
+
+def _make(kind: type[Any], settings: Any) -> Any:
+    from jsonargparse import ArgumentParser, Namespace
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "made")
+    with explaining_settings():
+        return parser.instantiate_classes(Namespace(made=settings)).made
+
+
+def _summary(data: SyntheticDataModule) -> list[str]:
+    """What a run trains on, and the places of all that was dropped or is strange."""
+    report = data.report
+    lines = [f"format: {report['train_data']['format']}"]
+    for part, name in (("train", "to train on"), ("held_out", "held out")):
+        of = f", a sample of {report[part]['sample_of']}" if "sample_of" in report[part] else ""
+        lines.append(f"{name}: {report[part]['prompts']} rows{of}")
+        for kind in ("prompt_tokens", "real_tokens"):
+            if spread := report[part][kind]:
+                what = "prompts" if kind == "prompt_tokens" else "real answers"
+                lines.append(
+                    f"  tokens of {what}: median {spread['median']:g}, 90 % up to {spread['p90']}, most {spread['most']}"
+                )
+    for part in ("train_data", "val_data", "train", "held_out"):
+        section = report[part] or {}
+        for kind, tally in {**section.get("dropped", {}), **section}.items():
+            if isinstance(tally, Mapping) and tally.get("count", 0) > 1:  # the first one is on the screen already
+                lines += [f"{part}, {kind}: {tally['count']}", *(f"  {place}" for place in tally["first"])]
+    return lines
+
+
+def show_pair(data: SyntheticDataModule) -> list[str]:
+    """A pair's two rows as lines to print: every token, under what it is. No answer is generated for it."""
+    pad = [data.encoder.pad_id]
+    first = data.prompts[0]
+    # one of another length, if there is any, so that there is padding to see
+    other = max(data.prompts[1:], key=lambda prompt: len(prompt.real_ids) != len(first.real_ids), default=None)
+    rows = {"the first row, prompt and real answer": first.real_ids}
+    if other is not None:
+        rows["the same prompt; another row's real answer stands where the opponent's will be"] = other.real_ids
+    longest = max(map(len, rows.values()))
+    lines = ["One pair, token by token, with a blank between tokens. ␣ is a space, \\n a new line."]
+    for title, response in rows.items():
+        is_whole = response[-1] in data.encoder.end_ids
+        parts = {
+            "prompt": first.prompt_ids,
+            "response": response[:-1] if is_whole else response,
+            "terminator": response[-1:] if is_whole else [],
+            "padding": pad * (longest - len(response)),
+        }
+        lines += ["", title]
+        for kind, ids in parts.items():
+            if ids:
+                lines += _block(kind, [_visible(data.encoder.tokenizer, token) for token in ids])
+    return [*lines, "", *(_coloured(kind, f"  {kind:<10}  ") + meaning for kind, (_, meaning) in KINDS.items())]
+
+
+def _block(kind: str, tokens: Sequence[str]) -> list[str]:
+    label = f"  {kind:<10} {len(tokens):>5}  "
+    width = max(shutil.get_terminal_size((100, 24)).columns, 60) - len(label)
+    wrapped = textwrap.wrap(" ".join(tokens), width, break_on_hyphens=False)
+    return [(label if number == 0 else " " * len(label)) + _coloured(kind, line) for number, line in enumerate(wrapped)]
+
+
+def _visible(tokenizer: Any, token: int) -> str:
+    """A token's text with nothing in it that moves a terminal's cursor, or cannot be seen."""
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    if piece.startswith("▁") and not text.startswith(" "):  # decoding drops a text's first space
+        text = f" {text}"
+    return "".join(
+        "␣" if char == " " else char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text or piece
+    )
+
+
+def _coloured(kind: str, text: str) -> str:
+    is_wanted = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
+    if not is_wanted or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{KINDS[kind][0]}m{text}\x1b[0m"

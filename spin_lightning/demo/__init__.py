@@ -1,1 +1,0 @@
-"""A demo that needs no download: skills made by a program."""

@@ -1,0 +1,571 @@
+"""Models and tokenizers: from a hub name, a local folder or a ``.gguf`` file, to a hash of their weights.
+
+The only place that calls ``from_pretrained`` and ``save_pretrained``. Nothing here knows what a game is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from spin_lightning.models import hub
+from spin_lightning.runs.checkpoints import refuse_non_finite
+from spin_lightning.runs.files import explaining_storage_errors, sync
+from spin_lightning.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    ModelOrName = str | PreTrainedModel
+else:
+    ModelOrName = str  # the command line takes names only, and reads its types here
+
+
+def locate(name_or_path: str) -> dict[str, Any]:
+    """The arguments ``from_pretrained`` wants for a hub name, a folder or a ``.gguf`` file.
+
+    Raises:
+        UserError: It reads like a path, and nothing is there.
+    """
+    if not name_or_path.strip():
+        raise UserError("model_name_or_path is empty. Give a Hugging Face folder, a .gguf file, or a hub name.")
+    path = _path(name_or_path)
+    if path.suffix == ".gguf" and path.is_file():
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path)}
+    if path.is_file():
+        raise UserError(
+            f"model_name_or_path {name_or_path!r} is a file, and no .gguf. Give the Hugging Face folder that it is in."
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) or name_or_path.startswith(".") or path.suffix == ".gguf":
+        raise UserError(
+            f"model_name_or_path {name_or_path!r} does not exist (looked at {path.absolute()}). "
+            "Give a Hugging Face folder, a .gguf file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct."
+        )
+    return {"pretrained_model_name_or_path": name_or_path}
+
+
+def _path(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    try:
+        path = path.expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; a user that nobody knows
+        raise UserError(
+            f"model_name_or_path {name_or_path!r} is no name of a model: {error}. Give another one."
+        ) from None
+    return path
+
+
+def check_model(name_or_path: str, attn_implementation: str | None = None, trust_remote_code: bool = False) -> None:
+    """Refuse what could not be loaded or would run code of others, as far as names tell. Reads no weights, asks no hub.
+
+    Raises:
+        UserError: Nothing is there; it is an adapter or holds pickles only; or the attention is code from the hub, which
+            needs ``trust_remote_code``.
+    """
+    where = locate(name_or_path)
+    _refuse_kernels({"attn_implementation": attn_implementation}, "the settings", trust_remote_code)
+    folder = Path(where["pretrained_model_name_or_path"])
+    if "gguf_file" in where or not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise _adapter(name_or_path, (folder / "adapter_config.json").read_text(encoding="utf-8", errors="replace"))
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    pickles = [name for name in files if re.fullmatch(r"pytorch_model.*\.bin|.*\.(pth?|ckpt)", name)]
+    if pickles and not any(name.endswith(".safetensors") for name in files):
+        raise UserError(
+            f"the weights in {name_or_path!r} are a pickle ({pickles[0]}), which can run code and is not opened. If you trust "
+            f'where it comes from, convert it to safetensors: python -c "from transformers import AutoModelForCausalLM as M, '
+            f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).save_pretrained('converted'); "
+            f"T.from_pretrained({name_or_path!r}).save_pretrained('converted')\" and give the folder 'converted'."
+        )
+    if "config.json" in files and '"transformers_weights"' not in (folder / "config.json").read_text(errors="replace"):
+        _check_weights(name_or_path, folder, files)
+
+
+def _check_weights(name_or_path: str, folder: Path, files: Sequence[str]) -> None:
+    """Look whether all safetensors are there, and whole by what their headers say. A few kilobytes are read.
+
+    Raises:
+        UserError: One is missing, or cut; or an index names something else.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names = _files_of_index(folder / _INDEX, name_or_path) if _INDEX in files and _WEIGHTS not in files else {_WEIGHTS}
+    for name in sorted(names):
+        if name not in files:
+            there = (
+                ", ".join(other for other in files if not other.endswith((".json", ".md", ".txt", ".jinja")))
+                or "no weights"
+            )
+            raise UserError(
+                f"{name_or_path!r} has no {name}, which would hold its weights; it has {there}. Give a whole Hugging Face folder "
+                "with safetensors, or a .gguf file by its own name."
+            )
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{folder / name} is not whole ({error}). Download or copy it again; a file of some hundred bytes is a pointer "
+                "of Git LFS: git lfs pull."
+            ) from None
+
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def _files_of_index(path: Path, name_or_path: str) -> set[str]:
+    """The files that an index of weights names.
+
+    Raises:
+        UserError: It names something else than safetensors beside it, which could be a pickle or lie elsewhere.
+    """
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"the index of the weights of {name_or_path!r} cannot be read ({type(error).__name__}: {error})."
+        ) from None
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise UserError(
+                f"the index of the weights of {name_or_path!r} names {name!r}, and only safetensors beside it are opened."
+            )
+    return names
+
+
+def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model's config, without its weights.
+
+    Raises:
+        UserError: Nothing can be loaded under that name, or it names code from the hub, which needs ``trust_remote_code``.
+    """
+    from transformers import AutoConfig
+
+    where = {**_reachable(name_or_path), "revision": revision or "main"}
+    try:
+        _check_config(where, trust_remote_code)
+        return AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config is data of others: what reading it raises has no end
+        raise _not_loaded("config", name_or_path, error) from error
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model in the dtype asked for, ready to be trained.
+
+    Raises:
+        UserError: Nothing can be loaded under that name; the message names what was tried.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    check_model(name_or_path, attn_implementation, trust_remote_code)
+    where = {**_reachable(name_or_path), "revision": revision or "main"}
+    try:
+        _check_config(where, trust_remote_code)
+        if "gguf_file" not in where and (index := _cached_index(where)):
+            _files_of_index(index, name_or_path)  # of a hub's model too
+        if "gguf_file" in where:
+            where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
+        else:
+            where["use_safetensors"] = True  # a pytorch_model.bin is a pickle, and is not opened
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"{name_or_path!r} has no values for {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}; "
+                "they would be random. Give the whole model, with the config that belongs to it."
+            )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _not_loaded("model", name_or_path, error) from error
+    if "gguf_file" in where:  # the weights are plain tensors now; a saved folder must not claim otherwise
+        model.config.__dict__.pop("quantization_config", None)
+        model.__dict__.pop("hf_quantizer", None)
+        model.__dict__.pop("quantization_method", None)
+        model.__dict__.pop("is_quantized", None)
+    policy: PreTrainedModel = model
+    return policy
+
+
+def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model object in the dtype asked for, ready to be trained. It is changed in place.
+
+    Raises:
+        UserError: Its weights are packed, none of them may be trained, or what is exported would load as another class.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = type(model).__name__
+    if getattr(model, "is_quantized", False):
+        raise UserError(f"the weights of this {name} are packed and cannot be trained. Load it unpacked.")
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(
+            f"no weight of this {name} has requires_grad, so nothing can be trained. Set it where it should be."
+        )
+    try:
+        with torch.device("meta"):
+            reloaded = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"a saved {name} could not be loaded again: {reason} Register it with AutoModelForCausalLM."
+        ) from error
+    if not isinstance(model, type(reloaded)):
+        raise UserError(
+            f"a saved {name} would be loaded again as {type(reloaded).__name__}, by AutoModelForCausalLM. Give a model with a head "
+            "that predicts the next token, as that class makes it."
+        )
+    kept = _kept_by_loading(model, dtype)
+    policy: PreTrainedModel = model.to(dtype)
+    for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
+        if name in kept:
+            tensor.data = kept[name]
+    return policy
+
+
+def _kept_by_loading(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What ``from_pretrained`` does not convert when it loads a model in some dtype: the frequencies of rotary positions and other
+    buffers that are not saved; and, of 16 bits, what the model's class wants in float32, as routers."""
+    saved, kept = model.state_dict(), {name: tensor.clone() for name, tensor in model.named_buffers()}
+    kept = {name: tensor for name, tensor in kept.items() if name not in saved}
+    if dtype in (torch.bfloat16, torch.float16):
+        in_float32 = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        for name, tensor in saved.items():
+            if any(part in name for part in in_float32):
+                kept[name] = tensor.detach().float().clone()
+    return kept
+
+
+def stored_dtype(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str | None:
+    """The dtype that a model's config says its weights are stored in, such as ``bfloat16``; None if it says nothing."""
+    try:
+        config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except UserError:  # loading the model itself says what is wrong
+        return None
+    dtype = getattr(config, "dtype", None)
+    return None if dtype is None else dtype_name(dtype)
+
+
+def dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model, under the same name.
+
+    Raises:
+        UserError: Nothing can be loaded under that name.
+    """
+    from transformers import AutoTokenizer
+
+    where = _reachable(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            **where, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+        limit, templates = tokenizer.model_max_length, tokenizer.chat_template
+        if not isinstance(limit, int | float):
+            raise ValueError(f"its model_max_length must be a number, got {limit!r}")
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            if not isinstance(template, str | None):
+                raise ValueError(f"its chat template must be text, got {template!r}")
+        return tokenizer
+    except Exception as error:
+        raise _not_loaded("tokenizer", name_or_path, error) from error
+
+
+def refuse_without_causal_head(config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
+    """Make sure that a config is one of a causal language model that can be built. No weights are made.
+
+    Raises:
+        UserError: It is not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _not_loaded("model", config._name_or_path, error) from error
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens a model takes, prompt and answer together, if its config tells."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def refuse_ids_beyond(rows: int | None, tokenizer: PreTrainedTokenizerBase, *ids: int) -> None:
+    """Make sure that every id has a row in a model's embedding. More rows than ids are fine.
+
+    Args:
+        rows: Of the embedding. None, where a config does not tell: nothing is asked.
+        tokenizer: Whose ids are looked at.
+        ids: Further ids that a batch may hold.
+
+    Raises:
+        UserError: An id has no row; the message names both sizes.
+    """
+    largest = max([*tokenizer.get_vocab().values(), tokenizer.pad_token_id or 0, *ids])
+    if rows is not None and largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest) if largest < len(tokenizer) else None
+        raise UserError(
+            f"the model's embedding has {rows} rows, for the ids 0 to {rows - 1}, but the tokenizer's ids go up to {largest} "
+            f"({token!r}). Use the tokenizer that belongs to the model; where tokens were added on purpose, give the model "
+            f"rows for them: model.resize_token_embeddings({largest + 1}), and save it."
+        )
+
+
+def end_ids_of(model: Any) -> list[int]:
+    """The tokens that end an answer by a model's own settings: those of its generation config, else of its config."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return _as_list(found if found is not None else getattr(model.config, "eos_token_id", None))
+
+
+def end_ids(
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[int]:
+    """The same of a model that is not loaded. A ``.gguf`` file has no other than its tokenizer's.
+
+    Raises:
+        UserError: Nothing can be loaded under that name.
+    """
+    from transformers import GenerationConfig
+
+    where = _reachable(name_or_path)
+    if "gguf_file" in where:
+        return _as_list(tokenizer.eos_token_id)
+    try:
+        own = GenerationConfig.from_pretrained(
+            where["pretrained_model_name_or_path"], revision=revision or "main"
+        ).eos_token_id
+    except (OSError, ValueError):  # a model need not have one
+        own = None
+    if own is not None:
+        return _as_list(own)
+    config = load_config(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    return _as_list(getattr(config, "eos_token_id", None))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to zero, also those kept as a plain number and applied inside attention."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if re.search("dropout|layerdrop|drop_path", name) and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes and bytes of all weights: two models agree if and only if they answer alike."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    eos_ids: int | Sequence[int],
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a Hugging Face folder, reload it, and only then give it its name.
+
+    The folder holds safetensors, tokenizer with chat template, generation config (which stops at ``eos_ids``) and a model card. For the check
+    the model is in memory twice for a moment. An older folder of the same name is replaced.
+
+    Raises:
+        NonFiniteError: A weight is infinite or not a number.
+        RuntimeError: The reloaded weights differ from those in memory.
+        StorageError: There is no room, or the folder cannot be written to.
+    """
+    refuse_non_finite(model)
+    partial = folder.with_name(folder.name + ".partial")
+    with explaining_storage_errors(folder):
+        try:
+            _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync(folder.parent)
+
+
+def _save_verified(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    partial: Path,
+    card: str,
+    eos_ids: int | Sequence[int],
+    trust_remote_code: bool,
+) -> None:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    shutil.rmtree(partial, ignore_errors=True)
+    served = GenerationConfig(do_sample=True, eos_token_id=_one_or_list(eos_ids), pad_token_id=tokenizer.pad_token_id)
+    # not written over afterwards: the base model's own may be one that transformers refuses to save
+    own_settings, model.generation_config = model.generation_config, served
+    try:
+        model.save_pretrained(partial)
+    finally:
+        model.generation_config = own_settings
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    if weights_hash(reloaded) != weights_hash(model):
+        raise RuntimeError(
+            f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was replaced."
+        )
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _one_or_list(ids: int | Sequence[int]) -> int | list[int]:
+    """How ``generation_config.json`` has the ids that end an answer."""
+    listed = _as_list(ids)
+    return listed[0] if len(listed) == 1 else listed
+
+
+def _reachable(name_or_path: str) -> dict[str, Any]:
+    """What ``locate`` gives; where that is a hub name, after a short look whether the hub answers."""
+    where = locate(name_or_path)
+    if not Path(where["pretrained_model_name_or_path"]).is_dir():
+        hub.is_reachable()
+    return where
+
+
+def _cached_index(where: dict[str, Any]) -> Path | None:
+    """The index of a model's weights, downloaded if need be; None if it has none."""
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        where["pretrained_model_name_or_path"],
+        _INDEX,
+        revision=where["revision"],
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else Path(path)
+
+
+def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
+    """Refuse what ``transformers`` would run, or leave out with no more than a warning, because a config says so."""
+    from transformers import PreTrainedConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    if "gguf_file" in where:
+        return
+    config, _ = PreTrainedConfig.get_config_dict(**where)
+    _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
+    weights = config.get("transformers_weights")
+    if weights is not None and not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", str(weights)):
+        raise ValueError(f"its config names {weights!r} as the weights, and only safetensors beside it are opened")
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise UserError(
+            f"the model's embedding has {rows} rows (vocab_size), for the ids 0 to {rows - 1}, but its config's pad_token_id "
+            f"is {pad}. Set pad_token_id in config.json to an id below, or to null."
+        )
+    packed = config.get("quantization_config")
+    if packed is not None and not AutoHfQuantizer.supports_quant_method(packed):
+        raise ValueError(f"its weights are packed in a way that transformers does not know: {packed!r}")
+
+
+def _refuse_kernels(config: Any, whose: str, trust_remote_code: bool, key: str = "") -> None:
+    """Look for implementations that are code on the hub, at any depth: ``transformers`` would download and run it."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            _refuse_kernels(value, whose, trust_remote_code, f"{key} {name}")
+    elif isinstance(config, list | tuple):
+        for value in config:
+            _refuse_kernels(value, whose, trust_remote_code, key)
+    elif isinstance(config, str) and "_implementation" in key and not trust_remote_code and _is_from_hub(config):
+        raise UserError(
+            f"{whose} names code from the hub: {key.split()[-1]} {config!r}. Read that code, and set model.trust_remote_code "
+            "to run it; or use an implementation of transformers, such as sdpa."
+        )
+
+
+def _is_from_hub(implementation: str) -> bool:
+    """A name on the hub; or FlashAttention where its own package is missing and ``kernels`` would fetch one from there."""
+    is_fetched = implementation.startswith("flash_attention_") and find_spec("kernels") is not None
+    return "/" in implementation or (is_fetched and find_spec("flash_attn") is None)
+
+
+def _adapter(name_or_path: str, config: str) -> UserError:
+    try:
+        base = json.loads(config)["base_model_name_or_path"]
+    except (ValueError, LookupError, TypeError):
+        base = "ITS_BASE_MODEL"
+    return UserError(
+        f"{name_or_path!r} holds a LoRA adapter (adapter_config.json), not a whole model. Merge it into its base model first, "
+        f'and give that folder: python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import '
+        f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).merge_and_unload().save_pretrained('merged'); "
+        f"T.from_pretrained({base!r}).save_pretrained('merged')\". If its weights are merged already, remove adapter_config.json."
+    )
+
+
+def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    reason = (str(error).strip().splitlines() or [""])[0][:400]
+    if not isinstance(error, OSError | ValueError | ImportError) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
+    if "custom code" in reason:
+        return UserError(f"{reason} Read that code, and set model.trust_remote_code to run it.")
+    path, advice = _path(name_or_path), "Give a Hugging Face folder, a .gguf file, or the name of a model "
+    if packed := sorted(path.glob("*.gguf")) if path.is_dir() else []:
+        advice = f"Name the file, if you mean {packed[0]}; or give a Hugging Face folder or the name of a model "
+    if not path.exists() and not hub.is_reachable():
+        return UserError(
+            f"no {what} could be loaded from {name_or_path!r}: it is no folder here, and the hub cannot be asked (no network, or "
+            f"HF_HUB_OFFLINE is set), nor is it whole in the local cache. Download it where there is a network: hf download "
+            f"{name_or_path}; or give a local folder."
+        )
+    reason += "" if reason.endswith((".", "!", "?")) else "."
+    return UserError(
+        f"no {what} could be loaded from {name_or_path!r}: {reason} {advice}that the hub has and you may read."
+    )

@@ -1,0 +1,344 @@
+"""Attention over a batch in which each prompt stands once, followed by all its responses.
+
+A response sees its prompt and itself, never another response, and its positions continue those of the prompt: the
+numbers are those of separate sequences. Models of ``transformers`` are not changed; they look their attention and its
+mask up by name, and find these, which leave every other forward pass (generation, evaluation elsewhere) to those they had.
+
+A sliding window is read off the mask that the model asks for, as many models tell their attention nothing of it. A mask
+that is neither causal nor causal with a window is refused, and so is whatever else attention is given but not known here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spin_lightning.models.cpu_memory import round_up, rounded
+from spin_lightning.types import ResponseBatch
+
+SUFFIX = "+shared_prompt"
+#: Rows of the score matrix that the backward pass holds at a time: the part above the diagonal is never computed.
+BLOCK = 256
+#: Rows of a mask that are looked at to tell what kind it is.
+ROWS = 32
+#: Whether the forward pass in progress is one over a ``ResponseBatch``.
+_is_sharing: ContextVar[bool] = ContextVar("is_sharing", default=False)
+
+
+def share_prompts(model: nn.Module) -> None:
+    """Let a model's attention understand a ``ResponseBatch`` given as ``layout=``. Idempotent; weights are not touched.
+
+    Raises:
+        NotImplementedError: The model's attention is not one that can be extended.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    config: Any = model.config
+    own: str = config._attn_implementation
+    if own.endswith(SUFFIX):
+        return
+    if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"layers of kind {', '.join(sorted(others))} have no place for a shared prompt")
+    if own not in ("sdpa", "eager"):
+        raise NotImplementedError(f"attention {own!r} has no place for a shared prompt")
+    AttentionInterface.register(own + SUFFIX, _dispatch(own))
+    AttentionMaskInterface.register(own + SUFFIX, _mask_dispatch(AttentionMaskInterface()[own]))
+    config._attn_implementation = own + SUFFIX
+
+
+def hidden_states(decoder: nn.Module, batch: ResponseBatch) -> Tensor:
+    """Last hidden states of a batch's tokens, shape ``(T, H)``. After :func:`share_prompts`."""
+    input_ids, position_ids = round_up(batch.input_ids)[None], round_up(batch.position_ids)[None]
+    token = _is_sharing.set(True)
+    try:
+        output = decoder(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            # told that nothing is padding, a model does not look for sequences of its own in the positions
+            attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
+            use_cache=False,
+            layout=batch,
+        )
+    finally:
+        _is_sharing.reset(token)
+    return output.last_hidden_state[0, : len(batch.input_ids)]
+
+
+class _Mask(torch.Tensor):
+    """What stands in for a mask: it has no numbers, and tells how far back a token sees. None: to the beginning."""
+
+    window: int | None
+    #: Whatever is made of it is an ordinary tensor, and no mask.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+def _mask_dispatch(own: Callable[..., Any]) -> Callable[..., Any]:
+    def mask(*args: Any, **settings: Any) -> Any:
+        if not _is_sharing.get():
+            return own(*args, **settings)
+        result = torch.empty(1, 1, 1, 1, device=settings.get("device")).as_subclass(_Mask)
+        result.window = _window(settings["mask_function"], settings["kv_length"])
+        return result
+
+    return mask
+
+
+def _window(mask_function: Callable[..., Tensor], length: int) -> int | None:
+    """How far back tokens see by a mask of ``transformers``; None if to the beginning of ``length`` tokens.
+
+    Raises:
+        NotImplementedError: It is neither causal nor causal with a window.
+    """
+    queries = torch.linspace(0, length - 1, min(ROWS, length), dtype=torch.float64).long()[:, None]
+    keys, first = torch.arange(length), torch.zeros((), dtype=torch.long)
+    visible = torch.as_tensor(mask_function(first, first, queries, keys)).expand(len(queries), length)
+    window = int(visible[-1].sum())
+    if not torch.equal(visible, (keys <= queries) & (keys > queries - window)):
+        raise NotImplementedError("a mask that is more than a sliding window has no place for a shared prompt")
+    return window if window < length else None
+
+
+def _dispatch(own: str) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        layout: ResponseBatch | None = None,
+        **settings: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if layout is not None or isinstance(attention_mask, _Mask):
+            if layout is None or not isinstance(attention_mask, _Mask):
+                raise NotImplementedError("attention with a mask of its own has no place for a shared prompt")
+            if unknown := [name for name, value in settings.items() if name not in _KNOWN and _matters(value)]:
+                raise NotImplementedError(f"attention with {', '.join(unknown)} has no place for a shared prompt")
+            settings["sliding_window"] = attention_mask.window
+            return shared_prompt_attention(module, query, key, value, layout, **settings), None
+        if own == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            function = ALL_ATTENTION_FUNCTIONS[own]
+        return function(module, query, key, value, attention_mask, **settings)
+
+    return attention
+
+
+#: What models give their attention beside queries, keys, values and mask, and what this one needs none of.
+_KNOWN = ("scaling", "dropout", "sliding_window", "softcap", "position_ids", "cache_position")
+
+
+def _matters(value: Any) -> bool:
+    """Flags and numbers only tell attention what to return or how to compute it; tensors and functions change its result."""
+    return isinstance(value, Tensor) or callable(value)
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ResponseBatch,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Causal attention in which each response sees its prompt and itself.
+
+    Args:
+        module: The attention layer, for what FlexAttention asks of it.
+        query: Shape ``(1, heads, T, head_dim)``.
+        key: Shape ``(1, key_heads, T, head_dim)``; ``heads`` is a multiple of ``key_heads``.
+        value: As ``key``, except that its last size may be another.
+        layout: Where the batch's prompts and responses stand.
+        scaling: Factor of the scores. None: 1 / sqrt(head_dim).
+        dropout: Probability with which weights are dropped.
+        sliding_window: How many positions back a token sees, itself included. None: all.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``. None: as they are.
+
+    Returns:
+        Shape ``(1, T, heads, head_dim)``, with the ``head_dim`` of ``value``.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    value_dim, most = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    # kernels want one width; zeros add nothing to the scores, and columns of zeros are cut off again
+    query, key, value = (F.pad(x, (0, most - x.shape[-1])) if x.shape[-1] < most else x for x in (query, key, value))
+    output = _attend(module, query, key, value, layout, scale, dropout, sliding_window, softcap, settings)
+    return output if value_dim == most else output[..., :value_dim]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ResponseBatch,
+    scale: float,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    if query.device.type != "cpu" and not dropout:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        mask = block_mask(layout, sliding_window, query.device)
+        flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+        return flex(module, query, key, value, mask, scaling=scale, softcap=softcap, **settings)[0]
+    if dropout or softcap is not None:
+        parts = []
+        for q, k in segments(layout):
+            keys, values = (_cat(kv, k) for kv in (key, value))
+            parts.append(_plain_attention(query[:, :, q], keys, values, scale, dropout, sliding_window, softcap))
+        parts.append(torch.zeros_like(query[:, :, q.stop :]))
+        return torch.cat(parts, dim=2).transpose(1, 2)
+    return _CpuAttention.apply(query, key, value, layout, scale, sliding_window).transpose(1, 2)
+
+
+def segments(layout: ResponseBatch) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+    """Which tokens ask, and which they may see, in runs: a prompt with its first response, then each further response.
+
+    Runs without tokens are left out: torch's kernel divides by their length.
+    """
+    start = 0
+    for prompt_length, first, *others in layout.lengths:
+        prompt = slice(start, start + prompt_length)
+        start += prompt_length + first
+        if start > prompt.start:
+            yield slice(prompt.start, start), (slice(prompt.start, start),)
+        for length in filter(None, others):
+            yield slice(start, start + length), (prompt, slice(start, start + length))
+            start += length
+
+
+def block_mask(layout: ResponseBatch, window: int | None, device: torch.device) -> Any:
+    """The same as a mask for FlexAttention. Made once a batch, and kept with it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if window not in layout.block_masks:
+        groups, responses, number = [], [], 0
+        for index, (prompt, *lengths) in enumerate(layout.lengths):
+            groups += [index] * (prompt + sum(lengths))
+            responses += [-1] * prompt
+            for length in lengths:
+                responses += [number] * length
+                number += 1
+        group, response = torch.tensor(groups, device=device), torch.tensor(responses, device=device)
+        position = layout.position_ids
+
+        def sees(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            is_own = (group[q] == group[k]) & ((response[k] == -1) | (response[q] == response[k])) & (k <= q)
+            return is_own if window is None else is_own & (position[q] - position[k] < window)
+
+        layout.block_masks[window] = create_block_mask(sees, None, None, len(groups), len(groups), device=device)
+    return layout.block_masks[window]
+
+
+def _cat(tensor: Tensor, places: tuple[slice, ...]) -> Tensor:
+    return tensor[:, :, places[0]] if len(places) == 1 else torch.cat([tensor[:, :, place] for place in places], dim=2)
+
+
+def _add(total: Tensor, places: tuple[slice, ...], part: Tensor) -> None:
+    """Add the rows of ``part`` where they belong, as far as they go: a block of queries sees the first keys only."""
+    for place in places:
+        here, part = part[:, : place.stop - place.start], part[:, place.stop - place.start :]
+        total[:, place.start : place.start + here.shape[1]] += here
+
+
+def _mask(num_queries: int, num_keys: int, window: int | None) -> Tensor:
+    """True where the last ``num_queries`` of ``num_keys`` tokens may look."""
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    return visible if window is None else visible.triu(num_keys - num_queries - window + 1)
+
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Softmax attention spelt out, for what the fast path does not do."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    visible = _mask(query.shape[2], key.shape[2], window).to(query.device)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+class _CpuAttention(torch.autograd.Function):
+    """Torch's fused kernel forward; backward as a few large matrix products, which on a CPU is two to three times faster
+    than the kernel's own in bfloat16. Keeps what the kernel keeps: inputs, output, and the log of each softmax's sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: ResponseBatch, scale: float, window: int | None
+    ) -> Tensor:
+        output = torch.zeros_like(query)
+        log_sums = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        repeats = query.shape[1] // key.shape[1]
+        for q, k in segments(layout):
+            keys, values = (_cat(kv, k).repeat_interleave(repeats, 1) for kv in (key, value))
+            is_plain = len(k) == 1 and (window is None or window >= keys.shape[2])
+            mask = None
+            if not is_plain:
+                hidden = ~_mask(q.stop - q.start, keys.shape[2], window)
+                mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            output[:, :, q], log_sums[:, :, q] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, q], keys, values, 0.0, is_plain, attn_mask=mask, scale=scale
+            )
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.layout, ctx.scale, ctx.window = layout, scale, window
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, output, log_sums = ctx.saved_tensors
+        heads, head_dim = query.shape[1], query.shape[3]
+        key_heads, dtype = key.shape[1], query.dtype
+        # exp(score - log_sum) is taken of a rounded log_sum, which the correction makes up for
+        minus_log_sums = -log_sums.to(dtype)[..., None]
+        correction = (-minus_log_sums[..., 0].to(log_sums.dtype) - log_sums).exp_()
+        grad = (grad_output * correction[..., None]).to(dtype)
+        minus_delta = -(grad * output).sum(-1, keepdim=True, dtype=log_sums.dtype).to(dtype)
+        scaled = query * ctx.scale
+        grad_query = torch.zeros_like(query)
+        grad_key = torch.zeros(key.shape[1:], dtype=log_sums.dtype)
+        grad_value = torch.zeros_like(grad_key)
+        for q, places in segments(ctx.layout):
+            keys, values = (round_up(_cat(kv, places)[0], dim=1) for kv in (key, value))
+            num_queries = q.stop - q.start
+            before = sum(place.stop - place.start for place in places[:-1])  # keys that all its queries may see
+            for start in range(0, num_queries, BLOCK):
+                rows = slice(q.start + start, min(q.start + start + BLOCK, q.stop))
+                count = rows.stop - rows.start
+                seen = slice(rounded(before + start + count))  # what is too many lies above the diagonal
+
+                def folded(tensor: Tensor, rows: slice = rows) -> Tensor:
+                    """The rows' heads that share a key head, below one another: keys and values are never repeated."""
+                    return round_up(tensor[0, :, rows], dim=1).reshape(key_heads, -1, tensor.shape[-1])
+
+                some_keys, some_values, queries, gradient = keys[:, seen], values[:, seen], folded(scaled), folded(grad)
+                shape = (key_heads, queries.shape[1], seen.stop)
+                weights = torch.baddbmm(folded(minus_log_sums).expand(shape), queries, some_keys.mT).exp_()
+                by_head = weights.view(heads, -1, seen.stop)
+                by_head[..., before + start :].tril_()
+                if ctx.window is not None:
+                    by_head.triu_(before + start - ctx.window + 1)
+                grad_scores = torch.baddbmm(folded(minus_delta).expand(shape), gradient, some_values.mT).mul_(weights)
+                grad_query[0, :, rows] = (grad_scores @ some_keys).mul_(ctx.scale).view(heads, -1, head_dim)[:, :count]
+                _add(grad_value, places, weights.mT @ gradient)
+                _add(grad_key, places, grad_scores.mT @ queries)
+        return grad_query, grad_key.to(dtype)[None], grad_value.to(dtype)[None], None, None, None

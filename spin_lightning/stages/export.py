@@ -1,0 +1,92 @@
+"""Exports the policy of a stage without a game, with a summary beside it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+
+from spin_lightning.models.loading import dtype_name, save_model
+from spin_lightning.models.model_card import how_to_cast
+from spin_lightning.runs.files import refuse_links, run_folder, write_json
+from spin_lightning.runs.lightning_internals import was_cut_short
+from spin_lightning.terminal import say
+from spin_lightning.types import UserError
+
+
+class ExportPolicy(L.Callback):
+    """Writes ``policy/`` (a Hugging Face folder, verified by reloading it) and ``summary.json`` when training ends.
+
+    Args:
+        output_dir: Folder of the run.
+    """
+
+    def __init__(self, output_dir: str = "runs/sft") -> None:
+        self.output_dir = run_folder(output_dir, "export.output_dir")
+        self._state: dict[str, Any] = {"seconds": 0.0}
+        self._started = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.world_size > 1:
+            raise UserError(
+                f"fine-tuning runs in one process so far, got {trainer.world_size}. Set trainer.devices: 1."
+            )
+        if stage == "fit":
+            refuse_links(self.output_dir)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._state, "seconds": self._seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = dict(state)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.monotonic()
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.datamodule.write_report(self.output_dir)  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        module: Any = pl_module
+        if module.update_is_complete and module.update_loss.isfinite():
+            self._state["last_loss"] = float(module.update_loss)
+            self._state.setdefault("first_loss", self._state["last_loss"])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "val/nll" in trainer.callback_metrics:
+            self._state["val_nll"] = float(trainer.callback_metrics["val/nll"])
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A hook that Lightning also calls when it resumes and finds nothing left to train on."""
+        if trainer.fast_dev_run or (not self._started and (self.output_dir / "summary.json").exists()):  # type: ignore[attr-defined]
+            return
+        if was_cut_short(trainer) and trainer.global_step != getattr(trainer.lightning_module, "max_updates", None):
+            return  # by max_time, say: the same command continues
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = trainer.lightning_module
+        summary = {
+            "val_nll": None,
+            **self._state,
+            "updates": trainer.global_step,
+            "seconds": self._seconds(),
+            "dtype": dtype_name(module.policy.dtype),
+            "stored_dtype": module.stored_dtype,
+        }
+        card = (
+            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [sft, spin-lightning]\n---\n\n# Supervised fine-tuned policy\n\n"
+            + "\n".join(f"- {name}: {value}" for name, value in summary.items())
+            + f"\n\n{how_to_cast(summary)}"
+        )
+        save_model(
+            module.policy,
+            data.encoder.tokenizer,
+            self.output_dir / "policy",
+            card,
+            data.encoder.end_ids,
+            trust_remote_code=module.trust_remote_code,
+        )
+        write_json(self.output_dir / "summary.json", summary)
+        say(f"the model is in {self.output_dir}/policy")
+
+    def _seconds(self) -> float:
+        return self._state["seconds"] + (time.monotonic() - self._started if self._started else 0.0)

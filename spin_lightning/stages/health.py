@@ -1,0 +1,121 @@
+"""Watches the game and says in plain words what it sees; can end it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import lightning as L
+
+from spin_lightning.generation.pair_store import PairStore
+from spin_lightning.losses import PairLoss, SpinLoss
+from spin_lightning.runs.lightning_internals import starting_metrics
+from spin_lightning.terminal import say
+from spin_lightning.types import UserError
+
+#: Above this share of identical pairs the few others alone would drive the optimiser, at full step size.
+EQUILIBRIUM_SHARE = 0.95
+#: Held-out NLL may rise by this share over that of the model the game started from before it counts as harm.
+HARM_SHARE = 0.02
+
+
+class Health(L.Callback):
+    """Reads real-answer reward, accuracy, lengths, clipped and identical shares, and held-out NLL each iteration.
+
+    Args:
+        stop: ``equilibrium`` ends the game when nearly all generated answers equal the real ones. ``harm`` does so too, and
+            when the held-out NLL is worse than that of the model the game started from, or no number. ``never`` only speaks.
+
+    Attributes:
+        remarks: What was said, as ``(iteration, sentence)``.
+    """
+
+    settings_section = "health"  # it may end the game, so its settings are guarded
+
+    def __init__(self, stop: Literal["equilibrium", "harm", "never"] = "equilibrium") -> None:
+        if stop not in ("equilibrium", "harm", "never"):
+            raise UserError(f"health.stop must be equilibrium, harm or never, got {stop!r}.")
+        self.stop = stop
+        self.remarks: list[tuple[int, str]] = []
+        self.nll: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"nll": list(self.nll)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.nll = list(state["nll"])
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if start := starting_metrics(trainer):
+            self.nll = [start["val/nll"]]
+
+    def on_generation_end(
+        self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]
+    ) -> None:
+        identical, clipped = report["identical_share"], report["generated_clipped_share"]
+        if identical >= EQUILIBRIUM_SHARE:
+            self._say(
+                iteration,
+                f"{identical:.0%} of the generated answers equal the real ones: the game is at its equilibrium on this data",
+            )
+            if self.stop != "never":
+                trainer.datamodule.game.stop(f"equilibrium: {identical:.0%} of the answers are identical")  # type: ignore[attr-defined]
+        elif identical >= 0.5:
+            uses = "are identical and teach nothing, so this iteration is shorter"
+            if _loss_of(module).learns_from_identical:
+                uses = "are identical, which this loss trains on too"
+            self._say(iteration, f"{identical:.0%} of the pairs {uses}; it may be the last useful one")
+        if clipped > report["real_clipped_share"] + 0.1:
+            self._say(
+                iteration,
+                f"{clipped:.0%} of the generated answers hit the length cap (real {report['real_clipped_share']:.0%}): the opponent may not know how to stop, or max_new_tokens is small",
+            )
+        if report["empty_share"] > 0.05:
+            self._say(
+                iteration, f"{report['empty_share']:.0%} of the generated answers are empty: check the prompt template"
+            )
+        gap = report["generated_mean_length"] / report["real_mean_length"]
+        if not 2 / 3 <= gap <= 1.5:
+            self._say(
+                iteration,
+                f"generated answers are {gap:.1f} times as long as real ones: length alone tells them apart, and the policy may learn only that",
+            )
+
+    def on_iteration_end(
+        self, trainer: L.Trainer, module: L.LightningModule, iteration: int, summary: dict[str, Any]
+    ) -> None:
+        metrics, nll, loss = summary["epoch_metrics"], summary["val_nll"], _loss_of(module)
+        reward, accuracy = metrics["rewards/real"], metrics["rewards/accuracies"]
+        if loss.reference is not None and reward < 0:
+            self._say(
+                iteration,
+                f"the policy finds the real answers less likely than {loss.reference} did (reward {reward:.3f}): {loss.remedy}",
+            )
+        if accuracy > 0.95:
+            why = "they are memorised, or a trivial cue such as length or format gives them away"
+            if loss.reference is None:
+                why = "this loss has no reference to compare with, so shorter answers are enough for that"
+            self._say(iteration, f"the policy tells {accuracy:.0%} of the pairs apart: {why}")
+        if nll is None:
+            return
+        first = self.nll[0] if self.nll else math.nan
+        # NaN must not pass, so the condition asks for what is right
+        if not (math.isfinite(nll) and not nll > first * (1 + HARM_SHARE)):
+            worse = "worse than" if math.isfinite(nll) else "which is no number, after"
+            self._say(iteration, f"held-out NLL is {nll:.3f}, {worse} the {first:.3f} measured first")
+            if self.stop == "harm":
+                trainer.datamodule.game.stop(f"harm: held-out NLL {nll:.3f} against {first:.3f} at the start")  # type: ignore[attr-defined]
+        elif self.nll and nll > self.nll[-1]:
+            self._say(iteration, f"held-out NLL rose from {self.nll[-1]:.3f} to {nll:.3f} in this iteration")
+        elif self.nll:
+            self._say(iteration, f"held-out NLL went from {self.nll[-1]:.3f} to {nll:.3f}")
+        self.nll.append(nll)
+
+    def _say(self, iteration: int, sentence: str) -> None:
+        self.remarks.append((iteration, sentence))
+        say(f"health, iteration {iteration}: {sentence}.")
+
+
+def _loss_of(module: Any) -> PairLoss:
+    """What the rewards and the pairs of a module mean."""
+    return getattr(module, "loss", None) or SpinLoss()

@@ -1,0 +1,79 @@
+"""The opponent as a player: something that knows the log-probs of both responses of a batch.
+
+Two forms, one method. ``StoredOpponent`` reads what was computed once at the iteration's start and kept with
+the pairs: no second model in memory. ``ResidentOpponent`` holds a frozen copy and computes at every step. A third
+form, such as a frozen adapter, has its place here.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from spin_lightning.models.log_probs import pair_log_probs
+from spin_lightning.types import PairBatch, PairLogProbs
+
+
+class Opponent(nn.Module):
+    """The frozen player of an iteration."""
+
+    #: Whether resuming in the middle of an iteration needs the opponent's weights.
+    holds_weights = False
+
+    def become(self, policy: nn.Module) -> None:
+        """Take over the policy's weights as they are now, at the start of an iteration."""
+
+    @abstractmethod
+    def log_probs(self, batch: PairBatch) -> PairLogProbs:
+        """Log-probs of both responses of each pair, in nats, without gradient."""
+
+
+class StoredOpponent(Opponent):
+    """The default: log-probs that were computed once, by the opponent, and stored with the pairs."""
+
+    def log_probs(self, batch: PairBatch) -> PairLogProbs:
+        return batch.opponent
+
+
+class ResidentOpponent(Opponent):
+    """A frozen copy in memory, asked at every step. Memory for one more model; the same losses.
+
+    Its weights stay out of checkpoints: they are those of the last iteration's exported policy.
+    """
+
+    holds_weights = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: nn.Module | None = None
+        self.register_state_dict_post_hook(_drop_weights)
+        self.register_load_state_dict_post_hook(_forgive_weights)
+
+    @torch.no_grad()
+    def become(self, policy: nn.Module) -> None:
+        if self.model is None:
+            self.model = copy.deepcopy(policy)
+        else:
+            self.model.load_state_dict(policy.state_dict())
+        self.model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def log_probs(self, batch: PairBatch) -> PairLogProbs:
+        assert self.model is not None, "become() comes first"
+        return pair_log_probs(self.model, batch)
+
+
+def _drop_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(f"{prefix}model.")]:
+        del state_dict[key]
+
+
+def _forgive_weights(module: nn.Module, incompatible: Any) -> None:
+    own = {f"model.{key}" for key in (module.model.state_dict() if module.model is not None else {})}
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not any(key.endswith(name) for name in own)
+    ]

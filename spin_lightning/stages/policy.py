@@ -1,0 +1,424 @@
+"""What every stage trains: a causal language model with its optimiser, its schedule and its held-out NLL.
+
+``SpinLightningModule`` and ``SftLightningModule`` differ only in their training step. No data set, template or
+sampling here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric
+
+from spin_lightning.models.cpu_memory import keep_freed_memory
+from spin_lightning.models.loading import (
+    ModelOrName,
+    as_policy,
+    check_model,
+    disable_dropout,
+    dtype_name,
+    load_policy,
+    refuse_ids_beyond,
+    stored_dtype,
+)
+from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.models.modes import calm, is_random
+from spin_lightning.runs.checkpoints import newest_checkpoint
+from spin_lightning.schedule import at_iteration
+from spin_lightning.stages.optim import Float32Master, fused, refuse_unusable, sum_in_passes
+from spin_lightning.terminal import say
+from spin_lightning.types import NonFiniteError, ResponseBatch, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Updates in a row that may be skipped before the run stops: what is wrong then is not a row.
+MOST_NON_FINITE = 10
+
+
+@dataclass
+class _Update:
+    """What the batches of the update in progress add up to."""
+
+    batches: list[Any] = field(default_factory=list)
+    is_complete: bool = False  # with the batch in progress
+    divisor: int = 0  # the first batch's count, which every batch's sum is divided by
+    count: int = 0  # of what the mean is over, so far
+    total: Any = 0.0  # of the losses so far, divided by divisor
+
+
+class PolicyModule(L.LightningModule):
+    """A language model under training. Subclasses add ``training_step``, which returns what ``mean_of_update`` gives.
+
+    An update's loss is one mean over all its batches, however many ``trainer.accumulate_grad_batches`` makes them and
+    however long each is: batches that are accumulated train like one batch with all their rows.
+
+    Given a model object instead of a name, it trains that object, in place; where self-play needs the weights it started with
+    again (the resident opponent, alpha-SPIN), a copy of them is kept on the CPU.
+
+    Attributes:
+        update_loss: The loss of the update in progress: the mean over its batches so far.
+        update_is_complete: Whether the batch in progress, or else the last one, is its update's last.
+    """
+
+    policy: PreTrainedModel
+    stored_dtype: str | None = None  # of the weights that came in
+    has_no_name = False
+
+    def __init__(
+        self,
+        model_name_or_path: ModelOrName,
+        learning_rate: float | list[float],
+        optimizer: OptimizerCallable,
+        lr_schedule: Literal["linear", "cosine", "constant"],
+        warmup_ratio: float,
+        dropout: bool,
+        gradient_checkpointing: bool,
+        attn_implementation: str | None,
+        revision: str | None,
+        trust_remote_code: bool,
+        on_non_finite: Literal["stop", "skip", "rollback"],
+    ) -> None:
+        super().__init__()
+        for rate in learning_rate if isinstance(learning_rate, list) else [learning_rate]:
+            if not rate > 0:
+                raise UserError(
+                    f"model.learning_rate must be positive, got {rate!r}. The paper used 5e-7 and 1e-7 for 7B."
+                )
+        if not 0 <= warmup_ratio < 1:
+            raise UserError(f"model.warmup_ratio must be in [0, 1), got {warmup_ratio!r}. The paper used 0.1.")
+        if lr_schedule not in ("linear", "cosine", "constant"):
+            raise UserError(f"model.lr_schedule must be one of ['linear', 'cosine', 'constant'], got {lr_schedule!r}.")
+        if on_non_finite not in ("stop", "skip", "rollback"):
+            raise UserError(f"model.on_non_finite must be one of ['stop', 'skip', 'rollback'], got {on_non_finite!r}.")
+        # a model object, later a copy of it; in a tuple, or it would be a part of this module
+        self._given: tuple[Any, ...] = ()
+        if isinstance(model_name_or_path, str | PathLike):
+            model_name_or_path = str(model_name_or_path)
+            check_model(model_name_or_path, attn_implementation, trust_remote_code)
+        else:
+            self._given = (_checked(model_name_or_path, attn_implementation, revision),)
+            self.has_no_name = not model_name_or_path.name_or_path
+            model_name_or_path = model_name_or_path.name_or_path or type(model_name_or_path).__name__
+        self.model_name_or_path: str = model_name_or_path
+        self.learning_rate = learning_rate
+        self.optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.warmup_ratio = warmup_ratio
+        self.dropout = dropout
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self.on_non_finite = on_non_finite
+        self.first_step = -1  # optimiser steps when the iteration in progress began
+        self._non_finite_in_a_row = 0
+        self._update = _Update()
+        #: Which iteration the schedules are at, and how many epochs it has. A callback sets them; SFT is one iteration.
+        self.iteration = 0
+        self.epochs_in_iteration: int | None = None
+        self.held_out_nll = MeanMetric()
+        self.held_out_nll_per_token = MeanMetric()
+
+    def configure_model(self) -> None:
+        if hasattr(self, "policy"):  # validate, or a second fit
+            return
+        if self._trainer is not None and isinstance(self.trainer.precision_plugin, HalfPrecision | DoublePrecision):
+            # it is loaded in that dtype, but for what a model keeps in float32, as routers are
+            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
+        dtype = torch.get_default_dtype()  # which trainer.precision bf16-true sets to bfloat16 around this hook
+        if self._given:
+            (model,) = self._given
+            self.stored_dtype = dtype_name(model.dtype)
+            self.policy = as_policy(model, dtype, self.trust_remote_code)
+            self._given = (copy.deepcopy(self.policy).cpu() if self.needs_start else None,)
+        else:
+            if self.trust_remote_code:
+                say(f"note: trust_remote_code is on: Python code that comes with {self.model_name_or_path} is run.")
+            self.stored_dtype = stored_dtype(
+                self.model_name_or_path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+            self.policy = self._load(dtype)
+        if self.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not self.dropout:
+            disable_dropout(self.policy)
+        self.policy.train()  # from_pretrained returns evaluation mode, and Lightning leaves the mode alone
+
+    @property
+    def given_model(self) -> PreTrainedModel | None:
+        """The model object that was given in the place of a name, until training begins."""
+        return cast("PreTrainedModel", self._given[0]) if self._given else None
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether a run needs the weights it started with again, so that those of a model object are kept in memory."""
+        return False
+
+    def load_start(self) -> PreTrainedModel:
+        """The model that the run started from, in the policy's dtype, on the CPU."""
+        if self._given:
+            return cast("PreTrainedModel", copy.deepcopy(self._given[0]))
+        return self._load(next(self.policy.parameters()).dtype)
+
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        return load_policy(
+            self.model_name_or_path,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation=self.attn_implementation,
+            dtype=dtype,
+        )
+
+    def on_fit_start(self) -> None:
+        # a precision of bf16-true rounds every float of a batch to 8 bits; ours are stored log-probs, and off by up to half a nat then
+        self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign, assignment]
+        self._refuse_other_vocabulary()
+        self._measure_in_float32()
+        if not self.dropout:
+            with self.precision_context():
+                if is_random(self.policy):
+                    calm(self.policy)
+                    say(
+                        f"note: {type(self.policy).__name__} is random in training mode, as the router of a mixture of experts may be; "
+                        "it is trained as it answers, without that. model.dropout: true keeps it."
+                    )
+        if self.stored_dtype in ("bfloat16", "float16") and self.policy.dtype is torch.float32:
+            say(
+                f"note: the weights of {self.model_name_or_path} are stored in {self.stored_dtype}; they are trained and exported in "
+                "float32, twice as large, for most of what training changes is too small for 16 bits. trainer.precision bf16-true keeps 16."
+            )
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    def _refuse_other_vocabulary(self) -> None:
+        encoder = getattr(self.trainer.datamodule, "encoder", None)  # type: ignore[attr-defined]
+        if encoder is not None:
+            rows = len(self.policy.get_input_embeddings().weight)  # type: ignore[arg-type]
+            refuse_ids_beyond(rows, encoder.tokenizer, encoder.pad_id, encoder.terminator_id)
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":  # in a fit it is done already
+            self._refuse_other_vocabulary()
+        self._measure_in_float32()
+
+    def _measure_in_float32(self) -> None:
+        """A precision of bf16-true converts every module, and a mean kept in bfloat16 is a coarse one."""
+        for module in self.modules():
+            if isinstance(module, Metric):
+                module.set_dtype(torch.float32)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype the matrix products run in, which bounds how closely two passes can agree."""
+        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
+        for name, dtype in (("bf16", torch.bfloat16), ("16", torch.float16), ("64", torch.float64)):
+            if precision.startswith(name):
+                return dtype
+        return next(self.policy.parameters()).dtype
+
+    def precision_context(self) -> AbstractContextManager[Any]:
+        """The numerics of a training step, for passes outside of one: scoring and generation."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser and one warm-up-and-decay schedule for one iteration."""
+        refuse_unusable(self.optimizer)
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        rate = at_iteration(self.learning_rate, self.iteration)
+        if parameters[0].dtype in (torch.bfloat16, torch.float16):
+            optimizer: torch.optim.Optimizer = Float32Master(parameters, lambda weights: fused(self.optimizer(weights)))
+        else:
+            optimizer = fused(self.optimizer(parameters))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._lr_factor), "interval": "step", "name": "lr"},
+        }
+
+    @property
+    def steps_per_iteration(self) -> float:
+        """Optimiser steps of the current iteration; infinite until its training set exists."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        if math.isinf(batches):
+            return math.inf
+        epochs = self.epochs_in_iteration or trainer.max_epochs or 1
+        if epochs < 0 and trainer.max_steps > 0:  # Lightning's -1: as many epochs as the steps take
+            return trainer.max_steps
+        steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
+        return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+    def _lr_factor(self, step: int) -> float:
+        # read late: an iteration's loader does not exist when its optimiser is first made
+        total = self.steps_per_iteration
+        if math.isinf(total):
+            return 0.0
+        warmup = round(self.warmup_ratio * total)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}[
+            self.lr_schedule
+        ]
+
+    def mean_of_update(self, sum_of: Callable[[Any], Tensor], parts: Sequence[Any], count: int) -> Tensor:
+        """What a batch contributes to its update, as ``training_step`` returns it; logs the update's loss so far.
+
+        Until an update's last batch is known, so is not what its mean is over. So all its batches are divided by the first
+        one's count, and the gradient is put right once it is whole: not at all where all batches count alike.
+
+        Args:
+            sum_of: The sum of the losses of one part of the batch, a scalar. Called once for each part.
+            parts: The parts of the batch.
+            count: Of what the loss is a mean in this batch: its pairs, responses or tokens.
+        """
+        update = self._update
+        update.divisor = update.divisor or count
+        loss = self.sum_in_passes(lambda part: sum_of(part) / update.divisor, parts)
+        update.count += count
+        update.total = update.total + loss.detach()
+        self.log("loss", self.update_loss, prog_bar=True, batch_size=sum(map(len, parts)))
+        return loss
+
+    @property
+    def update_loss(self) -> Tensor:
+        update = self._update
+        return update.total * (update.divisor / update.count) if update.count else torch.tensor(math.nan)
+
+    @property
+    def update_is_complete(self) -> bool:
+        return self._update.is_complete
+
+    def on_after_backward(self) -> None:
+        """Make the gradient that of the update's mean, before anything reads it. Lightning divided by the number of batches asked for."""
+        update = self._update
+        if not update.is_complete or not update.count:  # a training step of one's own
+            return
+        factor = self.trainer.accumulate_grad_batches * update.divisor / update.count
+        if factor != 1:
+            for weight in self.policy.parameters():
+                if weight.grad is not None:
+                    weight.grad.mul_(factor)
+
+    def sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
+        """The sum of the losses of a batch's parts, one part in memory at a time."""
+        if self.compute_dtype is torch.float16:  # its gradients have to be scaled before they are taken
+            return torch.stack([loss_of(part) for part in parts]).sum()
+        return sum_in_passes(loss_of, parts, [weight for weight in self.policy.parameters() if weight.requires_grad])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        num_batches = self.trainer.accumulate_grad_batches
+        if batch_idx % num_batches == 0:
+            self._update = _Update()
+        self._update.batches.append(batch)
+        self._update.is_complete = (batch_idx + 1) % num_batches == 0 or self.trainer.is_last_batch
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and let no update through whose gradient is not a number. The norm is computed once for both."""
+        weights = [weight for weight in self.policy.parameters() if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])  # type: ignore[misc]
+        self.log("grad_norm", norm)
+        if (
+            self.compute_dtype is not torch.float16 and not norm.isfinite()
+        ):  # a float16 scaler skips such steps by itself
+            self._refuse_update(optimizer, float(norm))
+            return
+        self._non_finite_in_a_row = 0
+        if gradient_clip_val and str(gradient_clip_algorithm or "norm").endswith("norm"):
+            torch.nn.utils.clip_grads_with_norm_(weights, gradient_clip_val, norm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _refuse_update(self, optimizer: torch.optim.Optimizer, norm: float) -> None:
+        """Leave the weights as they are, or as the last checkpoint has them, or stop.
+
+        Raises:
+            NonFiniteError: ``on_non_finite`` is stop, or no update was possible more than ten times in a row.
+        """
+        step = self.trainer.global_step
+        what = f"the gradient of update {step} is not finite (norm {norm})"
+        rows = "".join(f"\n  {line}" for line in self._rows_of_update())
+        self._non_finite_in_a_row += 1
+        if self.on_non_finite == "stop" or self._non_finite_in_a_row > MOST_NON_FINITE:
+            raise NonFiniteError(
+                f"{what}, and the run stops; its last checkpoint is whole. It came from these rows:{rows}\n"
+                "Look at them, lower model.learning_rate, use float32, or set model.on_non_finite to skip or rollback."
+            )
+        optimizer.zero_grad()  # an optimiser leaves weights without a gradient alone
+        if self.on_non_finite == "rollback":
+            folders = [callback.folder for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "folder")]
+            path = newest_checkpoint(folders[0]) if folders else None
+            if path is None:
+                raise NonFiniteError(
+                    f"{what}, and there is no checkpoint to roll back to. It came from these rows:{rows}"
+                )
+            checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(path)
+            if checkpoint["global_step"] > self.first_step:
+                self.load_state_dict(checkpoint["state_dict"])
+                optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+                what += f"; the weights are those of {path} again"
+            else:  # its optimiser is another
+                what += "; there is no checkpoint of this iteration yet, so the weights stay"
+        say(f"note: {what}. The update is skipped. It came from these rows:{rows}")
+
+    def _rows_of_update(self) -> list[str]:
+        """The beginnings of the prompts whose gradient an update would have used."""
+        tokenizer = self.trainer.datamodule.encoder.tokenizer  # type: ignore[attr-defined]
+        lines = []
+        for part in (part for batch in self._update.batches for part in batch):
+            responses, start = getattr(part, "responses", part), 0
+            for prompt_length, *lengths in responses.lengths:
+                text = tokenizer.decode(responses.input_ids[start : start + prompt_length][-60:])
+                lines.append(f"...{text!r}")
+                start += prompt_length + sum(lengths)
+        return lines
+
+    def validation_step(self, batch: list[ResponseBatch], batch_idx: int) -> None:
+        """Held-out NLL of the real responses: it needs no generation."""
+        for part in batch:
+            log_probs, lengths = response_log_probs(self.policy, part), part.response_lengths
+            self.held_out_nll.update(-log_probs)
+            self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)
+        size = sum(map(len, batch))
+        self.log("val/nll", self.held_out_nll, prog_bar=True, on_epoch=True, on_step=False, batch_size=size)
+        self.log("val/nll_per_token", self.held_out_nll_per_token, on_epoch=True, on_step=False, batch_size=size)
+
+
+def _checked(model: Any, attn_implementation: str | None, revision: str | None) -> Any:
+    """A model object, if it is one and no setting is of how it is loaded."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"model_name_or_path must be a name or a model of transformers, got {type(model).__name__}. "
+            "Of an adapter give the merged model."
+        )
+    for name, value in (("attn_implementation", attn_implementation), ("revision", revision)):
+        if value is not None:
+            raise UserError(
+                f"{name} {value!r} says how a model is loaded, but this {type(model).__name__} is loaded already. Load it so."
+            )
+    return model
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
