@@ -423,7 +423,9 @@ def test_p6_harmless_settings_may_change_and_an_allowed_change_is_recorded(
 
 
 # the children come from a server without threads: a fork of this process could inherit a lock that nobody opens
-os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+)
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["test_promises"])
 
