@@ -78,7 +78,7 @@ class FakeGenerator(ResponseGenerator):
         self.rule = rule
 
     def generate(
-        self, model: nn.Module, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
     ) -> Iterator[tuple[int, Response]]:
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             ids = [*self.rule(prompt, seed), terminator_id]

@@ -22,6 +22,7 @@ from spin_lightning.data.encoding import Encoder
 from spin_lightning.data.rows import load_rows
 from spin_lightning.demos.skills import is_exact, write_skills
 from spin_lightning.generation import ContinuousGenerator
+from spin_lightning.generation.base import Player, opened
 from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import load_policy, load_tokenizer
 from spin_lightning.models.log_probs import response_log_probs
@@ -116,10 +117,9 @@ def measure(model_name_or_path: str, rows_file: Path, batch_size: int = 65) -> d
     prompts = [encoder.encode(number, row, MAX_NEW_TOKENS) for number, row in enumerate(rows)]
     nll = -sum(float(response_log_probs(model, batch).sum()) for batch in collate_prompts(prompts, max_tokens=4096))
     greedy = ContinuousGenerator(MAX_NEW_TOKENS, temperature=0.0, batch_size=batch_size)
-    answered = greedy.generate(
-        model, [prompt.prompt_ids for prompt in prompts], [0] * len(prompts), encoder.end_ids, encoder.pad_id
-    )
-    responses = dict(answered)
+    with opened(greedy, Player(model)):
+        ids = [prompt.prompt_ids for prompt in prompts]
+        responses = dict(greedy.generate(ids, [0] * len(prompts), encoder.end_ids, encoder.pad_id))
     answers = [encoder.decode(responses[number].ids) for number in range(len(prompts))]
     exact = sum(is_exact(answer, row.real) for answer, row in zip(answers, rows, strict=True))
     return {"nll": nll / len(prompts), "exact": exact / len(prompts), "answers": answers}

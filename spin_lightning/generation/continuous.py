@@ -51,7 +51,6 @@ class ContinuousGenerator(TransformersGenerator):
     @torch.no_grad()
     def generate(
         self,
-        model: Any,
         prompts: Sequence[list[int]],
         seeds: Sequence[int],
         terminator_ids: int | Collection[int],
@@ -59,15 +58,16 @@ class ContinuousGenerator(TransformersGenerator):
     ) -> Iterator[tuple[int, Response]]:
         if not prompts:
             return
+        model = self.model
         rope.refuse_crossing(model, [len(prompt) for prompt in prompts], self.max_new_tokens)
         if len(groups := rope.groups_of(model, prompts)) > 1:
             for group in groups:
                 some = [prompts[index] for index in group], [seeds[index] for index in group]
-                for index, response in self.generate(model, *some, terminator_ids, pad_id):
+                for index, response in self.generate(*some, terminator_ids, pad_id):
                     yield group[index], response
             return
         if refusal(model, prompts, pad_id):
-            yield from super().generate(model, prompts, seeds, terminator_ids, pad_id)
+            yield from super().generate(prompts, seeds, terminator_ids, pad_id)
             return
         rope.settle(model)
         ends = as_set(terminator_ids)

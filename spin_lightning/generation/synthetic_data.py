@@ -27,7 +27,7 @@ from spin_lightning.data.encoding import Encoder
 from spin_lightning.data.formats import Tally, prompt_key
 from spin_lightning.data.rows import LoadedRows, load_rows
 from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
-from spin_lightning.models.batches import collate_pairs, collate_prompts
+from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import end_ids, end_ids_of, load_tokenizer
 from spin_lightning.runs.files import read_json, sha256_of, write_json
 from spin_lightning.terminal import say
@@ -58,7 +58,7 @@ COUNTED = {
 class Game(Protocol):
     """What the data module asks of the clock: a training set for the epoch that is about to begin."""
 
-    def ensure_iteration(self) -> pa.Table: ...
+    def ensure_iteration(self) -> Any: ...
 
 
 class SyntheticDataModule(L.LightningDataModule):
@@ -155,7 +155,7 @@ class SyntheticDataModule(L.LightningDataModule):
         self.prompt_template = prompt_template
         self.max_prompt_tokens = max_prompt_tokens
         self.generator = generator if generator is not None else ContinuousGenerator()
-        self.generator.check_sampling()
+        self.generator.check_contract()
         self.answers_per_prompt = answers_per_prompt
         self.history = history
         self.batch_size = batch_size
@@ -378,9 +378,10 @@ class SyntheticDataModule(L.LightningDataModule):
         """Pairs of the iteration the next epoch belongs to; without a game, the real responses."""
         if self.game is None:
             return self._loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
-        table = self.game.ensure_iteration()
-        prompt_ids = table["prompt_id"].to_pylist() if table.num_rows else []
-        return self._loader(PairDataset(table), prompt_ids, collate_pairs)
+        training_set = self.game.ensure_iteration()
+        rows = training_set.rows
+        prompt_ids = rows["prompt_id"].to_pylist() if rows.num_rows else []
+        return self._loader(PairDataset(rows), prompt_ids, training_set.collate)
 
     def val_dataloader(self) -> list[Any] | DataLoader[Prompt]:
         if not self.val_prompts:

@@ -9,7 +9,7 @@ import lightning as L
 
 from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.losses import PairLoss, SpinLoss
-from spin_lightning.runs.lightning_internals import starting_metrics
+from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 

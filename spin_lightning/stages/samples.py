@@ -32,7 +32,6 @@ class ShowAnswers(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]
     ) -> None:
         columns = ["iteration", "prompt", "chosen", "rejected"]
-        assert store.manifest is not None
         first = store.read_shard(store.manifest["shards"][0]["file"], columns).slice(0, self.num_prompts)
         for row in first.to_pylist():
             say(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spin_lightning.models.loading import ModelOrName
 from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.runs.lightning_internals import remake_optimizers
 from spin_lightning.stages.policy import PolicyModule
 from spin_lightning.types import ResponseBatch, UserError
 
@@ -96,7 +97,7 @@ class SftLightningModule(PolicyModule):
         self._stop_after_max_updates()  # a kill may have left a run whose last step is done
         # the schedule that was made before the loader knew no length, and would waste the first step
         if self.trainer.global_step == 0:
-            self.trainer.strategy.setup_optimizers(self.trainer)
+            remake_optimizers(self.trainer)
 
     def training_step(self, batch: list[ResponseBatch], batch_idx: int) -> Tensor:
         """Negative log-likelihood of the real responses."""

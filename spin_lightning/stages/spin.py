@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -20,15 +20,14 @@ from spin_lightning.models.log_probs import pair_log_probs, rounding_of
 from spin_lightning.models.modes import evaluating
 from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.stages.gate import check_gate
+from spin_lightning.stages.iteration import Run, SpinIteration
+from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import PairMetrics
-from spin_lightning.stages.opponent import Opponent, ResidentOpponent, StoredOpponent
-from spin_lightning.stages.policy import PolicyModule
+from spin_lightning.stages.opponent import OPPONENTS, Opponent
 from spin_lightning.types import PairBatch, PairLogProbs, UserError
 
-OPPONENTS: dict[str, type[Opponent]] = {"stored": StoredOpponent, "resident": ResidentOpponent}
 
-
-class SpinLightningModule(PolicyModule):
+class SpinLightningModule(IterativeModule):
     """Self-play fine-tuning of one language model (Chen et al. 2024, arXiv:2401.01335).
 
     Settings that may change over the game take one value, or a list with one value an iteration.
@@ -41,7 +40,8 @@ class SpinLightningModule(PolicyModule):
         loss: The pair loss, as a class path with its settings.
         learning_rate: Peak of the schedule. The paper used 5e-7, later 1e-7, for 7B; small models want more (1e-5).
         optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
-        opponent: ``stored`` computes its log-probs once an iteration; ``resident`` keeps a frozen copy in memory.
+        opponent: ``stored`` computes its log-probs once an iteration; ``resident`` keeps a frozen copy in memory; or an ``Opponent`` of
+            your own by its class path.
         lr_schedule: Shape of the decay after the warm-up, restarted each iteration.
         warmup_ratio: Share of an iteration's steps that warm up.
         dropout: Keep the model's dropout on. Off, because policy and opponent must agree at the start.
@@ -66,7 +66,7 @@ class SpinLightningModule(PolicyModule):
         loss: PairLoss | None = None,
         learning_rate: float | list[float] = 5e-7,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        opponent: Literal["stored", "resident"] = "stored",
+        opponent: Opponent | Literal["stored", "resident"] = "stored",
         lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup_ratio: float = 0.1,
         dropout: bool = False,
@@ -94,38 +94,38 @@ class SpinLightningModule(PolicyModule):
                 raise UserError(
                     f"model.beta must be positive, got {value!r}: at 0 every margin is 0 and nothing is learned."
                 )
-        if opponent not in OPPONENTS:
-            raise UserError(f"model.opponent must be one of {sorted(OPPONENTS)}, got {opponent!r}.")
+        if not isinstance(opponent, Opponent) and opponent not in OPPONENTS:
+            raise UserError(f"model.opponent must be one of {sorted(OPPONENTS)} or an Opponent, got {opponent!r}.")
         if loss is not None and not isinstance(loss, PairLoss):
             raise UserError(
                 f"model.loss must be a PairLoss, got {type(loss).__name__}. Derive it from spin_lightning.PairLoss."
             )
         self.beta = beta
         self.loss = loss if loss is not None else SpinLoss()
-        self.opponent = OPPONENTS[opponent]()
+        self.opponent = opponent if isinstance(opponent, Opponent) else OPPONENTS[opponent]()
         self.metrics = PairMetrics()
         self._gate_is_due = False
 
     def check_schedules(self, iterations: int) -> None:
-        """Refuse lists that do not fit the number of iterations, before anything is loaded.
-
-        Raises:
-            UserError: A list is too short or too long, or a setting does not suit the loss.
-        """
+        super().check_schedules(iterations)
         check_schedule("model.beta", self.beta, iterations)
-        check_schedule("model.learning_rate", self.learning_rate, iterations)
         self.loss.check(self.beta, iterations)
+
+    def make_iteration(self, number: int, run: Run) -> SpinIteration:
+        return SpinIteration(number, run, self.policy_for_iteration, self.opponent, self.loss)
 
     @property
     def needs_start(self) -> bool:
         return self.loss.needs_initial_log_probs or self.opponent.holds_weights
 
     def start_iteration(self, iteration: int, epochs: int, *, is_fresh: bool) -> None:
-        """Move every schedule to this iteration. ``is_fresh`` is False when it resumes after steps were taken."""
-        self.iteration = self.loss.iteration = iteration
-        self.epochs_in_iteration = epochs
+        super().start_iteration(iteration, epochs, is_fresh=is_fresh)
+        self.loss.iteration = iteration
         self._gate_is_due = is_fresh
-        self.first_step = self.trainer.global_step if is_fresh else -1
+
+    def describe_iteration(self) -> dict[str, Any]:
+        metrics = {name: float(value) for name, value in self.metrics.compute().items()}
+        return {"beta": at_iteration(self.beta, self.iteration), "epoch_metrics": metrics}
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
