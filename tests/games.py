@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,32 @@ class CountingGenerator(TransformersGenerator):
                 raise Stopped("in the middle of generation")
             self.answered += 1
             yield item
+
+
+def answering(
+    generator: ResponseGenerator,
+    model: Any,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    ends: int | Collection[int],
+    pad_id: int = 0,
+) -> Iterator[tuple[int, Response]]:
+    """The numbers of prompts and their answers as a generator finishes them: the one call of it that tests make."""
+    yield from generator.generate(model, prompts, seeds, ends, pad_id)
+
+
+def answers_of(
+    generator: ResponseGenerator,
+    model: Any,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    ends: int | Collection[int],
+    pad_id: int = 0,
+) -> list[Response]:
+    """A generator's answers, in the order of their prompts; each prompt has exactly one."""
+    found = sorted(answering(generator, model, prompts, seeds, ends, pad_id), key=lambda item: item[0])
+    assert [index for index, _ in found] == list(range(len(prompts)))
+    return [response for _, response in found]
 
 
 class Stopped(Exception):

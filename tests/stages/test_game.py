@@ -13,7 +13,7 @@ from unittest.mock import PropertyMock, patch
 import lightning as L
 import pytest
 import torch
-from games import CountingGenerator, Do, FakeGenerator, Game, Recorder, read, weight_bits
+from games import CountingGenerator, Do, FakeGenerator, Game, Recorder, answers_of, read, weight_bits
 from helpers import save_tiny_model
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -108,10 +108,9 @@ def test_negatives_are_sampled_from_the_frozen_opponent(plain: Game, model: str)
         for player in (opponent, str(run / f"iteration_{k}/policy")):
             weights = AutoModelForCausalLM.from_pretrained(player, dtype=torch.float32).eval()
             prompts, seeds = [row["prompt_ids"] for row in own], [row["seed"] for row in own]
-            answers = dict(
-                generator.generate(weights, prompts, seeds, plain.data.encoder.terminator_id, plain.data.encoder.pad_id)
-            )
-            said[player] = [answers[index].ids for index in range(len(own))]
+            encoder = plain.data.encoder
+            answers = answers_of(generator, weights, prompts, seeds, encoder.terminator_id, encoder.pad_id)
+            said[player] = [response.ids for response in answers]
         assert said[opponent] == [row["generated_ids"] for row in own]
         assert said[str(run / f"iteration_{k}/policy")] != said[opponent]
 
@@ -367,9 +366,9 @@ def test_identical_pairs_are_dropped_and_counted(model: str, rows: str, tmp_path
 class RepeatsMore(FakeGenerator):
     """Repeats no real answer in iteration 0, and the six smallest of the ten sums in iteration 1; says ``no`` otherwise."""
 
-    def generate(self, model: Any, prompts: Any, *args: Any) -> Any:
-        inner = repeating(self.model, 0.6 if self.module.iteration else 0.0)
-        return inner.generate(model, prompts, *args)
+    def generate(self, *args: Any) -> Any:
+        self.rule = repeating(self.model, 0.6 if self.module.iteration else 0.0).rule
+        return super().generate(*args)
 
 
 def test_what_is_said_of_an_iteration_s_answers_is_of_its_own_and_not_of_earlier_ones(
@@ -433,9 +432,9 @@ def test_a_game_without_pairs_to_tell_apart_ends_and_says_why(stop: Any, model: 
 class LearnsTheAnswers(FakeGenerator):
     """Says no in iteration 0, and the real answers from then on: a game that reaches its equilibrium."""
 
-    def generate(self, model: Any, prompts: Any, *args: Any) -> Any:
-        inner = repeating(self.model, 9.0 if self.module.iteration else 0.0)
-        return inner.generate(model, prompts, *args)
+    def generate(self, *args: Any) -> Any:
+        self.rule = repeating(self.model, 9.0 if self.module.iteration else 0.0).rule
+        return super().generate(*args)
 
 
 def test_a_game_that_reaches_equilibrium_later_ends_there_also_after_a_stop(
