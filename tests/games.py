@@ -23,6 +23,7 @@ from spin_lightning import (
     SyntheticDataModule,
     TransformersGenerator,
 )
+from spin_lightning.generation.base import Player, opened
 from spin_lightning.types import Response
 
 
@@ -113,7 +114,8 @@ def answering(
     pad_id: int = 0,
 ) -> Iterator[tuple[int, Response]]:
     """The numbers of prompts and their answers as a generator finishes them: the one call of it that tests make."""
-    yield from generator.generate(model, prompts, seeds, ends, pad_id)
+    with opened(generator, Player(model)):
+        yield from generator.generate(prompts, seeds, ends, pad_id)
 
 
 def answers_of(

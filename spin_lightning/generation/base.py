@@ -86,22 +86,22 @@ class ResponseGenerator(ABC):
         self.temperature = temperature
         self.top_p = top_p
         self.batch_size = batch_size
-        self.opponent: Player | None = None
+        self._opponent: Player | None = None
 
     def open(self, opponent: Player) -> None:
         """Get ready to respond as this opponent. Extend it in a backend that loads weights or starts a server."""
-        self.opponent = opponent
+        self._opponent = opponent
 
     def close(self) -> None:
         """Let go of the opponent. Called also after an error."""
-        self.opponent = None
+        self._opponent = None
 
     @property
-    def model(self) -> Any:
-        """The opponent's model, in this process."""
-        if self.opponent is None:
+    def opponent(self) -> Player:
+        """Who responds, from ``open`` to ``close``."""
+        if self._opponent is None:
             raise RuntimeError(f"{type(self).__name__} has no opponent: call open(Player(model)) before generate.")
-        return self.opponent.model
+        return self._opponent
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class ResponseGenerator(ABC):
         if "model" in inspect.signature(self.generate).parameters:
             raise UserError(
                 f"{type(self).__name__}.generate must take (prompts, seeds, terminator_ids, pad_id), got a parameter 'model'. "
-                "Use self.model, the opponent that open() was given."
+                "Use self.opponent.model, of the opponent that open() was given."
             )
         sampling, wanted = self.sampling, ("max_new_tokens", "temperature", "top_p")
         try:
@@ -145,7 +145,7 @@ class ResponseGenerator(ABC):
     ) -> Iterator[tuple[int, Response]]:
         """Answer every prompt once, in any order, yielding ``(index, response)`` as responses are finished.
 
-        Gradients are off. ``self.model`` is the opponent.
+        Gradients are off. ``self.opponent.model`` is the model.
 
         Args:
             prompts: Token ids, one list a prompt.

@@ -58,7 +58,7 @@ class ContinuousGenerator(TransformersGenerator):
     ) -> Iterator[tuple[int, Response]]:
         if not prompts:
             return
-        model = self.model
+        model = self.opponent.model
         rope.refuse_crossing(model, [len(prompt) for prompt in prompts], self.max_new_tokens)
         if len(groups := rope.groups_of(model, prompts)) > 1:
             for group in groups:

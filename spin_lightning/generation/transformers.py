@@ -59,7 +59,7 @@ class TransformersGenerator(ResponseGenerator):
         terminator_ids: int | Collection[int],
         pad_id: int,
     ) -> Iterator[tuple[int, Response]]:
-        model, ends = self.model, as_set(terminator_ids)
+        model, ends = self.opponent.model, as_set(terminator_ids)
         device = next(model.parameters()).device
         rope.refuse_crossing(model, [len(prompt) for prompt in prompts], self.max_new_tokens)
         if not prompts:

@@ -305,7 +305,7 @@ def refuse_unplayable(trainer: Any, module: Any, epochs: list[int]) -> None:
     """
     if not isinstance(module, IterativeModule):
         raise UserError(
-            f"SelfPlay plays with a module of iterations, as SpinLightningModule is, got {type(module).__name__}."
+            f"SelfPlay plays with a SpinLightningModule, or with another module that has iterations, got {type(module).__name__}."
         )
     if not isinstance(data := trainer.datamodule, SyntheticDataModule):
         raise UserError(

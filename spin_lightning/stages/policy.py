@@ -85,16 +85,16 @@ class PolicyModule(L.LightningModule):
     def __init__(
         self,
         model_name_or_path: ModelOrName,
-        learning_rate: float | list[float],
-        optimizer: OptimizerCallable,
-        lr_schedule: Literal["linear", "cosine", "constant"],
-        warmup_ratio: float,
-        dropout: bool,
-        gradient_checkpointing: bool,
-        attn_implementation: str | None,
-        revision: str | None,
-        trust_remote_code: bool,
-        on_non_finite: Literal["stop", "skip", "rollback"],
+        learning_rate: float | list[float] = 5e-7,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_ratio: float = 0.1,
+        dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
     ) -> None:
         super().__init__()
         for rate in learning_rate if isinstance(learning_rate, list) else [learning_rate]:

@@ -31,6 +31,8 @@ class ShowAnswers(L.Callback):
     def on_generation_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]
     ) -> None:
+        if not isinstance(store, PairStore):  # of a stage without pairs
+            return
         columns = ["iteration", "prompt", "chosen", "rejected"]
         first = store.read_shard(store.manifest["shards"][0]["file"], columns).slice(0, self.num_prompts)
         for row in first.to_pylist():

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from spin_lightning import ContinuousGenerator, SyntheticDataModule, TransformersGenerator
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator
+from spin_lightning.generation.base import Player
 from spin_lightning.generation.pair_maker import PairMaker
 from spin_lightning.models.loading import end_ids, end_ids_of, save_model
 from spin_lightning.types import Response, Row, UserError
@@ -106,7 +107,7 @@ class _Yields(ResponseGenerator):
         super().__init__(max_new_tokens=4)
         self.rule = rule
 
-    def generate(self, model: Any, prompts: Any, *args: Any) -> Any:
+    def generate(self, prompts: Any, *args: Any) -> Any:
         return self.rule(len(prompts))
 
 
@@ -125,7 +126,7 @@ def pair_maker(
     encoder = Encoder(byte_tokenizer())
     rows = rows or [Row(({"role": "user", "content": text},), "x") for text in "abc"]
     return PairMaker(
-        model=model or tiny_model(259).eval(),
+        opponent=Player(model or tiny_model(259).eval()),
         encoder=encoder,
         generator=generator,
         prompts=[encoder.encode(number, row, 4) for number, row in enumerate(rows)],
