@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from helpers import QUIET
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
@@ -164,14 +165,11 @@ class Game:
         self.recorder = Recorder()
         self.health = health or Health()
         settings: dict[str, Any] = {
-            "accelerator": "cpu",
+            **QUIET,
             "max_epochs": self.clock.total_epochs,
             "reload_dataloaders_every_n_epochs": 1,
             "num_sanity_val_steps": -1,
-            "logger": False,
             "plugins": [AtomicCheckpointIO()],
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
             "log_every_n_steps": 1,
             "callbacks": [
                 *callbacks,

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+#: What a trainer of a test is given: one device, no logger, and nothing on the screen.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -39,6 +47,24 @@ def byte_tokenizer(
         clean_up_tokenization_spaces=False,
         chat_template=chat_template,
         **kwargs,
+    )
+
+
+def metaspace_tokenizer(scheme: str, template: str | None) -> PreTrainedTokenizerFast:
+    """Characters with SentencePiece's visible space, which is put before a text's first word."""
+    vocabulary = ["<unk>", "▁", *(chr(code) for code in range(33, 127)), "\n", "▁4", ":4"]
+    backend = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(vocabulary)}, [("▁", "4"), (":", "4")], unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -73,6 +99,23 @@ def save_tiny_model(folder: Path, seed: int = 0, **changes: Any) -> str:
     tiny_model(vocab_size=len(tokenizer), seed=seed, **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a folder, as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def args_of(word: str, model: str, rows: str, folder: Path | str, *flags: str) -> list[str]:
+    """A command as a user gives it: its word, the model, the rows, the folder to write in, and more flags."""
+    key = "export" if word == "sft" else "self_play"
+    return [
+        word,
+        f"--model.model_name_or_path={model}",
+        f"--data.train_data={rows}",
+        f"--{key}.output_dir={folder}",
+        *flags,
+    ]
 
 
 def write_rows(path: Path, count: int = 12) -> str:

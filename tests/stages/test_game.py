@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from games import CountingGenerator, Do, FakeGenerator, Game, Recorder, answers_of, read, weight_bits
-from helpers import save_tiny_model
+from helpers import QUIET, load, save_tiny_model
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
@@ -45,8 +45,6 @@ from spin_lightning.models import log_probs
 from spin_lightning.models.loading import weights_hash
 from spin_lightning.stages.optim import Float32Master
 from spin_lightning.stages.samples import side_by_side
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +88,11 @@ def test_the_opponent_of_an_iteration_is_the_policy_the_last_one_exported(plain:
     run = plain.clock.output_dir
     for k, opponent in enumerate([model, str(run / "iteration_0" / "policy")]):
         manifest = read(run / f"iteration_{k}/pairs_manifest.json")
-        weights = weights_hash(AutoModelForCausalLM.from_pretrained(opponent, dtype=torch.float32))
+        weights = weights_hash(load(opponent))
         assert manifest["binding"]["opponent_sha256"] == weights
         own = [row for row in pairs_of(run, k) if row["iteration"] == k]
         assert {row["opponent_sha256"] for row in own} == {weights}
-    final = AutoModelForCausalLM.from_pretrained(run / "iteration_1" / "policy", dtype=torch.float32)
+    final = load(run / "iteration_1" / "policy")
     assert weight_bits(final) == plain.weights
 
 
@@ -106,7 +104,7 @@ def test_negatives_are_sampled_from_the_frozen_opponent(plain: Game, model: str)
         own = sorted((row for row in pairs_of(run, k) if row["iteration"] == k), key=lambda row: row["prompt_id"])
         said = {}
         for player in (opponent, str(run / f"iteration_{k}/policy")):
-            weights = AutoModelForCausalLM.from_pretrained(player, dtype=torch.float32).eval()
+            weights = load(player).eval()
             prompts, seeds = [row["prompt_ids"] for row in own], [row["seed"] for row in own]
             encoder = plain.data.encoder
             answers = answers_of(generator, weights, prompts, seeds, encoder.terminator_id, encoder.pad_id)
@@ -310,7 +308,7 @@ def test_pairs_of_earlier_iterations_are_mixed_in_and_scored_by_the_current_oppo
         trained = pairs_of(tmp_path, k)
         sources = list(range(k, max(-1, k - 1 - history), -1))
         assert [row["iteration"] for row in trained] == [source for source in sources for _ in range(8)]
-        opponent = AutoModelForCausalLM.from_pretrained(opponents[k], dtype=torch.float32).eval()
+        opponent = load(opponents[k]).eval()
         for row in trained:
             before = made[row["iteration"]][row["prompt_id"]]
             assert (
@@ -512,14 +510,14 @@ def test_fifty_steps_of_the_fast_path_are_those_of_the_plain_one(
 
 def test_held_out_nll_equals_an_independent_computation(plain: Game) -> None:
     for k in range(2):
-        policy = AutoModelForCausalLM.from_pretrained(plain.clock.folder(k) / "policy", dtype=torch.float32).eval()
+        policy = load(plain.clock.folder(k) / "policy").eval()
         nlls = [-log_prob_by_hand(policy, prompt.prompt_ids, prompt.real_ids) for prompt in plain.data.val_prompts]
         assert read(plain.clock.folder(k) / "summary.json")["val_nll"] == pytest.approx(sum(nlls) / len(nlls), rel=1e-4)
     tokens = sum(len(prompt.real_ids) for prompt in plain.data.val_prompts)
     logged = [float(row["val/nll_per_token"]) for row in logged_rows(plain) if row["val/nll_per_token"]]
     assert logged[-1] == pytest.approx(sum(nlls) / tokens, rel=1e-4)
     start = read(plain.clock.output_dir / "start.json")
-    model = AutoModelForCausalLM.from_pretrained(plain.module.model_name_or_path, dtype=torch.float32).eval()
+    model = load(plain.module.model_name_or_path).eval()
     nlls = [-log_prob_by_hand(model, prompt.prompt_ids, prompt.real_ids) for prompt in plain.data.val_prompts]
     assert start["val/nll"] == pytest.approx(sum(nlls) / len(nlls), rel=1e-4)
 
@@ -846,7 +844,7 @@ def test_the_loss_is_given_the_opponent_s_log_probs_as_they_are_stored(
 
 
 def test_float32_master_weights_keep_updates_that_bfloat16_rounds_away(model: str, rows: str, tmp_path: Path) -> None:
-    before = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    before = load(model, torch.bfloat16)
     moved: list[float] = []
 
     def look(trainer: Trainer, module: SpinLightningModule, *_: Any) -> None:
@@ -891,7 +889,7 @@ def test_losses_that_look_back_to_the_start_get_what_they_ask_for(
 ) -> None:
     Game(model, rows, tmp_path, module={"loss": loss}, play={"epochs": 1}, data={"answers_per_prompt": 2}).play()
     first = {(row["prompt_id"], row["answer"]): row["generated_ids"] for row in pairs_of(tmp_path, 0)}
-    start = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    start = load(model).eval()
     for row in pairs_of(tmp_path, 1)[::5]:
         if loss.needs_initial_response:
             assert row["initial_ids"] == first[row["prompt_id"], row["answer"]]
@@ -917,14 +915,9 @@ def test_supervised_fine_tuning_learns_from_response_tokens_only(
     )
     module = SftLightningModule(model, learning_rate=1e-2, average=average, warmup_ratio=0.25)
     data, recorder = SyntheticDataModule(rows, batch_size=8, val_fraction=0.2), Recorder()
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-    }
-    Trainer(max_epochs=4, callbacks=[keep, recorder, ExportPolicy(str(tmp_path))], **settings).fit(module, data)
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    callbacks = [keep, recorder, ExportPolicy(str(tmp_path))]
+    Trainer(max_epochs=4, enable_checkpointing=False, callbacks=callbacks, **QUIET).fit(module, data)
+    reference = load(model)
     total = 0
     for prompt in data.prompts:
         ids = torch.tensor([[*prompt.prompt_ids, *prompt.real_ids]])
