@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from games import Do, Game
 from helpers import save_tiny_model, write_rows
+from lightning.pytorch.loggers import CSVLogger
 
 from spin_lightning.cli.commands import main
 
@@ -38,3 +41,24 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[[Sequence[str]], str
         return printed
 
     return run
+
+
+@pytest.fixture(scope="module")
+def plain(model: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Game:
+    """One ordinary game, played once, for the tests that only look at what it left behind."""
+    folder = tmp_path_factory.mktemp("plain")
+    hooks: list[tuple[Any, ...]] = []
+    names = (
+        "on_iteration_start",
+        "on_generation_end",
+        "on_train_epoch_start",
+        "on_validation_end",
+        "on_iteration_end",
+        "on_fit_end",
+    )
+    tell = Do(**{name: lambda trainer, module, *args, name=name: hooks.append((name, *args[:1])) for name in names})
+    game = Game(
+        model, rows, folder / "run", callbacks=[tell], trainer={"logger": CSVLogger(folder, name="logs", version="0")}
+    ).play()
+    game.hooks, game.folder = hooks, folder  # type: ignore[attr-defined]
+    return game

@@ -24,6 +24,7 @@ from spin_lightning import (
     SyntheticDataModule,
     TransformersGenerator,
 )
+from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.types import Response
 
 
@@ -217,3 +218,8 @@ class Secretive(L.Callback):
 
     def __init__(self, api_key: str) -> None:
         self.length = len(api_key)
+
+
+def pairs_of(folder: Path, iteration: int) -> list[dict[str, Any]]:
+    """The pairs of an iteration, as they are kept."""
+    return PairStore(folder / f"iteration_{iteration}" / "pairs").read().to_pylist()

@@ -184,7 +184,6 @@ def test_a_long_prompt_is_wrapped_to_the_terminal_and_every_line_coloured(flags,
 
 
 def test_words_of_a_sentencepiece_vocabulary_keep_their_space():
-
     tokenizer = metaspace_tokenizer("first", CHATML)
     ids = [tokenizer.get_vocab()[token] for token in ("▁4", "4", "▁", "\n")]
     assert [check._visible(tokenizer, token) for token in ids] == ["␣4", "4", "␣", r"\n"]
