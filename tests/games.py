@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from helpers import QUIET
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
@@ -24,6 +25,7 @@ from spin_lightning import (
     TransformersGenerator,
 )
 from spin_lightning.generation.base import Player, opened
+from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.types import Response
 
 
@@ -166,14 +168,11 @@ class Game:
         self.recorder = Recorder()
         self.health = health or Health()
         settings: dict[str, Any] = {
-            "accelerator": "cpu",
+            **QUIET,
             "max_epochs": self.clock.total_epochs,
             "reload_dataloaders_every_n_epochs": 1,
             "num_sanity_val_steps": -1,
-            "logger": False,
             "plugins": [AtomicCheckpointIO()],
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
             "log_every_n_steps": 1,
             "callbacks": [
                 *callbacks,
@@ -221,3 +220,8 @@ class Secretive(L.Callback):
 
     def __init__(self, api_key: str) -> None:
         self.length = len(api_key)
+
+
+def pairs_of(folder: Path, iteration: int) -> list[dict[str, Any]]:
+    """The pairs of an iteration, as they are kept."""
+    return PairStore(folder / f"iteration_{iteration}" / "pairs").read().to_pylist()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import save_tiny_model, write_rows
+from helpers import args_of, write_rows
 
 from spin_lightning.cli.commands import config_folder, main, run
 from spin_lightning.cli.stage_cli import SftCLI, SpinCLI
@@ -27,30 +27,10 @@ QUICK = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def fit(tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl")
-    return [
-        "fit",
-        f"--model.model_name_or_path={model}",
-        f"--data.train_data={rows}",
-        f"--self_play.output_dir={tmp_path / 'run'}",
-        "--self_play.iterations=2",
-        "--self_play.epochs=1",
-        *QUICK,
-    ]
-
-
-def failing(args, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+    return args_of("fit", model, rows, tmp_path / "run", "--self_play.iterations=2", "--self_play.epochs=1", *QUICK)
 
 
 def test_help_teaches_and_imports_nothing_heavy():
@@ -180,13 +160,7 @@ def test_rmsprop_as_in_the_paper(fit, tmp_path):
 def test_sft_by_the_same_data_encoding_and_flags(tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl")
     out = tmp_path / "sft"
-    args = [
-        "sft",
-        f"--model.model_name_or_path={model}",
-        f"--data.train_data={rows}",
-        f"--export.output_dir={out}",
-        *QUICK,
-    ]
+    args = args_of("sft", model, rows, out, *QUICK)
     run([*args, "--trainer.max_epochs=3"])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["updates"] == 9  # ceil(10 rows / 4) in each of 3 epochs
@@ -239,7 +213,7 @@ def test_python_dash_m_runs_the_same_command_line():
         ("--health.stop=sometimes", ["stop"]),
     ],
 )
-def test_a_mistake_is_answered_in_a_sentence_before_a_model_is_loaded(fit, capsys, flag, words, monkeypatch):
+def test_a_mistake_is_answered_in_a_sentence_before_a_model_is_loaded(fit, refusal, flag, words, monkeypatch):
     import spin_lightning.stages.policy
 
     def load_policy(*args, **kwargs):
@@ -247,37 +221,37 @@ def test_a_mistake_is_answered_in_a_sentence_before_a_model_is_loaded(fit, capsy
 
     monkeypatch.setattr(spin_lightning.stages.policy, "load_policy", load_policy)
     key = flag.split("=")[0]
-    printed = failing([*[given for given in fit if given.split("=")[0] != key], flag], capsys)
+    printed = refusal([*[given for given in fit if given.split("=")[0] != key], flag])
     for word in words:
         assert word in printed
     assert "Traceback" not in printed
 
 
-def test_an_unknown_command_is_named(capsys):
-    assert "play" in failing(["play"], capsys)
+def test_an_unknown_command_is_named(refusal):
+    assert "play" in refusal(["play"])
 
 
-def test_demo_and_lab_answer_a_wrong_call_with_their_usage(capsys):
-    assert "usage: spin-lightning lab [FOLDER]" in failing(["lab", "a", "b"], capsys)
-    assert "usage: spin-lightning demo" in failing(["demo", "--folder", "a"], capsys)
+def test_demo_and_lab_answer_a_wrong_call_with_their_usage(refusal):
+    assert "usage: spin-lightning lab [FOLDER]" in refusal(["lab", "a", "b"])
+    assert "usage: spin-lightning demo" in refusal(["demo", "--folder", "a"])
 
 
-def test_a_missing_model_name_is_asked_for(capsys):
-    assert "model_name_or_path" in failing(["fit", "--data.train_data=x.jsonl"], capsys)
+def test_a_missing_model_name_is_asked_for(refusal):
+    assert "model_name_or_path" in refusal(["fit", "--data.train_data=x.jsonl"])
 
 
-def test_a_misspelt_key_in_a_config_is_named(tmp_path, fit, capsys):
+def test_a_misspelt_key_in_a_config_is_named(tmp_path, fit, refusal):
     config = tmp_path / "game.yaml"
     config.write_text("model:\n  learning_rte: 1.0e-5\n")
-    assert "learning_rte" in failing([*fit, f"--config={config}"], capsys)
+    assert "learning_rte" in refusal([*fit, f"--config={config}"])
 
 
-def test_a_hub_that_cannot_be_reached_is_explained(fit, capsys, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_explained(fit, refusal, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     flags = [flag for flag in fit if "model_name" not in flag]
-    printed = failing([*flags, "--model.model_name_or_path=nobody/no-such-model"], capsys)
+    printed = refusal([*flags, "--model.model_name_or_path=nobody/no-such-model"])
     assert "no tokenizer could be loaded from 'nobody/no-such-model'" in printed
 
 
@@ -307,17 +281,8 @@ def test_the_paper_s_config_holds_the_paper_s_numbers():
 @pytest.mark.parametrize("name", ["demo", "demo_sft"])
 def test_the_tiny_configs_run(name, tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl", 9)
-    key = "export" if name == "demo_sft" else "self_play"
-    flags = [
-        f"--model.model_name_or_path={model}",
-        f"--data.train_data={rows}",
-        f"--{key}.output_dir={tmp_path / 'run'}",
-    ]
-    quiet = ["--trainer.enable_progress_bar=false"]
-    assert (
-        run(["sft" if key == "export" else "fit", f"--config={config_folder() / name}.yaml", *flags, *quiet])
-        is not None
-    )
+    flags = [f"--config={config_folder() / name}.yaml", "--trainer.enable_progress_bar=false"]
+    assert run(args_of("sft" if name == "demo_sft" else "fit", model, rows, tmp_path / "run", *flags)) is not None
 
 
 def test_print_config_shows_every_setting(capsys, fit):

@@ -18,8 +18,6 @@ from spin_lightning.models.loading import as_policy
 from spin_lightning.models.modes import calm, evaluating, is_random
 from spin_lightning.types import UserError
 
-torch.set_num_threads(1)
-
 
 class Noisy(nn.Module):
     """Adds noise to its logits in training mode, as the routers of some mixtures of experts do."""

@@ -22,7 +22,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from games import CountingGenerator, Do, DoLast, FakeGenerator, Game, Stopped, read
-from helpers import save_tiny_model
+from helpers import args_of, save_tiny_model
 
 from spin_lightning import (
     AlphaSpinLoss,
@@ -42,7 +42,6 @@ from spin_lightning.runs.checkpoints import checkpoints_in, damage, hash_file
 from spin_lightning.runs.files import sha256_of
 from spin_lightning.runs.settings import HARMLESS
 
-torch.set_num_threads(1)
 TESTS = Path(__file__).parents[1]
 
 
@@ -643,20 +642,12 @@ def test_p8_no_pickle_is_ever_loaded(model: str, rows: str, tmp_path: Path, stop
 def test_p9_no_secret_is_in_any_file_of_a_run(model: str, rows: str, tmp_path: Path) -> None:
     canary = "hf_CANARYcanaryCANARYcanary123"
     environment = {**os.environ, "HF_TOKEN": canary, "WANDB_API_KEY": canary, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "spin_lightning", "fit", "--model.model_name_or_path", model]
-    command += ["--data.train_data", rows, "--data.batch_size", "4", "--data.generator.max_new_tokens", "4"]
-    command += [
-        "--self_play.output_dir",
-        str(tmp_path / "run"),
-        "--self_play.iterations",
-        "1",
-        "--trainer.accelerator",
-        "cpu",
-    ]
-    command += ["--trainer.callbacks+=games.Secretive", f"--trainer.callbacks.api_key={canary}"]
-    command += ["--model.loss=games.SecretiveLoss", f"--model.loss.push_token={canary}"]
+    flags = ["--data.batch_size=4", "--data.generator.max_new_tokens=4", "--self_play.iterations=1"]
+    flags += ["--trainer.callbacks+=games.Secretive", f"--trainer.callbacks.api_key={canary}"]
+    flags += ["--model.loss=games.SecretiveLoss", f"--model.loss.push_token={canary}", "--trainer.accelerator=cpu"]
+    args = [sys.executable, "-m", "spin_lightning", *args_of("fit", model, rows, tmp_path / "run", *flags)]
     environment["PYTHONPATH"] = f"{TESTS}:{TESTS.parent}"
-    said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    said = subprocess.run(args, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert said.returncode == 0, said.stderr[-3000:]
     assert (tmp_path / "run" / "game.json").exists()
     assert canary not in said.stdout + said.stderr
