@@ -26,9 +26,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from spin_lightning.generation.pair_maker import PairMaker, own_pairs
 from spin_lightning.generation.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
 from spin_lightning.generation.synthetic_data import SyntheticDataModule
-from spin_lightning.models.loading import dtype_name, load_policy, save_model, weights_hash
+from spin_lightning.models.loading import dtype_name, load_policy
 from spin_lightning.models.model_card import render_model_card
 from spin_lightning.models.rope import refuse_crossing
+from spin_lightning.models.saving import save_model, weights_hash
 from spin_lightning.runs import signals
 from spin_lightning.runs.checkpoints import last_checkpoint
 from spin_lightning.runs.files import hold, need_space, read_json, refuse_links, run_folder, sha256_of, write_json

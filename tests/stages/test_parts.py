@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from spin_lightning import losses
 from spin_lightning.data.encoding import Encoder
-from spin_lightning.models import log_probs
+from spin_lightning.models import forward_paths
 from spin_lightning.models.batches import collate_pairs, pack
-from spin_lightning.models.loading import disable_dropout, load_policy, load_tokenizer, locate, save_model, weights_hash
-from spin_lightning.models.log_probs import pair_log_probs, rounding_of
+from spin_lightning.models.forward_paths import rounding_of
+from spin_lightning.models.loading import disable_dropout, load_policy, load_tokenizer, locate
+from spin_lightning.models.log_probs import pair_log_probs
 from spin_lightning.models.model_card import render_model_card
+from spin_lightning.models.saving import save_model, weights_hash
 from spin_lightning.runs.files import read_json, replacing, sha256_of, write_json
 from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.stages.gate import FLOOR, check_gate
@@ -222,18 +224,20 @@ def test_rounding_is_measured_only_where_it_could_matter() -> None:
     assert asked == [1]
 
 
-def test_rounding_is_the_distance_a_token_of_two_ways_through_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_is_the_distance_a_token_of_two_forward_paths_through_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model().to(torch.bfloat16).train()
     batch = pack([([5, 6, 7], [[8, 9], [10]]), ([11], [[12, 13]])])
     seen = []
 
     def rows(model: nn.Module, batch: Any, is_linear: bool) -> Tensor:
         seen.append(batch.lengths)
-        return log_probs._shared(model, batch, is_linear) + torch.tensor(
+        return forward_paths._shared(model, batch, is_linear) + torch.tensor(
             [0.02, -0.02, 0.1, 0.0, 0.06, -0.04, 0.0, 0.1, 0.1]
         )
 
-    monkeypatch.setattr(log_probs, "_separate", rows)
+    monkeypatch.setattr(forward_paths, "_separate", rows)
     # whole sequences: prompts make more numbers; the responses alone are no further off
     assert rounding_of(model, batch) == pytest.approx(
         ((2 * 0.02**2 + 3 * 0.1**2 + 0.06**2 + 0.04**2) / 9) ** 0.5, rel=0.01
