@@ -20,7 +20,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from spin_lightning.models import head, rope, shared_prompt
-from spin_lightning.models.batches import pack
+from spin_lightning.models.batches import pack, sequences, shifted
 from spin_lightning.models.cpu_memory import round_up
 from spin_lightning.models.modes import compute_dtype, evaluating
 from spin_lightning.models.rms_norm import fuse_rms_norms, unfuse_rms_norms
@@ -126,24 +126,12 @@ def _plain(model: nn.Module, batch: ResponseBatch) -> Tensor:
     return logits.gather(1, batch.input_ids[batch.scored][:, None]).squeeze(1) - logits.logsumexp(1)
 
 
-def _sequences(batch: ResponseBatch) -> Iterator[tuple[int, list[int]]]:
-    """For each response the length of its prompt, and the places of its prompt's tokens and its own."""
-    start = 0
-    for prompt_length, *lengths in batch.lengths:
-        prompt = range(start, start + prompt_length)
-        start += prompt_length
-        for length in lengths:
-            yield prompt_length, [*prompt, *range(start, start + length)]
-            start += length
-
-
 def _end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
     """Places in the batch of all sequences one after the other, and where in these each scored token is predicted."""
     places: list[int] = []
     predictors: list[int] = []
-    for prompt_length, sequence in _sequences(batch):
-        first = max(prompt_length, 1) - 1
-        predictors += range(len(places) + first, len(places) + len(sequence) - 1)
+    for prompt_length, sequence in sequences(batch.lengths):
+        predictors += shifted(prompt_length, range(len(places), len(places) + len(sequence)))[0]
         places += sequence
     device = batch.input_ids.device
     return torch.tensor(places, device=device), torch.tensor(predictors, dtype=torch.long, device=device)
@@ -152,14 +140,14 @@ def _end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
 def _in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
     """The same in right padded rows ``(R, L)``, with their mask; predictors count through the flattened rows."""
     # a row in which nothing is predicted could have no token at all, and attention over nothing is not a number
-    sequences = [(length, places) for length, places in _sequences(batch) if len(places) > max(length, 1)]
-    longest = max(len(sequence) for _, sequence in sequences)
-    places, mask = torch.zeros(2, len(sequences), longest, dtype=torch.long)
+    rows = [(length, places) for length, places in sequences(batch.lengths) if shifted(length, places)[1]]
+    longest = max(len(sequence) for _, sequence in rows)
+    places, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
     predictors: list[int] = []
-    for row, (prompt_length, sequence) in enumerate(sequences):
+    for row, (prompt_length, sequence) in enumerate(rows):
         places[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
-        predictors += range(row * longest + max(prompt_length, 1) - 1, row * longest + len(sequence) - 1)
+        predictors += shifted(prompt_length, range(row * longest, row * longest + len(sequence)))[0]
     device = batch.input_ids.device
     return places.to(device), mask.to(device), torch.tensor(predictors, dtype=torch.long, device=device)
 
@@ -167,24 +155,24 @@ def _in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
 def _alone(model: nn.Module, batch: ResponseBatch) -> Tensor:
     """Each response in a pass of its own, without padding or a mask: right by definition, and slow."""
     boundary, pieces = rope.boundary_of(model), []
-    for prompt_length, sequence in _sequences(batch):
-        first = max(prompt_length, 1)
-        if len(sequence) > first:
+    for prompt_length, sequence in sequences(batch.lengths):
+        predictors, scored = shifted(prompt_length, range(len(sequence)))
+        if scored:
             if boundary is not None:
                 boundary.settle()
             ids = batch.input_ids[sequence]
-            scores = model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1]
+            scores = model(input_ids=ids[None], use_cache=False).logits[0, list(predictors)]
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            pieces.append(scores.gather(1, ids[first:, None]).squeeze(1) - scores.logsumexp(1))
+            pieces.append(scores.gather(1, ids[list(scored), None]).squeeze(1) - scores.logsumexp(1))
     return torch.cat(pieces)
 
 
 def _sides(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list[int], ResponseBatch]]:
     """The batch in parts whose sequences may share a pass, and which of its scored tokens each part has, in its order."""
     ids, responses, scored = batch.input_ids.tolist(), [], 0
-    for prompt_length, sequence_places in _sequences(batch):
+    for prompt_length, sequence_places in sequences(batch.lengths):
         sequence = [ids[place] for place in sequence_places]
-        count = max(len(sequence) - max(prompt_length, 1), 0)
+        count = len(shifted(prompt_length, sequence)[1])
         responses.append((sequence[:prompt_length], sequence[prompt_length:], range(scored, scored + count)))
         scored += count
     sides: dict[int, dict[int, list[int]]] = {}
@@ -260,12 +248,12 @@ def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
     if not len(batch.scored):
         return 0.0
     path, ids = forward_path_of(model), batch.input_ids.tolist()
-    sequences = [([ids[place] for place in places], length) for length, places in _sequences(batch)]
+    rows = [([ids[place] for place in places], length) for length, places in sequences(batch.lengths)]
     whole, *alone = (
         move_data_to_device(pack(groups), batch.input_ids.device)
         for groups in (
-            [([], [sequence]) for sequence, _ in sequences],
-            *([(sequence[:length], [sequence[length:]])] for sequence, length in sequences),
+            [([], [sequence]) for sequence, _ in rows],
+            *([(sequence[:length], [sequence[length:]])] for sequence, length in rows),
         )
     )
     other: ForwardPath = partial(_separate, **path.keywords) if is_shared(path) else _alone  # type: ignore[attr-defined]
@@ -292,7 +280,7 @@ def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
     try:
         probe = _probe(model)
         expected = _alone(model, probe)
-        *_, (_, longest) = _sequences(probe)
+        *_, (_, longest) = sequences(probe.lengths)
         length = int(min(len(longest), rope.limit_of(model)))
         future, beyond, past, spread = _influences(model, probe.input_ids[longest[:length]])
     except Exception as error:
