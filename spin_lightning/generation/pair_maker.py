@@ -25,8 +25,9 @@ from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation.base import Player, ResponseGenerator, opened, seed_of
 from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.models.batches import pack_rows
-from spin_lightning.models.log_probs import compute_dtype, response_log_probs, way_through
-from spin_lightning.models.modes import evaluating
+from spin_lightning.models.forward_paths import forward_path_of
+from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.models.modes import compute_dtype, evaluating
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Response, UserError
 
@@ -91,7 +92,7 @@ class PairMaker:
                 total=total, desc=f"iteration {self.iteration}: answers", unit="answer", disable=all(done)
             ) as progress,
         ):
-            way_through(self.model)  # before the first answer, so that all are computed alike
+            forward_path_of(self.model)  # before the first answer, so that all are computed alike
             for start, is_done in zip(starts, done, strict=True):
                 prompts = self.prompts[start : start + self.shard_size]
                 if is_done:

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from spin_lightning.generation.base import ResponseGenerator, as_set
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.models import rope
-from spin_lightning.models.log_probs import compute_dtype
+from spin_lightning.models.modes import compute_dtype
 from spin_lightning.terminal import say
 from spin_lightning.types import Response, UserError
 

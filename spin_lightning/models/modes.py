@@ -48,3 +48,10 @@ def calm(model: nn.Module) -> None:
     """Train in evaluation mode, but for the modules that recompute activations, which they do in training mode only."""
     for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
+
+
+def compute_dtype(device: torch.device, model: nn.Module) -> torch.dtype:
+    """The dtype the matrix products of a model run in, here and now."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return next(model.parameters()).dtype

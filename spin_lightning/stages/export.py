@@ -9,8 +9,9 @@ from typing import Any
 
 import lightning as L
 
-from spin_lightning.models.loading import dtype_name, save_model
+from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import how_to_cast
+from spin_lightning.models.saving import save_model
 from spin_lightning.runs.files import refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import was_cut_short
 from spin_lightning.terminal import say

@@ -23,9 +23,9 @@ from spin_lightning.generation.pair_store import TRAINING_COLUMNS, PairStore, de
 from spin_lightning.generation.synthetic_data import SyntheticDataModule
 from spin_lightning.losses import PairLoss
 from spin_lightning.models.batches import collate_pairs
-from spin_lightning.models.loading import weights_hash
 from spin_lightning.models.model_card import render_model_card
 from spin_lightning.models.rope import refuse_crossing
+from spin_lightning.models.saving import weights_hash
 from spin_lightning.runs.files import need_space
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import ShardStore, refuse_broken_chain, refuse_other_binding

@@ -15,8 +15,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from spin_lightning.losses import PairLoss, SpinLoss
+from spin_lightning.models.forward_paths import rounding_of
 from spin_lightning.models.loading import ModelOrName
-from spin_lightning.models.log_probs import pair_log_probs, rounding_of
+from spin_lightning.models.log_probs import pair_log_probs
 from spin_lightning.models.modes import evaluating
 from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.stages.gate import check_gate

@@ -22,7 +22,8 @@ from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator
 from spin_lightning.generation.base import Player
 from spin_lightning.generation.pair_maker import PairMaker
-from spin_lightning.models.loading import end_ids, end_ids_of, save_model
+from spin_lightning.models.loading import end_ids, end_ids_of
+from spin_lightning.models.saving import save_model
 from spin_lightning.types import Response, Row, UserError
 
 # --- Where an answer ends -------------------------------------------------------------------------------------------
