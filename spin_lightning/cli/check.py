@@ -11,10 +11,12 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
+from spin_lightning.cli.commands import STAGES
 from spin_lightning.cli.settings_errors import explaining_settings
-from spin_lightning.cli.stage_cli import SftCLI, SpinCLI, StageCLI
+from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.generation.synthetic_data import SyntheticDataModule
 from spin_lightning.models.loading import (
     context_length,
@@ -24,7 +26,7 @@ from spin_lightning.models.loading import (
     refuse_ids_beyond,
     refuse_without_causal_head,
 )
-from spin_lightning.stages.clock import SelfPlay
+from spin_lightning.stages.stage import Stage
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -62,10 +64,6 @@ KINDS = {
 }
 
 
-class _Parsed(Exception):
-    """Carries the parsed settings out of the command line, before anything is made of them."""
-
-
 def main(args: list[str]) -> None:
     """Check the data of a run and show one pair of it.
 
@@ -80,10 +78,9 @@ def main(args: list[str]) -> None:
         return
     sample, args = _take_sample(args)
     stage, settings = _parse(args)
-    data, model = _make(SyntheticDataModule, settings.data), settings.model
-    module = _make(stage.module_class, model)
-    if stage is SpinCLI:
-        module.check_schedules(_make(SelfPlay, settings.self_play).iterations)
+    data, model = _make(stage.data, settings.data), settings.model
+    callbacks = {section: _make(kind, settings[section]) for section, kind in stage.callbacks.items()}
+    stage.check(_make(stage.module, model), callbacks)
     if data.tokenizer_name_or_path is not None:
         data.tokenizer = load_tokenizer(data.tokenizer_name_or_path)
     else:
@@ -122,35 +119,28 @@ def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
     return None if value is None else int(value), rest
 
 
-def _parse(args: list[str]) -> tuple[type[StageCLI], Any]:
-    """The settings of ``fit``; where these do not fit but those of ``sft`` do, of ``sft``."""
-    try:
-        return SpinCLI, _parse_as(SpinCLI, args)
-    except UserError as error:
-        try:
-            return SftCLI, _parse_as(SftCLI, args)
-        except UserError:
-            raise error from None
+def _parse(args: list[str]) -> tuple[Stage, Any]:
+    """The first stage that the settings fit, and the settings.
 
-
-def _parse_as(stage: type[StageCLI], args: list[str]) -> Any:
-    class ParseOnly(stage):  # type: ignore[valid-type, misc]
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            super().parse_arguments(parser, args)
-            raise _Parsed(self.config["fit"])
-
+    Raises:
+        UserError: They fit none; the message is about the first one.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        ParseOnly(args=["fit", *args])
-    except _Parsed as parsed:
-        return parsed.args[0]
+    first: UserError | None = None
+    for word, path in STAGES.items():
+        try:
+            return resolve_name(path), parse_settings(word, args)
+        except UserError as error:
+            first = first or error
+    assert first is not None
+    raise first from None
 
 
-def _make(kind: type[Any], settings: Any) -> Any:
+def _make(class_path: str, settings: Any) -> Any:
     from jsonargparse import ArgumentParser, Namespace
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "made")
+    parser.add_class_arguments(resolve_name(class_path), "made")
     with explaining_settings():
         return parser.instantiate_classes(Namespace(made=settings)).made
 

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with the defaults and links of a game, and errors a person can read.
+"""The table of commands, and ``main``, which runs one of them and ends with its exit code.
 
 ``spin-lightning --help`` answers before anything heavy is imported.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -16,15 +18,76 @@ from spin_lightning.version import __version__
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
-COMMANDS = ("fit", "sft", "validate", "check", "demo", "lab")
+
+@dataclass(frozen=True)
+class Command:
+    """What a word on the command line stands for: a stage, or a function.
+
+    Attributes:
+        summary: What it does, in a line of the overview.
+        stage: Import path of the record of the stage that it runs.
+        method: The method of the Trainer that it calls with it.
+        function: Where it runs no stage: takes the arguments that follow the word.
+        usage: What may follow the word.
+        fits: Whether arguments are as ``usage`` says, as far as ``function`` does not find out itself.
+    """
+
+    summary: str
+    stage: str | None = None
+    method: str = "fit"
+    function: Callable[[list[str]], object] | None = None
+    usage: str = "--config FILE [--KEY VALUE ...]"
+    fits: Callable[[list[str]], bool] = lambda args: True
+
+
+def _check(args: list[str]) -> None:
+    from spin_lightning.cli.check import main
+
+    main(args)
+
+
+def _demo(args: list[str]) -> None:
+    from spin_lightning.demos.small_model import play
+
+    play(*args)
+
+
+def _lab(args: list[str]) -> None:
+    from spin_lightning.demos.known_language import play
+
+    play(*args)
+
+
+def _folder_is_first(args: list[str]) -> bool:
+    return not (args and args[0].startswith("-"))
+
+
+COMMANDS = {
+    "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
+    "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
+    "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
+    "check": Command("what the data looks like to the game, without loading the model", function=_check),
+    "demo": Command(
+        "the whole game on a small real model, on CPU",
+        function=_demo,
+        usage="[FOLDER [MODEL [--KEY VALUE ...]]]",
+        fits=_folder_is_first,
+    ),
+    "lab": Command(
+        "the game on a known language, measured exactly",
+        function=_lab,
+        usage="[FOLDER]",
+        fits=lambda args: len(args) < 2 and _folder_is_first(args),
+    ),
+}
+#: The records of the stages, by the word that trains each.
+STAGES = {word: command.stage for word, command in COMMANDS.items() if command.stage and command.method == "fit"}
+
+_LINES = [(f"  spin-lightning {word} {command.usage}", command.summary) for word, command in COMMANDS.items()]
+_COMMANDS = "\n".join(f"{line:<{max(len(line) for line, _ in _LINES)}}  {summary}" for line, summary in _LINES)
 OVERVIEW = f"""spin-lightning {__version__}: self-play fine-tuning (SPIN) of your own language model
 
-  spin-lightning fit --config FILE [--KEY VALUE ...]       play the game; the same command continues a killed run
-  spin-lightning sft --config FILE [--KEY VALUE ...]       supervised fine-tuning, the stage before it
-  spin-lightning validate --config FILE [--KEY VALUE ...]  held-out NLL of a model
-  spin-lightning check --config FILE [--KEY VALUE ...]     what the data looks like to the game, without loading the model
-  spin-lightning demo [FOLDER]                             the whole game on a small real model, on CPU
-  spin-lightning lab [FOLDER]                              the game on a known language, measured exactly
+{_COMMANDS}
 
 A first run on your own data (JSON, JSONL, CSV, Parquet or a hub name; messages, prompt/completion, alpaca, ShareGPT ...):
 
@@ -72,6 +135,10 @@ def main(args: list[str] | None = None) -> None:
                 else " The command comes first: spin-lightning COMMAND --KEY VALUE ..."
             )
         )
+    command = COMMANDS[args[0]]
+    if not command.fits(args[1:]):
+        print(f"usage: spin-lightning {args[0]} {command.usage}", file=sys.stderr)
+        sys.exit(0 if {"-h", "--help"} & set(args) else 2)
     from spin_lightning.runs.files import STORAGE_ERRORS
     from spin_lightning.terminal import guard
     from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
@@ -79,23 +146,9 @@ def main(args: list[str] | None = None) -> None:
     guard()
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # where classes of the user's own are; behind the installed packages
-    if args[0] in ("demo", "lab") and ((args[1:2] and args[1].startswith("-")) or (args[0] == "lab" and args[2:])):
-        wanted = "demo [FOLDER [MODEL [--KEY VALUE ...]]]" if args[0] == "demo" else "lab [FOLDER]"
-        print(f"usage: spin-lightning {wanted}", file=sys.stderr)
-        sys.exit(0 if {"-h", "--help"} & set(args) else 2)
     try:
-        if args[0] == "demo":
-            from spin_lightning.demos.small_model import play
-
-            play(*args[1:])
-        elif args[0] == "lab":
-            from spin_lightning.demos.known_language import play as play_lab
-
-            play_lab(*args[1:])
-        elif args[0] == "check":
-            from spin_lightning.cli.check import main as check
-
-            check(args[1:])
+        if command.function is not None:
+            command.function(args[1:])
         else:
             run(args)
     except (UserError, StorageError, NonFiniteError, Interrupted) as error:
@@ -123,19 +176,18 @@ def _end(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:
 
 
 def run(args: list[str]) -> LightningCLI | None:
-    """Run one of LightningCLI's subcommands, or ``sft``; errors are raised.
+    """Run a command that runs a stage, such as ``fit`` or ``sft``; errors are raised.
 
     Returns:
         The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over already.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from spin_lightning.cli.settings_errors import explaining_plugins, explaining_settings
-    from spin_lightning.cli.stage_cli import RunIsOver, SftCLI, SpinCLI
+    from spin_lightning.cli.stage_cli import RunIsOver, StageCLI
 
-    stage, args = (SftCLI, ["fit", *args[1:]]) if args[0] == "sft" else (SpinCLI, args)
     try:
         with explaining_settings(), explaining_plugins():
-            return stage(args=args)
+            return StageCLI(args[0], args[1:])
     except RunIsOver:
         return None
 
