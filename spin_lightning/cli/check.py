@@ -30,28 +30,6 @@ from spin_lightning.stages.stage import Stage
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
-HELP = """usage: spin-lightning check --config FILE [--KEY VALUE ...]
-
-Looks at the data as the game will, in seconds and without loading the model's weights: reads and checks every row, says
-which format was detected, counts what is bad, double, too long or cut, and shows one pair token by token.
-
-For millions of rows, --sample 1000 reads and checks all of them, but encodes and counts only as many, chosen by data.seed.
-
-Takes what `spin-lightning fit` takes, or `sft`. Two settings are enough:
-
-  spin-lightning check --data.train_data my_data.jsonl --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
-
-What you may want to set, here and in the run:
-  --data.columns '{prompt: question, completion: answer}'  your names of the columns
-  --data.format messages                                   where two formats fit
-  --data.on_bad_row drop                                   leave bad rows out, counted, instead of refusing the data
-  --data.max_prompt_tokens 512                             rows with longer prompts are left out, counted
-  --data.generator.max_new_tokens 256                      cap on the answers; longer real ones are cut, counted
-  --data.prompt_template alpaca                            where the model has no chat template
-
-A run writes the same counts to data_report.json in its folder. `spin-lightning fit --help` explains every setting.
-Colours are for terminals; NO_COLOR=1 turns them off, FORCE_COLOR=1 on. The exit code is 0 if a run can begin, else 2."""
-
 #: What a token can be: how it is coloured, and what becomes of it.
 KINDS = {
     "prompt": ("36", "read, never scored"),
@@ -73,9 +51,6 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: A run with these settings and data could not begin.
     """
-    if {"-h", "--help"} & set(args):
-        print(HELP)
-        return
     sample, args = _take_sample(args)
     stage, settings = _parse(args)
     data, model = _make(stage.data, settings.data), settings.model

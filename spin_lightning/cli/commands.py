@@ -30,6 +30,7 @@ class Command:
         function: Where it runs no stage: takes the arguments that follow the word.
         usage: What may follow the word.
         fits: Whether arguments are as ``usage`` says, as far as ``function`` does not find out itself.
+        help: What there is to say about it beyond ``summary``. A stage's settings are listed in any case.
     """
 
     summary: str
@@ -38,6 +39,7 @@ class Command:
     function: Callable[[list[str]], object] | None = None
     usage: str = "--config FILE [--KEY VALUE ...]"
     fits: Callable[[list[str]], bool] = lambda args: True
+    help: str = ""
 
 
 def _check(args: list[str]) -> None:
@@ -62,11 +64,39 @@ def _folder_is_first(args: list[str]) -> bool:
     return not (args and args[0].startswith("-"))
 
 
+_OF_CHECK = """Looks at the data as a run will, in seconds: reads and checks every row, says
+which format was detected, counts what is bad, double, too long or cut, and
+shows one pair token by token. Of millions of rows, --sample 1000 reads and
+checks all, but encodes and counts only as many, chosen by data.seed.
+
+Takes what `spin-lightning fit` takes, or `sft`. Two settings are enough:
+
+  spin-lightning check --data.train_data my_data.jsonl \\
+    --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
+
+What you may want to set, here and in the run:
+  --data.columns '{prompt: question, completion: answer}'
+                                       your names of the columns
+  --data.format messages               where two formats fit
+  --data.on_bad_row drop               leave bad rows out, counted, instead of
+                                       refusing the data
+  --data.max_prompt_tokens 512         rows with longer prompts are left out,
+                                       counted
+  --data.generator.max_new_tokens 256  cap on the answers; longer real ones are
+                                       cut, counted
+  --data.prompt_template alpaca        where the model has no chat template
+
+A run writes the same counts to data_report.json in its folder.
+Colours are for terminals; NO_COLOR=1 turns them off, FORCE_COLOR=1 on.
+The exit code is 0 if a run can begin, else 2."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
     "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
-    "check": Command("what the data looks like to the game, without loading the model", function=_check),
+    "check": Command(
+        "what the data looks like to the game, without loading the model", function=_check, help=_OF_CHECK
+    ),
     "demo": Command(
         "the whole game on a small real model, on CPU",
         function=_demo,
@@ -83,31 +113,35 @@ COMMANDS = {
 #: The records of the stages, by the word that trains each.
 STAGES = {word: command.stage for word, command in COMMANDS.items() if command.stage and command.method == "fit"}
 
-_LINES = [(f"  spin-lightning {word} {command.usage}", command.summary) for word, command in COMMANDS.items()]
-_COMMANDS = "\n".join(f"{line:<{max(len(line) for line, _ in _LINES)}}  {summary}" for line, summary in _LINES)
+_LINES = "\n".join(f"  {word:<8}  {command.summary}" for word, command in COMMANDS.items())
 OVERVIEW = f"""spin-lightning {__version__}: self-play fine-tuning (SPIN) of your own language model
 
-{_COMMANDS}
+usage: spin-lightning COMMAND ...
 
-A first run on your own data (JSON, JSONL, CSV, Parquet or a hub name; messages, prompt/completion, alpaca, ShareGPT ...):
+{_LINES}
+
+A first run on your own data: JSON, JSONL, CSV, Parquet or a hub name; messages,
+prompt/completion, alpaca, ShareGPT ...
 
   spin-lightning fit \\
     --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
     --data.train_data my_data.jsonl \\
     --self_play.output_dir runs/mine
 
-What you will want to set:
-  --model.beta 1.0                    scale of the loss; one value, or a list with one value an iteration
-  --model.learning_rate 1e-5          peak of each iteration's schedule; one value or a list
-  --model.loss SpaceLoss              another loss; your own by its import path
-  --self_play.iterations 3            how many times the policy becomes the next opponent
-  --self_play.epochs 2                passes over the pairs in each iteration
-  --data.generator.max_new_tokens 256 cap on both answers
-  --data.answers_per_prompt 1         how many answers the opponent gives to each prompt
-  --trainer.precision bf16-mixed      or bf16-true (with float32 master weights)
+What you will want to set; a list has one value an iteration:
+  --model.beta 1.0                     scale of the loss, or a list
+  --model.learning_rate 1e-5           peak of the schedule, or a list
+  --model.loss SpaceLoss               another loss; your own by its import path
+  --self_play.iterations 3             how often the policy is the next opponent
+  --self_play.epochs 2                 passes over the pairs in each iteration
+  --data.generator.max_new_tokens 256  cap on both answers
+  --data.answers_per_prompt 1          the opponent's answers to each prompt
+  --trainer.precision bf16-mixed       or bf16-true, with float32 master weights
 
-  spin-lightning fit --help           every setting
-  spin-lightning fit --print_config   all settings with their values, as a file to start from
+  spin-lightning fit --help            each setting in a sentence
+  spin-lightning fit --print_config    all settings, as a file to start from
+  spin-lightning fit --config FILE     settings from such a file
+
 Commented examples are in the folder configs/.
 """
 
@@ -135,10 +169,14 @@ def main(args: list[str] | None = None) -> None:
                 else " The command comes first: spin-lightning COMMAND --KEY VALUE ..."
             )
         )
-    command = COMMANDS[args[0]]
+    word, command = args[0], COMMANDS[args[0]]
+    if {"-h", "--help", "--help=all"} & set(args) and not (command.stage and "--help=all" in args):
+        print(_help(word))
+        return
+    args = ["--help" if arg == "--help=all" else arg for arg in args]  # of the parser, with everything
     if not command.fits(args[1:]):
-        print(f"usage: spin-lightning {args[0]} {command.usage}", file=sys.stderr)
-        sys.exit(0 if {"-h", "--help"} & set(args) else 2)
+        print(f"usage: spin-lightning {word} {command.usage}", file=sys.stderr)
+        sys.exit(2)
     from spin_lightning.runs.files import STORAGE_ERRORS
     from spin_lightning.terminal import guard
     from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
@@ -165,6 +203,16 @@ def main(args: list[str] | None = None) -> None:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _help(word: str) -> str:
+    command = COMMANDS[word]
+    if command.stage is not None:
+        from spin_lightning.cli.short_help import page
+
+        return page(word, command.usage, command.summary, command.stage)
+    summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+    return "\n\n".join(filter(None, (f"usage: spin-lightning {word} {command.usage}", summary, command.help)))
 
 
 def _end(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:

@@ -142,7 +142,7 @@ class StageCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(dict(self.stage.defaults))
         parser.link_arguments(f"{self.stage.folder}.output_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
-        for sources, target, follow in self.stage.links:
+        for target, (sources, follow) in self.stage.links.items():
             parser.link_arguments(sources, target, compute_fn=follow)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # it is static there

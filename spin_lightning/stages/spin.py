@@ -207,7 +207,7 @@ STAGE = Stage(
         "data.generator": {"class_path": "spin_lightning.ContinuousGenerator"},
         "model.loss": {"class_path": "spin_lightning.SpinLoss"},
     },
-    links=((("self_play.iterations", "self_play.epochs"), "trainer.max_epochs", _count_epochs),),
+    links={"trainer.max_epochs": (("self_play.iterations", "self_play.epochs"), _count_epochs)},
     is_over=_is_over,
     check=_check_schedules,
 )

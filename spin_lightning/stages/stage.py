@@ -25,7 +25,7 @@ class Stage:
         over_file: What is written last in the run's folder.
         mark: A setting, or how its name begins, that every run of this stage records in ``run.json`` and no run of another stage.
         defaults: Defaults that are not those of the classes, by setting.
-        links: Settings that follow from others: from which, which, and how.
+        links: Settings that follow from others: for each, from which, and the function of these that gives it.
         is_over: Whether a run that wrote ``over_file`` is over, from its content and the settings of this command.
         refuse: Raises a UserError where a run cannot be trained with these settings.
         check: Raises a UserError where the module and the callbacks, by section, do not fit each other.
@@ -38,7 +38,7 @@ class Stage:
     over_file: str
     mark: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    links: tuple[tuple[tuple[str, ...], str, Callable[..., Any]], ...] = ()
+    links: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = field(default_factory=dict)
     is_over: Callable[[Any, Any], bool] = lambda result, settings: True
     refuse: Callable[[Any], None] = lambda settings: None
     check: Callable[[Any, Mapping[str, Any]], None] = lambda module, callbacks: None

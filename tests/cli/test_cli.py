@@ -260,6 +260,9 @@ def test_an_unknown_command_is_named(capsys):
 def test_demo_and_lab_answer_a_wrong_call_with_their_usage(capsys):
     assert "usage: spin-lightning lab [FOLDER]" in failing(["lab", "a", "b"], capsys)
     assert "usage: spin-lightning demo" in failing(["demo", "--folder", "a"], capsys)
+    for word, shown in (("demo", "usage: spin-lightning demo [FOLDER [MODEL"), ("lab", "The game on a known language")):
+        main([word, "--help"])
+        assert shown in capsys.readouterr().out
 
 
 def test_a_missing_model_name_is_asked_for(capsys):

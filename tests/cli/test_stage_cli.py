@@ -38,7 +38,7 @@ STAGE = Stage(
     over_file="summary.json",
     mark="model.weight",
     defaults={"data.batch_size": 5},
-    links=((("model.weight",), "trainer.max_epochs", int),),
+    links={"trainer.max_epochs": (("model.weight",), int)},
     is_over=lambda result, settings: result["updates"] > 2,
     refuse=_refuse_many_epochs,
 )
@@ -123,6 +123,8 @@ def test_a_game_of_all_its_iterations_may_be_made_longer(ended_because, played, 
     assert resolve_name(STAGES["fit"]).is_over(game, parse_settings("fit", flags)) == is_over
 
 
-def test_the_overview_is_made_from_the_table():
+def test_the_overview_is_made_from_the_table_for_80_columns():
     for word, command in COMMANDS.items():
-        assert f"\n  spin-lightning {word} {command.usage} " in OVERVIEW and f" {command.summary}\n" in OVERVIEW
+        assert f"\n  {word:<8}  {command.summary}\n" in OVERVIEW
+    texts = [OVERVIEW, *(command.help for command in COMMANDS.values())]
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 80
