@@ -13,6 +13,7 @@ from spin_lightning.models.loading import ModelOrName
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.runs.lightning_internals import remake_optimizers
 from spin_lightning.stages.policy import PolicyModule
+from spin_lightning.stages.stage import Stage
 from spin_lightning.types import ResponseBatch, UserError
 
 
@@ -104,3 +105,26 @@ class SftLightningModule(PolicyModule):
         by_token = self.average == "token"
         count = sum(int(part.response_lengths.sum()) if by_token else len(part) for part in batch)
         return self.mean_of_update(lambda part: -response_log_probs(self.policy, part).sum(), batch, count)
+
+
+def _refuse_no_end(settings: Any) -> None:
+    limits = [settings.model.get("max_updates"), settings.trainer.max_time, settings.trainer.max_steps != -1 or None]
+    if settings.trainer.max_epochs == -1 and not any(limits):
+        raise UserError(
+            "trainer.max_epochs -1 has no end. Give a number, or an end: model.max_updates or trainer.max_time."
+        )
+    if 0 in (settings.trainer.max_epochs, settings.trainer.max_steps):
+        raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
+
+
+#: ``spin-lightning sft``.
+STAGE = Stage(
+    module="spin_lightning.stages.sft.SftLightningModule",
+    data="spin_lightning.generation.synthetic_data.SyntheticDataModule",
+    callbacks={"export": "spin_lightning.stages.export.ExportPolicy"},
+    folder="export",
+    over_file="summary.json",
+    mark="model.average",
+    defaults={"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}, "trainer.max_epochs": 1},
+    refuse=_refuse_no_end,
+)

@@ -6,6 +6,7 @@ sets, templates and sampling are not known here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from spin_lightning.stages.iteration import Run, SpinIteration
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import PairMetrics
 from spin_lightning.stages.opponent import OPPONENTS, Opponent
+from spin_lightning.stages.stage import Stage
 from spin_lightning.types import PairBatch, PairLogProbs, UserError
 
 
@@ -175,3 +177,38 @@ class SpinLightningModule(IterativeModule):
                 return self.pair_log_probs(batch)
 
         return recompute
+
+
+def _count_epochs(iterations: int, epochs: int | list[int]) -> int:
+    return sum(epochs) if isinstance(epochs, list) else iterations * epochs
+
+
+def _is_over(game: dict[str, Any], settings: Any) -> bool:
+    """A game that played all its iterations may be given more of them; one that ended earlier had its reason."""
+    return not game["ended_because"].startswith("all ") or len(game["iterations"]) >= settings.self_play.iterations
+
+
+def _check_schedules(module: SpinLightningModule, callbacks: Mapping[str, Any]) -> None:
+    module.check_schedules(callbacks["self_play"].iterations)
+
+
+#: ``spin-lightning fit``.
+STAGE = Stage(
+    module="spin_lightning.stages.spin.SpinLightningModule",
+    data="spin_lightning.generation.synthetic_data.SyntheticDataModule",
+    callbacks={
+        "self_play": "spin_lightning.stages.clock.SelfPlay",
+        "health": "spin_lightning.stages.health.Health",
+        "samples": "spin_lightning.stages.samples.ShowAnswers",
+    },
+    folder="self_play",
+    over_file="game.json",
+    mark="self_play.",
+    defaults={
+        "data.generator": {"class_path": "spin_lightning.ContinuousGenerator"},
+        "model.loss": {"class_path": "spin_lightning.SpinLoss"},
+    },
+    links={"trainer.max_epochs": (("self_play.iterations", "self_play.epochs"), _count_epochs)},
+    is_over=_is_over,
+    check=_check_schedules,
+)
