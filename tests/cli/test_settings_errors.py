@@ -161,11 +161,14 @@ def test_errors_that_are_no_refusal_of_a_setting_pass_as_they_are():
 
 
 def test_a_refusal_inside_what_the_parser_wraps_is_found():
-    with pytest.raises(UserError, match=r"^inner$") as caught, explaining_settings():
+    def wrapping() -> None:
         try:
             raise UserError("inner")
         except UserError as inner:
             raise ValueError("a wall of text") from inner
+
+    with pytest.raises(UserError, match=r"^inner$") as caught, explaining_settings():
+        wrapping()
     assert type(caught.value) is UserError
 
 

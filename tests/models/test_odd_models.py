@@ -48,9 +48,13 @@ def test_a_model_that_is_random_in_training_is_found_and_calmed() -> None:
 def test_every_module_has_its_own_mode_again_after_evaluation() -> None:
     model = Noisy(0.0)
     model.embedding.eval()
-    with pytest.raises(RuntimeError), evaluating(model):
+
+    def look_and_fail() -> None:
         assert not (model.training or model.inner.training)
-        raise RuntimeError
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"), evaluating(model):
+        look_and_fail()
     assert (model.training, model.embedding.training, model.inner.training) == (True, False, True)
 
 

@@ -140,18 +140,18 @@ def test_what_does_not_fit_together_is_refused(model: str, rows: str, tmp_path: 
         trainer().fit(SpinLightningModule(model), data)
     with pytest.raises(UserError, match=r"SelfPlay plays with a SpinLightningModule, .* got SftLightningModule"):
         trainer(game).fit(SftLightningModule(model), data)
+    other.train_dataloader = lambda: []  # type: ignore[method-assign]
     with pytest.raises(UserError, match="SelfPlay needs a SyntheticDataModule, got LightningDataModule"):
-        other.train_dataloader = lambda: []  # type: ignore[method-assign]
         trainer(game).fit(SpinLightningModule(model), other)
     with pytest.raises(UserError, match="RunCheckpoint needs a dirpath where there is no SelfPlay callback"):
         trainer(RunCheckpoint()).fit(SftLightningModule(model), SyntheticDataModule(rows))
+    two, module = trainer(game), SpinLightningModule(model)
+    two.datamodule = data  # type: ignore[attr-defined]
     with (
         patch.object(Trainer, "world_size", PropertyMock(return_value=2)),
         pytest.raises(UserError, match="one process so far, got 2"),
     ):
-        two = trainer(game)
-        two.datamodule = data  # type: ignore[attr-defined]
-        game.setup(two, SpinLightningModule(model), "fit")
+        game.setup(two, module, "fit")
     with pytest.raises(UserError, match=r"data.tokenizer_name_or_path is needed outside of a Trainer"):
         SyntheticDataModule(rows).setup()
 

@@ -588,12 +588,12 @@ def test_p7_a_disk_that_fills_up_costs_nothing_and_asks_to_try_again(
             if trainer.global_step == step:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
 
+        game = small(model, rows, folder, callbacks=[Do(on_iteration_start=fill, on_train_batch_start=fill)])
         try:
             with pytest.raises(
                 StorageError, match=r"cannot write .* File too large; .* are free there. What was there"
             ):
-                hooks = {"on_iteration_start": fill, "on_train_batch_start": fill}
-                small(model, rows, folder, callbacks=[Do(**hooks)]).play()
+                game.play()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert not list(folder.rglob("*.tmp"))

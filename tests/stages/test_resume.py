@@ -252,8 +252,8 @@ def test_a_copied_run_folder_resumes(model: str, rows: str, tmp_path: Path, monk
     whole = Game(model, rows, tmp_path / "whole", module={"opponent": "resident"}).play()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    stop = DoLast(on_train_batch_end=lambda trainer, *_: stop_at(trainer, 7))
     with pytest.raises(Stopped):
-        stop = DoLast(on_train_batch_end=lambda trainer, *_: stop_at(trainer, 7))
         Game(model, rows, "run", module={"opponent": "resident"}, last=[stop]).play()
     (tmp_path / "there" / "deeper").mkdir(parents=True)
     shutil.move("run", tmp_path / "there" / "deeper" / "moved")
@@ -264,8 +264,8 @@ def test_a_copied_run_folder_resumes(model: str, rows: str, tmp_path: Path, monk
 
 
 def stopped_at(number: int, model: str, rows: str, folder: Path, **settings: Any) -> None:
+    stop = DoLast(on_train_batch_end=lambda trainer, *_: stop_at(trainer, number))
     with pytest.raises(Stopped):
-        stop = DoLast(on_train_batch_end=lambda trainer, *_: stop_at(trainer, number))
         Game(model, rows, folder, last=[stop], **settings).play()
 
 
