@@ -39,9 +39,9 @@ def printable(text: str) -> str:
     return _OBEYED.sub(shown, text)
 
 
-def say(*texts: Any, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print, as ``print`` does, what a terminal can show without obeying it."""
-    print(*(printable(str(text)) for text in texts), file=file, flush=flush)
+def say(*texts: Any, file: TextIO | None = None) -> None:
+    """Print, as ``print`` does and at once also into a file, what a terminal can show without obeying it."""
+    print(*(printable(str(text)) for text in texts), file=file, flush=True)
 
 
 def guard() -> None:

@@ -18,19 +18,21 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from spin_lightning.cli.class_defaults import own_defaults
 from spin_lightning.cli.commands import COMMANDS, STAGES
 from spin_lightning.cli.settings_errors import check_configs, explaining_settings, refusal_of_arguments
+from spin_lightning.progress import display
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.runs.run_checkpoint import RunCheckpoint
 from spin_lightning.runs.settings import SETTINGS, check_finished
 from spin_lightning.stages.optim import refuse_unusable
+from spin_lightning.stages.progress import ShowProgress
 from spin_lightning.stages.stage import Stage
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -114,8 +116,9 @@ class StageCLI(LightningCLI):
         self.word, command = word, COMMANDS[word]
         assert command.stage is not None
         self.stage: Stage = resolve_name(command.stage)
-        for library in ("lightning.pytorch.utilities.rank_zero", "transformers.utils.generic"):
-            logging.getLogger(library).addFilter(_is_for_users)
+        for library in ("lightning.pytorch", "lightning.fabric"):  # their warnings are for users, their news are not
+            logging.getLogger(library).setLevel(logging.WARNING)
+        logging.getLogger("transformers.utils.generic").addFilter(_is_for_users)
         warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch's
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # collating ids takes no time
@@ -132,6 +135,7 @@ class StageCLI(LightningCLI):
                 "num_sanity_val_steps": -1,
                 "log_every_n_steps": 1,
                 "devices": 1,
+                "enable_model_summary": False,
             },
             args=[command.method, *args],
         )
@@ -288,6 +292,11 @@ class StageCLI(LightningCLI):
         config = self.config[self.subcommand]
         plugins = self.config_init[self.subcommand]["trainer"].get("plugins") or []  # made, not their settings
         kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
+        callbacks = self.config_init[self.subcommand]["trainer"].get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        display.is_on = config["trainer"]["enable_progress_bar"] is not False
+        if display.is_on and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            kwargs.setdefault("callbacks", [ShowProgress(), *callbacks])
         if config["trainer"].get("logger") in (None, True):
             output_dir = self._output_dir
             kwargs["logger"] = [
@@ -346,5 +355,5 @@ def _initials(name: str) -> str:
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """No advertisement; nor that ``past_key_values`` has a new name, which transformers 5.23 does not know."""
-    return not any(word in record.getMessage() for word in ("litlogger", "Tip:", "past_key_values"))
+    """Not that ``past_key_values`` has a new name, which transformers 5.23 does not know."""
+    return "past_key_values" not in record.getMessage()

@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
-from tqdm.auto import tqdm
 
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation.base import Player, ResponseGenerator, opened, seed_of
@@ -28,6 +27,7 @@ from spin_lightning.models.batches import pack_rows
 from spin_lightning.models.forward_paths import forward_path_of
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import compute_dtype, evaluating
+from spin_lightning.progress import Phase, progress, track
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Response, UserError
 
@@ -88,20 +88,18 @@ class PairMaker:
             self.numerics(),
             evaluating(self.model),
             nullcontext() if all(done) else opened(self.generator, self.opponent),
-            tqdm(
-                total=total, desc=f"iteration {self.iteration}: answers", unit="answer", disable=all(done)
-            ) as progress,
+            progress("answering", total, "responses") as phase,
         ):
             forward_path_of(self.model)  # before the first answer, so that all are computed alike
             for start, is_done in zip(starts, done, strict=True):
                 prompts = self.prompts[start : start + self.shard_size]
                 if is_done:
-                    progress.update(len(prompts) * self.answers_per_prompt)
+                    phase.skip(len(prompts) * self.answers_per_prompt)
                 else:
-                    store.write_shard(self._name(self.iteration, start), self._new_pairs(prompts, earlier, progress))
+                    store.write_shard(self._name(self.iteration, start), self._new_pairs(prompts, earlier, phase))
                 names.append(self._name(self.iteration, start))
             for source in range(self.iteration - 1, max(-1, self.iteration - 1 - history), -1):
-                for start in tqdm(starts, desc=f"iteration {self.iteration}: scoring iteration {source}", unit="shard"):
+                for start in track(starts, f"scoring the pairs of iteration {source}", len(starts), "shards"):
                     name = self._name(source, start)
                     if not store.has_shard(name):
                         self.poll()
@@ -114,20 +112,15 @@ class PairMaker:
         return f"iteration_{source}-{start:09d}.parquet"
 
     def _new_pairs(
-        self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], progress: Any
+        self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], phase: Phase
     ) -> list[dict[str, Any]]:
         wanted = [(prompt, answer) for prompt in prompts for answer in range(self.answers_per_prompt)]
         seeds = [seed_of(self.seed, self.iteration, prompt.prompt_id, answer) for prompt, answer in wanted]
         responses: dict[int, Any] = {}
-        tokens = 0
         for index, response in self._answers([prompt.prompt_ids for prompt, _ in wanted], seeds):
             self.poll()
             responses[index] = response
-            tokens += len(response.ids)
-            progress.update()
-            elapsed = progress.format_dict["elapsed"]
-            progress.set_postfix_str(f"{tokens / max(elapsed, 1e-9):.0f} tokens/s", refresh=False)
-        progress.set_postfix_str("scoring", refresh=True)
+            phase.advance(1, tokens=len(response.ids))
         first_answers = self._first_answers(prompts, earlier)
         rows = []
         for index, (prompt, answer) in enumerate(wanted):
@@ -267,12 +260,14 @@ class PairMaker:
     def _score(self, player: str, model: nn.Module, rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> None:
         """Add a player's log-probs to the rows: each prompt once, however many answers it has."""
         device = next(model.parameters()).device
-        for indices, batch, places in pack_rows(rows, [f"{side}_ids" for side in sides], self.micro_batch_tokens):
-            self.poll()
-            values = response_log_probs(model, move_data_to_device(batch, device)).tolist()
-            for index, place in zip(indices, places.tolist(), strict=True):
-                for side, response in zip(sides, place, strict=True):
-                    rows[index][f"{player}_{side}_log_prob"] = values[response]
+        with progress("scoring", len(rows), "pairs") as phase:
+            for indices, batch, places in pack_rows(rows, [f"{side}_ids" for side in sides], self.micro_batch_tokens):
+                self.poll()
+                values = response_log_probs(model, move_data_to_device(batch, device)).tolist()
+                for index, place in zip(indices, places.tolist(), strict=True):
+                    for side, response in zip(sides, place, strict=True):
+                        rows[index][f"{player}_{side}_log_prob"] = values[response]
+                phase.advance(len(indices), tokens=len(batch.input_ids))
 
     def _first_answers(
         self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore]

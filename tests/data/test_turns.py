@@ -142,10 +142,10 @@ def pair_maker(
 
 
 def new_pairs(maker: PairMaker) -> list[dict[str, Any]]:
-    from tqdm.auto import tqdm
+    from spin_lightning.progress import progress
 
-    with torch.no_grad(), tqdm(disable=True) as progress:
-        return maker._new_pairs(maker.prompts, {}, progress)
+    with torch.no_grad(), progress("answering", 1, "responses") as phase:
+        return maker._new_pairs(maker.prompts, {}, phase)
 
 
 @pytest.mark.parametrize(
