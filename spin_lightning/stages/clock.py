@@ -127,7 +127,8 @@ class SelfPlay(HoldsFolder):
         self.stopped_because: str | None = None
         self.trainer: Any = None
         self.remembered = Remembered()
-        self._iteration: Iteration | None = None  # whose training set is loaded
+        self.iteration = -1  # whose training set is loaded
+        self._playing: Iteration | None = None
         self._training_set = NOTHING
         self._report: dict[str, Any] = {}  # of the training set; a checkpoint's until one is loaded
 
@@ -157,8 +158,8 @@ class SelfPlay(HoldsFolder):
         if self.stopped_because or (epoch >= self.total_epochs and not self.trainer.fast_dev_run):
             return NOTHING
         number = next((k for k, end in enumerate(accumulate(self.epochs)) if epoch < end), self.iterations - 1)
-        is_first_load = self._iteration is None
-        if self._iteration is None or number != self._iteration.number:
+        is_first_load = self._playing is None
+        if number != self.iteration:
             is_fresh = epoch in self._boundaries and not internals.resumes_inside_epoch(self.trainer)
             if is_first_load:  # not in setup: a command that is refused changes nothing
                 self.trainer.datamodule.write_report(self.output_dir)
@@ -193,7 +194,7 @@ class SelfPlay(HoldsFolder):
         if training_set.rows.num_rows == 0:
             self.stop(training_set.if_empty)
         notify(self.trainer, "on_generation_end", number, store, self._report)
-        self._iteration = iteration
+        self.iteration, self._playing = number, iteration
 
     def _make_iteration(self, number: int) -> Iteration:
         run = Run(self.output_dir, self.trainer.datamodule, self.shard_size, partial(end_if_asked, self.trainer))
@@ -224,8 +225,8 @@ class SelfPlay(HoldsFolder):
         if internals.was_cut_short(trainer) and not self.stopped_because:
             return
         if trainer.current_epoch + 1 in self._boundaries:
-            assert self._iteration is not None
-            self._end_iteration(self._iteration)
+            assert self._playing is not None
+            self._end_iteration(self._playing)
 
     def _end_iteration(self, iteration: Iteration) -> None:
         nll = self.trainer.callback_metrics.get("val/nll")
@@ -268,7 +269,7 @@ class SelfPlay(HoldsFolder):
         """Refuse what cannot be played, and take the run's folder."""
         if stage != "fit":
             return
-        self.trainer, self._iteration, self.stopped_because = trainer, None, None
+        self.trainer, self.iteration, self._playing, self.stopped_because = trainer, -1, None, None
         refuse_unplayable(trainer, pl_module, self.epochs)
         refuse_links(self.output_dir)
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.progress import Phase, display, progress
-from spin_lightning.runs.lightning_internals import starting_metrics
+from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import ResponseBatch
 
