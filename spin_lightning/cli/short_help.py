@@ -145,9 +145,13 @@ def _in_yaml(value: ast.expr | None) -> str:
 
 
 def _choices(annotation: ast.expr | None) -> list[str]:
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
-        return [str(choice) for choice in ast.literal_eval(f"[{ast.unparse(annotation.slice).strip('()')}]")]
-    return []
+    """The values of each ``Literal`` in an annotation."""
+    literals = [
+        ast.unparse(node.slice).strip("()")
+        for node in (ast.walk(annotation) if annotation is not None else ())
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal"
+    ]
+    return [str(choice) for literal in literals for choice in ast.literal_eval(f"[{literal}]")]
 
 
 def _first_sentence(text: str) -> str:

@@ -28,6 +28,7 @@ from spin_lightning.cli.settings_errors import check_configs, explaining_setting
 from spin_lightning.progress import display
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
+from spin_lightning.runs.lightning_internals import FlagsWin, attach, made_for_trainer, parsers_of, starts_processes
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.runs.run_checkpoint import RunCheckpoint
 from spin_lightning.runs.settings import SETTINGS, check_finished
@@ -102,7 +103,7 @@ class SaveRunConfig(SaveConfigCallback):
                 temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-class StageCLI(LightningCLI):
+class StageCLI(FlagsWin, LightningCLI):
     """Run a command of a stage: a run folder with checkpoint, loggers and config, and continuing where it was.
 
     Args:
@@ -155,7 +156,7 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         check_configs(args)
-        self._subcommand_parsers[COMMANDS[self.word].method].prog = f"spin-lightning {self.word}"  # for --help
+        parsers_of(self)[COMMANDS[self.word].method].prog = f"spin-lightning {self.word}"  # for --help
         try:
             # Lightning's own also warns that `args` were given: here they always are
             with own_defaults():
@@ -197,7 +198,7 @@ class StageCLI(LightningCLI):
                     return f" The section {section} is of spin-lightning {other}; this is {self.word}."
             if section in COMMANDS:
                 return f" Sections stand alone, as model, data and trainer, and not in one called {section}."
-        known = {key for parser in self._subcommand_parsers.values() for key, _ in parser.get_defaults().items()}
+        known = {key for parser in parsers_of(self).values() for key, _ in parser.get_defaults().items()}
         wrong = [word for word in words if len(word) > 3 and not word.endswith(tuple(known))]
         close = {match for word in wrong for match in get_close_matches(word, known, 3, 0.75)}
         for last in (word.rpartition(".")[2] for word in words):  # output_dir, lr
@@ -207,9 +208,6 @@ class StageCLI(LightningCLI):
                 if ".init_args." not in key and last in (name := key.rpartition(".")[2], _initials(name))
             }
         return f" Did you mean {' or '.join(sorted(close))}?" if close else ""
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning lets hyper-parameters in a checkpoint silently override flags. Ours has none, and flags win."""
 
     @property
     def _output_dir(self) -> Path:
@@ -270,8 +268,7 @@ class StageCLI(LightningCLI):
         raise RunIsOver
 
     def _read_data(self, stage: str) -> None:
-        self.datamodule.trainer = self.trainer  # as in a fit: the model's tokenizer, and the folder's date
-        self.trainer.strategy.connect(self.model)
+        attach(self.trainer, self.model, self.datamodule)  # which has the model's tokenizer, and the folder's date
         self.datamodule.setup(stage)
 
     def before_fit(self) -> None:
@@ -290,10 +287,8 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
-        plugins = self.config_init[self.subcommand]["trainer"].get("plugins") or []  # made, not their settings
-        kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
-        callbacks = self.config_init[self.subcommand]["trainer"].get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        kwargs.setdefault("plugins", [*made_for_trainer(self, "plugins"), AtomicCheckpointIO()])
+        callbacks = made_for_trainer(self, "callbacks")
         display.is_on = config["trainer"]["enable_progress_bar"] is not False
         if display.is_on and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             kwargs.setdefault("callbacks", [ShowProgress(), *callbacks])
@@ -303,13 +298,11 @@ class StageCLI(LightningCLI):
                 CSVLogger(output_dir, name="logs", flush_logs_every_n_steps=1),  # a kill loses no row
                 TensorBoardLogger(output_dir, name="tensorboard", version=""),
             ]
-        defaults = self._subcommand_parsers[str(self.subcommand)].get_defaults()["trainer"]
+        defaults = parsers_of(self)[str(self.subcommand)].get_defaults()["trainer"]
         given = {f"trainer.{name}": value for name, value in config["trainer"].items() if value != defaults.get(name)}
         with explaining_settings(given):
             trainer = super().instantiate_trainer(**kwargs)
-        starts_others = (
-            type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
-        )  # even one, with ddp_spawn
+        starts_others = starts_processes(trainer)
         if trainer.world_size > 1 or starts_others:
             got = repr(config["trainer"]["strategy"]) if starts_others else trainer.world_size
             raise UserError(

@@ -87,3 +87,30 @@ def keep_batches_as_collated(trainer: Any) -> None:
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+class FlagsWin:
+    """For a LightningCLI: what ``--ckpt_path`` names is left unread, whatever hyper-parameters it holds.
+
+    Lightning sets the model's settings from a checkpoint's hyper-parameters, silently and over the flags.
+    """
+
+    def _parse_ckpt_path(self) -> None:
+        """In place of Lightning's own, which loads the whole file."""
+
+
+def parsers_of(cli: Any) -> dict[str, Any]:
+    """The parser of each subcommand."""
+    return dict(cli._subcommand_parsers)
+
+
+def made_for_trainer(cli: Any, name: str) -> list[Any]:
+    """The objects that were made of a setting of the trainer, such as ``plugins``, which is about to be made itself.
+
+    Later the trainer adds callbacks of its own to the same list.
+    """
+    made = cli.config_init[cli.subcommand]["trainer"].get(name)
+    return list(made) if isinstance(made, list) else [] if made is None else [made]

@@ -113,7 +113,7 @@ class Base:
         rate: How fast. And more.
         kind: Which ``one``.
     """
-    def __init__(self, rate: float = 3e-7, kind: Literal["a", "b"] = "a"): ...
+    def __init__(self, rate: float = 3e-7, kind: "int" | Literal["a", "b"] = "a"): ...
 
 class Module(Base):
     """Trains.
