@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import yaml
-from helpers import byte_tokenizer, save_tiny_model, tiny_model
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from spin_lightning import losses
-from spin_lightning.data.encoding import Encoder
-from spin_lightning.models import log_probs
-from spin_lightning.models.batches import collate_pairs, pack
-from spin_lightning.models.loading import disable_dropout, load_policy, load_tokenizer, locate, save_model, weights_hash
-from spin_lightning.models.log_probs import pair_log_probs, rounding_of
-from spin_lightning.models.model_card import render_model_card
 from spin_lightning.runs.files import read_json, replacing, sha256_of, write_json
-from spin_lightning.schedule import at_iteration, check_schedule
-from spin_lightning.stages.gate import FLOOR, check_gate
-from spin_lightning.stages.metrics import PairMetrics, RewardAccuracy
-from spin_lightning.stages.opponent import ResidentOpponent, StoredOpponent
-from spin_lightning.stages.optim import Float32Master
-from spin_lightning.types import PairBatch, PairLogProbs, PairLossOutput, UserError
 
 
 def test_replaced_file_is_old_or_new_and_never_half(tmp_path: Path) -> None:
