@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from spin_lightning.generation.pair_maker import PairMaker, own_pairs
 from spin_lightning.generation.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
 from spin_lightning.generation.synthetic_data import SyntheticDataModule
+from spin_lightning.models.batches import collate_pairs
 from spin_lightning.models.loading import dtype_name, load_policy
 from spin_lightning.models.model_card import render_model_card
 from spin_lightning.models.rope import refuse_crossing
@@ -40,6 +43,14 @@ from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.stages.spin import SpinLightningModule
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The pairs of an epoch, and what makes batches of them."""
+
+    rows: pa.Table
+    collate: Callable[..., list[Any]] = collate_pairs
 
 
 class SelfPlay(L.Callback):
@@ -121,7 +132,7 @@ class SelfPlay(L.Callback):
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
-    def ensure_iteration(self) -> pa.Table:
+    def ensure_iteration(self) -> TrainingSet:
         """The training set of the epoch that is about to begin; a new iteration starts here. Empty when the game is over.
 
         Raises:
@@ -130,7 +141,7 @@ class SelfPlay(L.Callback):
         loop = self.trainer.fit_loop
         epoch = loop.epoch_progress.current.processed  # current_epoch is one behind after an end-of-epoch resume
         if self.stopped_because or (epoch >= self.total_epochs and not self.trainer.fast_dev_run):
-            return pa.table({})
+            return TrainingSet(pa.table({}))
         iteration = self._iteration_of(epoch)
         if iteration != self.iteration:
             is_first_load = self.iteration < 0
@@ -151,7 +162,7 @@ class SelfPlay(L.Callback):
             if self.stopped_because and not is_first_load:
                 raise StopIteration(self.stopped_because)
         assert self._pairs is not None
-        return self._pairs
+        return TrainingSet(self._pairs)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_first_epoch(trainer.current_epoch):  # Lightning skips this hook when it resumes in mid-epoch

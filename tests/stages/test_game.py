@@ -39,8 +39,8 @@ from spin_lightning import (
     TSpinLoss,
     UserError,
 )
+from spin_lightning.data.loader import ResumableLoader
 from spin_lightning.generation.pair_store import PairStore
-from spin_lightning.generation.synthetic_data import ResumableLoader
 from spin_lightning.models import forward_paths
 from spin_lightning.models.saving import weights_hash
 from spin_lightning.stages.optim import Float32Master
