@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spin_lightning.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from spin_lightning.data.module import RowDataModule as RowDataModule
     from spin_lightning.generation import ContinuousGenerator as ContinuousGenerator
     from spin_lightning.generation import ResponseGenerator as ResponseGenerator
     from spin_lightning.generation import TransformersGenerator as TransformersGenerator
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 #: Every public name, by the module it is in. The imports above tell editors and type checkers the same; a test compares them.
 _HOMES = {
+    "data.module": ("RowDataModule",),
     "generation": ("ContinuousGenerator", "ResponseGenerator", "TransformersGenerator"),
     "generation.synthetic_data": ("SyntheticDataModule",),
     "losses": (

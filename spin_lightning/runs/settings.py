@@ -58,9 +58,12 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
     found = {
         "model.optimizer.class": type(optimizer).__qualname__,
         **{f"model.optimizer.{key}": _plain(value) for key, value in optimizer.defaults.items() if key != "lr"},
-        **{f"data.generator.{key}": value for key, value in data.generator.sampling.items()},
         **{f"trainer.{name}": _plain(getattr(trainer, name)) for name in _OF_TRAINER},
         **{f"trainer.{name}": repr(getattr(trainer, name)) for name in _LIMITS},  # 1 batch is not 1.0, all of them
+    }
+    generator = getattr(data, "generator", None)  # a stage without sampling has none
+    found |= {
+        f"data.generator.{key}": value for key, value in (generator.sampling if generator is not None else {}).items()
     }
     if data.prompts:
         hashes = (data.prompts_hash, data.held_out_hash, data.encoder.fingerprint)
@@ -68,6 +71,8 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
     parts = _parts_of(trainer, module, data)
     for prefix, part in parts.items():
         found |= _arguments_of(part, prefix)
+    if generator is not None:
+        found.pop("data.max_response_tokens", None)  # the generator's max_new_tokens
     if "self_play" not in parts:
         found["trainer.max_epochs"] = trainer.max_epochs
     return redacted({key: value for key, value in sorted(found.items()) if key not in HARMLESS})

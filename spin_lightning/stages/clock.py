@@ -22,7 +22,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from spin_lightning.generation.synthetic_data import SyntheticDataModule
+from spin_lightning.generation.synthetic_data import NOTHING, SyntheticDataModule, TrainingSet
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.runs import lightning_internals as internals
 from spin_lightning.runs import signals
@@ -30,7 +30,7 @@ from spin_lightning.runs.checkpoints import last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.run_checkpoint import HoldsFolder, RunCheckpoint
 from spin_lightning.schedule import check_schedule
-from spin_lightning.stages.iteration import NOTHING, Iteration, Run, TrainingSet
+from spin_lightning.stages.iteration import Iteration, Run
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import torch
 from spin_lightning.generation.base import Player
 from spin_lightning.generation.pair_maker import PairMaker, own_pairs
 from spin_lightning.generation.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
-from spin_lightning.generation.synthetic_data import SyntheticDataModule
+from spin_lightning.generation.synthetic_data import SyntheticDataModule, TrainingSet
 from spin_lightning.losses import PairLoss
 from spin_lightning.models.batches import collate_pairs
 from spin_lightning.models.model_card import render_model_card
@@ -78,31 +78,6 @@ class Policy:
     numerics: Callable[[], AbstractContextManager[Any]]
     load: Callable[[Path | None], PreTrainedModel]
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What an iteration trains on.
-
-    Attributes:
-        rows: One row of the table is one unit of ``data.batch_size``; a column ``prompt_id`` tells which belong together.
-        collate: Makes a batch, a list of passes of at most so many tokens, of some rows.
-        report: What a person should know before training on it, kept in the iteration's summary and handed to callbacks.
-        metrics: What of it goes to the loggers.
-        sentence: The same in words. Empty: nothing is said.
-        if_empty: Why a table without rows ends the run.
-    """
-
-    rows: pa.Table
-    collate: Callable[[Sequence[Mapping[str, Any]], int], list[Any]]
-    report: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    sentence: str = ""
-    if_empty: str = "there is nothing left to train on"
-
-
-#: When a run is over.
-NOTHING = TrainingSet(pa.table({}), lambda rows, max_tokens: [])
 
 
 class Iteration(ABC):

@@ -73,6 +73,26 @@ class PolicyModule(L.LightningModule):
     Given a model object instead of a name, it trains that object, in place; where self-play needs the weights it started with
     again (the resident opponent, alpha-SPIN), a copy of them is kept on the CPU.
 
+    Its settings are those of every stage, declared here alone: a subclass takes ``**policy`` and hands it on.
+
+    Args:
+        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
+            a model of ``transformers``, which is then trained in place.
+        learning_rate: Peak of the schedule.
+        optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
+        lr_schedule: Shape of the decay after the warm-up; in self-play restarted each iteration.
+        warmup_ratio: Share of the steps (in self-play: of an iteration's steps) that warm up.
+        dropout: Keep the model's dropout on. Self-play wants it off, because policy and opponent must agree at the start.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
+        revision: Commit or tag of a hub model. Pin it for results that last.
+        trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
+        on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows; ``skip`` the update; or
+            ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in any case.
+
+    Raises:
+        UserError: A setting is outside its range.
+
     Attributes:
         update_loss: The loss of the update in progress: the mean over its batches so far.
         update_is_complete: Whether the batch in progress, or else the last one, is its update's last.
@@ -85,7 +105,7 @@ class PolicyModule(L.LightningModule):
     def __init__(
         self,
         model_name_or_path: ModelOrName,
-        learning_rate: float | list[float] = 5e-7,
+        learning_rate: float | list[float] = 2e-5,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
         warmup_ratio: float = 0.1,

@@ -11,8 +11,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from spin_lightning.losses import PairLoss, SpinLoss
@@ -33,7 +31,8 @@ from spin_lightning.types import PairBatch, PairLogProbs, UserError
 class SpinLightningModule(IterativeModule):
     """Self-play fine-tuning of one language model (Chen et al. 2024, arXiv:2401.01335).
 
-    Settings that may change over the game take one value, or a list with one value an iteration.
+    Settings that may change over the game take one value, or a list with one value an iteration. Takes every setting of
+    ``PolicyModule`` too.
 
     Args:
         model_name_or_path: The SFT model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
@@ -42,18 +41,8 @@ class SpinLightningModule(IterativeModule):
             and diverge. The paper ran 0.1, with few and small steps.
         loss: The pair loss, as a class path with its settings.
         learning_rate: Peak of the schedule. The paper used 5e-7, later 1e-7, for 7B; small models want more (1e-5).
-        optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
         opponent: ``stored`` computes its log-probs once an iteration; ``resident`` keeps a frozen copy in memory; or an ``Opponent`` of
             your own by its class path.
-        lr_schedule: Shape of the decay after the warm-up, restarted each iteration.
-        warmup_ratio: Share of an iteration's steps that warm up.
-        dropout: Keep the model's dropout on. Off, because policy and opponent must agree at the start.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
-        revision: Commit or tag of a hub model. Pin it for results that last.
-        trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
-        on_non_finite: What to do when a gradient is not a number: ``stop`` and name the rows; ``skip`` the update; or ``rollback`` to
-            the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in any case.
 
     Raises:
         UserError: A setting is outside its range.
@@ -68,30 +57,10 @@ class SpinLightningModule(IterativeModule):
         beta: float | list[float] = 1.0,
         loss: PairLoss | None = None,
         learning_rate: float | list[float] = 5e-7,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
         opponent: Opponent | Literal["stored", "resident"] = "stored",
-        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
-        warmup_ratio: float = 0.1,
-        dropout: bool = False,
-        gradient_checkpointing: bool = False,
-        attn_implementation: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
+        **policy: Any,
     ) -> None:
-        super().__init__(
-            model_name_or_path,
-            learning_rate,
-            optimizer,
-            lr_schedule,
-            warmup_ratio,
-            dropout,
-            gradient_checkpointing,
-            attn_implementation,
-            revision,
-            trust_remote_code,
-            on_non_finite,
-        )
+        super().__init__(model_name_or_path, learning_rate=learning_rate, **policy)
         for value in beta if isinstance(beta, list) else [beta]:
             if not value > 0:
                 raise UserError(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from spin_lightning.cli import check
 from spin_lightning.cli import commands as cli
 from spin_lightning.cli.commands import config_folder
-from spin_lightning.generation.synthetic_data import COUNTED
+from spin_lightning.data.report import COUNTED
 from spin_lightning.types import UserError
 
 PROMPT = r"<|im_start|> u s e r \n 0 + 1 ? <|im_end|> \n <|im_start|> a s s i s t a n t \n"

@@ -11,7 +11,7 @@ import torch
 from helpers import tiny_model
 from torch import Tensor, nn
 
-from spin_lightning.generation.synthetic_data import ResumableSampler
+from spin_lightning.data.loader import ResumableSampler
 from spin_lightning.losses import SpinLoss
 from spin_lightning.models import forward_paths
 from spin_lightning.models.batches import collate_pairs, collate_prompts, pack, pack_rows

@@ -14,10 +14,15 @@ def test_replaced_file_is_old_or_new_and_never_half(tmp_path: Path) -> None:
     with replacing(path) as temporary:
         assert temporary.parent == path.parent
         temporary.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.write_text("half")
-        assert path.read_text() == "old"
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            assert path.read_text() == "old"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert [child.name for child in path.parent.iterdir()] == ["file.txt"]
 

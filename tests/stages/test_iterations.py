@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from spin_lightning import AtomicCheckpointIO, Health, RunCheckpoint, SelfPlay, ShowAnswers, SyntheticDataModule
 from spin_lightning.generation.base import Player, opened, seed_of
+from spin_lightning.generation.synthetic_data import TrainingSet
 from spin_lightning.models.batches import pack_rows
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import evaluating
 from spin_lightning.models.saving import weights_hash
 from spin_lightning.runs.shards import ShardStore
-from spin_lightning.stages.iteration import Iteration, Run, TrainingSet
+from spin_lightning.stages.iteration import Iteration, Run
 from spin_lightning.stages.iterative import IterativeModule
 
 IDS = pa.list_(pa.int32())
