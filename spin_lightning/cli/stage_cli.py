@@ -114,9 +114,7 @@ class StageCLI(LightningCLI):
     is_over = False
 
     def __init__(self, args: Sequence[str]) -> None:
-        for library in ("lightning.pytorch.utilities.rank_zero", "transformers.utils.generic"):
-            logging.getLogger(library).addFilter(_is_for_users)
-        warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_for_users)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch's
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # collating ids takes no time
         super().__init__(
@@ -373,5 +371,5 @@ def _initials(name: str) -> str:
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """No advertisement; nor that ``past_key_values`` has a new name, which transformers 5.23 does not know."""
-    return not any(word in record.getMessage() for word in ("litlogger", "Tip:", "past_key_values"))
+    """No advertisement."""
+    return not any(word in record.getMessage() for word in ("litlogger", "Tip:"))
