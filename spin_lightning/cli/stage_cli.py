@@ -119,8 +119,6 @@ class StageCLI(FlagsWin, LightningCLI):
         self.stage: Stage = resolve_name(command.stage)
         for library in ("lightning.pytorch", "lightning.fabric"):  # their warnings are for users, their news are not
             logging.getLogger(library).setLevel(logging.WARNING)
-        logging.getLogger("transformers.utils.generic").addFilter(_is_for_users)
-        warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch's
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # collating ids takes no time
         super().__init__(
@@ -345,8 +343,3 @@ def _default_lr(class_path: str) -> Any:
 
 def _initials(name: str) -> str:
     return "".join(word[:1] for word in name.split("_"))
-
-
-def _is_for_users(record: logging.LogRecord) -> bool:
-    """Not that ``past_key_values`` has a new name, which transformers 5.23 does not know."""
-    return "past_key_values" not in record.getMessage()

@@ -22,6 +22,7 @@ from spin_lightning.generation.sampling import choose_tokens, dtype_of_uniforms,
 from spin_lightning.generation.slots import SlotCache
 from spin_lightning.generation.transformers import TransformersGenerator
 from spin_lightning.models import rope
+from spin_lightning.models.cache import cache_argument, cache_of
 from spin_lightning.terminal import say
 from spin_lightning.types import Response
 
@@ -158,6 +159,7 @@ def _trial(model: nn.Module, ids: list[int], pad_id: int) -> tuple[float, float]
 
 def _logits_alone(model: nn.Module, ids: Tensor, start: int) -> Iterator[Tensor]:
     """Logits after one token and the next, from ``start`` on, in a batch of this row alone."""
-    cache = model(input_ids=ids[:, :start], use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=ids[:, :start], use_cache=True))
     for column in range(start, ids.shape[1]):
-        yield model(input_ids=ids[:, column : column + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+        inputs = {"input_ids": ids[:, column : column + 1], cache_argument(model): cache}
+        yield model(**inputs, use_cache=True).logits[0, -1]

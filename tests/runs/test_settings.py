@@ -72,7 +72,10 @@ def of(section: str, found: dict[str, Any]) -> set[str]:
 
 def test_every_setting_of_a_stage_is_recorded_wherever_it_is_declared(model: str) -> None:
     common = {"model": OF_POLICY, "data": [*OF_ROWS, *OF_GAME]}
-    for module, own in ((SpinLightningModule(model), ["beta", "loss", "opponent"]), (SftLightningModule(model), ["average", "max_updates"])):
+    for module, own in (
+        (SpinLightningModule(model), ["beta", "loss", "opponent"]),
+        (SftLightningModule(model), ["average", "max_updates"]),
+    ):
         found = settings(module)
         assert {key for key in of("model", found) if not key.startswith("optimizer.")} == {*common["model"], *own}
         assert {key for key in of("data", found) if not key.startswith("generator.")} == set(common["data"])
@@ -82,7 +85,9 @@ def test_every_setting_of_a_stage_is_recorded_wherever_it_is_declared(model: str
 
 def test_what_a_class_of_the_user_s_hands_on_is_recorded_too(model: str) -> None:
     plain = settings(SpinLightningModule(model, beta=0.5, warmup_ratio=0.25))
-    mine = settings(MyModule(model_name_or_path=model, beta=0.5, warmup_ratio=0.25, extra=3), MyData("rows.jsonl", seed=7))
+    mine = settings(
+        MyModule(model_name_or_path=model, beta=0.5, warmup_ratio=0.25, extra=3), MyData("rows.jsonl", seed=7)
+    )
     assert mine == {**plain, "model.extra": 3, "data.shuffle": True, "data.seed": 7}
     loss = settings(SpinLightningModule(model, loss=MyLoss(link="hinge")))["model.loss"]
     assert (loss["class"], loss[".tau"], loss[".link"]) == ("MyLoss", 0.3, "hinge")
@@ -163,4 +168,8 @@ def test_a_record_of_sft_with_a_sampler_goes_on_with_the_cap_it_had(model: str, 
     assert shown == "  data.max_response_tokens: 5 -> 6"
     check(module, settings(module, RowDataModule("rows.jsonl")), RowDataModule("rows.jsonl"))
     with pytest.raises(UserError, match=r"data\.answers_per_prompt: 1 -> 2"):
-        check(SpinLightningModule(model), settings(SpinLightningModule(model)), SyntheticDataModule("a", answers_per_prompt=2))
+        check(
+            SpinLightningModule(model),
+            settings(SpinLightningModule(model)),
+            SyntheticDataModule("a", answers_per_prompt=2),
+        )
