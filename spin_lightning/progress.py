@@ -110,6 +110,11 @@ class Display:
         self._shown_share = 0.0
         self._redirected: list[tuple[Any, Any]] = []
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a live line is on the terminal now."""
+        return self._live is not None
+
     def show(self, is_new: bool = False) -> None:
         """Draw the line of the innermost phase if it is time to, or if that is another than before."""
         now = self.clock()
@@ -276,10 +281,10 @@ def _time(seconds: float) -> str:
     """A time in the two largest units that matter.
 
     Example:
-        >>> [_time(seconds) for seconds in (0.4, 59, 150, 5000)]
-        ['0 s', '59 s', '2 min', '1 h 23 min']
+        >>> [_time(seconds) for seconds in (0.4, 99, 119, 5000)]
+        ['0 s', '99 s', '2 min', '1 h 23 min']
     """
-    if seconds < 120:
+    if seconds < 99.5:
         return f"{seconds:.0f} s"
-    minutes = int(seconds // 60)
+    minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

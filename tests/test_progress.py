@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from games import Do, Game
+from lightning.pytorch.callbacks import ProgressBar
+from transformers import modeling_gguf_pytorch_utils as gguf
 
+from spin_lightning import ShowProgress
 from spin_lightning import progress as module
+from spin_lightning.cli.commands import run
+from spin_lightning.models.loading import load_policy, load_tokenizer, save_model, without_bars
 from spin_lightning.progress import Display, Phase
 from spin_lightning.terminal import say
 
@@ -166,9 +172,9 @@ def test_a_narrow_terminal_has_shorter_words_and_then_fewer(clock: Clock, monkey
         phase.end(is_done=False)
         terminal.truncate(0)
     assert seen == {
-        "120": "iteration 0 (1 of 3), training: 620 of 1,000 steps (62%), 2 min left, loss 0.412, margin 0.831, mine 7, 1,540 tokens/s",
-        "80": "iteration 0 (1/3) training 62%, 2 min left, loss 0.412, margin 0.831, mine 7",
-        "60": "iteration 0 (1/3) training 62%, 2 min left, loss 0.412",
+        "120": "iteration 0 (1 of 3), training: 620 of 1,000 steps (62%), 3 min left, loss 0.412, margin 0.831, mine 7, 1,540 tokens/s",
+        "80": "iteration 0 (1/3) training 62%, 3 min left, loss 0.412, margin 0.831, mine 7",
+        "60": "iteration 0 (1/3) training 62%, 3 min left, loss 0.412",
         "12": "iteration 0 ",
     }
 
@@ -226,7 +232,7 @@ def test_without_a_cursor_a_plain_line_comes_now_and_then(
     # every tenth of the work in its fast half, then every thirty seconds; an end
     assert came[:8] == [100, 200, 300, 400, 500, 530, 560, 590] and len(came) == 5 + 500 // 30
     lines = terminal.getvalue().splitlines()
-    assert lines[0] == "answering: 100 of 1,000 responses (10%), 3 min left, 40 tokens/s"
+    assert lines[0] == "answering: 100 of 1,000 responses (10%), 4 min left, 40 tokens/s"
     assert lines[-1] == "answering: 1,000 responses in 10 min, 16 tokens/s"
     assert not {"\r", "\x1b"} & set(terminal.getvalue())
 
@@ -306,6 +312,23 @@ def on_a_terminal(code: str, *args: str, cwd: Path | None = None) -> tuple[int, 
     return process.wait(), raw.decode()
 
 
+def test_a_signal_is_answered_above_the_line() -> None:
+    code = """
+        import os, signal
+        from spin_lightning.progress import progress
+        from spin_lightning.runs import signals
+        signals.listen()
+        with progress("training") as phase:
+            os.kill(os.getpid(), signal.SIGINT)
+            phase.display.show(is_new=True)
+            signals.end_if_asked()
+    """
+    _, raw = on_a_terminal(code)
+    screen = Screen().feed(raw)
+    assert screen.text.startswith("SIGINT received: ending at the next point that can be continued from.")
+    assert screen.most_live == 1 and "training" not in screen.text.splitlines()
+
+
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "RuntimeError('broken')"])
 def test_a_traceback_stands_below_what_was_said_and_the_line_is_gone(error: str) -> None:
     code = f"""
@@ -362,16 +385,23 @@ def test_a_game_on_a_terminal_has_one_live_line_and_whole_remarks(model: str, ro
         assert noise not in raw, noise
 
 
+def test_weights_are_read_and_written_without_bars(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    save_model(load_policy(model), load_tokenizer(model), tmp_path / "policy", "# card", 1)
+    with without_bars():
+        assert list(gguf.tqdm("ab")) == ["a", "b"]
+    assert capfd.readouterr() == ("", "")
+    assert list(gguf.tqdm("ab", desc="a bar")) == ["a", "b"] and "a bar: 100%" in capfd.readouterr().err
+
+
 # --- with a Trainer -------------------------------------------------------------------------------------------------
 
 
 def test_training_without_a_terminal_is_not_silent(
     model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from games import Do, Game
-
-    from spin_lightning import ShowProgress
-
     clock = Clock()
     monkeypatch.setattr(module.display, "clock", clock)
 
@@ -409,10 +439,6 @@ def test_the_command_line_has_this_display_and_says_little(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lightning.pytorch.callbacks import ProgressBar
-
-    from spin_lightning.cli.commands import run
-
     monkeypatch.setattr(module.display, "is_on", True)
     more = {
         "no bar": ["--trainer.enable_progress_bar=false"],
