@@ -25,7 +25,7 @@ from spin_lightning.terminal import printable, say
 
 Item = TypeVar("Item")
 
-#: Work shorter than this, in seconds, is not worth a line.
+#: Work shorter than this, in seconds, is not worth a line that stays.
 LEAST_SECONDS = 2.0
 #: A plain line comes after so many seconds, or after this share of the work if that took ``LEAST_SECONDS``.
 PACE_SECONDS, PACE_SHARE = 30.0, 0.1
@@ -42,6 +42,7 @@ class Phase:
         total: How many there are to do; infinite or None if nobody knows.
         unit: What is counted, in the plural; empty if nothing is.
         facts: Asked for what else a line says when one is drawn, and only then, such as ``{"loss": "0.693"}``.
+        waits: Not on a terminal at once, but when it has taken two seconds: for many small steps, which may be over by then.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Phase:
         total: float | None = None,
         unit: str = "",
         facts: Callable[[], Mapping[str, str]] = dict,
+        waits: bool = False,
     ) -> None:
-        self.display, self.name, self.unit, self.facts = display, name, unit, facts
+        self.display, self.name, self.unit, self.facts, self.waits = display, name, unit, facts, waits
         self.total = math.inf if total is None else total
         self.done = self.skipped = self.tokens = 0
         self.began = self.elsewhere = 0.0  # elsewhere: seconds that phases inside of this one took
@@ -123,7 +125,7 @@ class Display:
         self._looked_at = now
         first, phase = self.phases[0], self.phases[-1]
         if self._live is not None or is_live():
-            if self._live is not None or not phase.unit or now - first.began >= LEAST_SECONDS:
+            if self._live is not None or not phase.waits or now - first.began >= LEAST_SECONDS:
                 self._draw(now)
         elif self._is_due(now, phase, is_inner=phase is not first):
             self._shown_at, self._shown_share = now, _share(first)
@@ -232,7 +234,7 @@ atexit.register(display.stop)
 def progress(
     name: str, total: float | None = None, unit: str = "", facts: Callable[[], Mapping[str, str]] = dict
 ) -> Phase:
-    """Something that takes time, for a ``with``: it is shown as long as that lasts, if it takes more than two seconds.
+    """Something that takes time, for a ``with``: it is shown as long as that lasts, and remembered if that was two seconds.
 
     Args:
         name: What goes on.
@@ -251,13 +253,13 @@ def progress(
 
 
 def track(items: Iterable[Item], name: str, total: float | None = None, unit: str = "rows") -> Iterator[Item]:
-    """The same items, one by one, shown as they are taken.
+    """The same items, one by one, and how many were taken, if that takes more than two seconds.
 
     Example:
         >>> list(track("abc", "reading", total=3))
         ['a', 'b', 'c']
     """
-    with progress(name, total, unit) as phase:
+    with Phase(display, name, total, unit, waits=True) as phase:
         for item in items:
             yield item
             phase.advance()
