@@ -25,7 +25,7 @@ from spin_lightning.terminal import printable, say
 
 Item = TypeVar("Item")
 
-#: Work shorter than this, in seconds, is not worth a line.
+#: Work shorter than this, in seconds, is not worth a line that stays.
 LEAST_SECONDS = 2.0
 #: A plain line comes after so many seconds, or after this share of the work if that took ``LEAST_SECONDS``.
 PACE_SECONDS, PACE_SHARE = 30.0, 0.1
@@ -42,6 +42,7 @@ class Phase:
         total: How many there are to do; infinite or None if nobody knows.
         unit: What is counted, in the plural; empty if nothing is.
         facts: Asked for what else a line says when one is drawn, and only then, such as ``{"loss": "0.693"}``.
+        waits: Not on a terminal at once, but when it has taken two seconds: for many small steps, which may be over by then.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Phase:
         total: float | None = None,
         unit: str = "",
         facts: Callable[[], Mapping[str, str]] = dict,
+        waits: bool = False,
     ) -> None:
-        self.display, self.name, self.unit, self.facts = display, name, unit, facts
+        self.display, self.name, self.unit, self.facts, self.waits = display, name, unit, facts, waits
         self.total = math.inf if total is None else total
         self.done = self.skipped = self.tokens = 0
         self.began = self.elsewhere = 0.0  # elsewhere: seconds that phases inside of this one took
@@ -110,6 +112,11 @@ class Display:
         self._shown_share = 0.0
         self._redirected: list[tuple[Any, Any]] = []
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a live line is on the terminal now."""
+        return self._live is not None
+
     def show(self, is_new: bool = False) -> None:
         """Draw the line of the innermost phase if it is time to, or if that is another than before."""
         now = self.clock()
@@ -118,7 +125,7 @@ class Display:
         self._looked_at = now
         first, phase = self.phases[0], self.phases[-1]
         if self._live is not None or is_live():
-            if self._live is not None or not phase.unit or now - first.began >= LEAST_SECONDS:
+            if self._live is not None or not phase.waits or now - first.began >= LEAST_SECONDS:
                 self._draw(now)
         elif self._is_due(now, phase, is_inner=phase is not first):
             self._shown_at, self._shown_share = now, _share(first)
@@ -227,7 +234,7 @@ atexit.register(display.stop)
 def progress(
     name: str, total: float | None = None, unit: str = "", facts: Callable[[], Mapping[str, str]] = dict
 ) -> Phase:
-    """Something that takes time, for a ``with``: it is shown as long as that lasts, if it takes more than two seconds.
+    """Something that takes time, for a ``with``: it is shown as long as that lasts, and remembered if that was two seconds.
 
     Args:
         name: What goes on.
@@ -246,13 +253,13 @@ def progress(
 
 
 def track(items: Iterable[Item], name: str, total: float | None = None, unit: str = "rows") -> Iterator[Item]:
-    """The same items, one by one, shown as they are taken.
+    """The same items, one by one, and how many were taken, if that takes more than two seconds.
 
     Example:
         >>> list(track("abc", "reading", total=3))
         ['a', 'b', 'c']
     """
-    with progress(name, total, unit) as phase:
+    with Phase(display, name, total, unit, waits=True) as phase:
         for item in items:
             yield item
             phase.advance()
@@ -276,10 +283,10 @@ def _time(seconds: float) -> str:
     """A time in the two largest units that matter.
 
     Example:
-        >>> [_time(seconds) for seconds in (0.4, 59, 150, 5000)]
-        ['0 s', '59 s', '2 min', '1 h 23 min']
+        >>> [_time(seconds) for seconds in (0.4, 99, 119, 5000)]
+        ['0 s', '99 s', '2 min', '1 h 23 min']
     """
-    if seconds < 120:
+    if seconds < 99.5:
         return f"{seconds:.0f} s"
-    minutes = int(seconds // 60)
+    minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

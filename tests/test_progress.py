@@ -14,8 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from games import Do, Game
+from lightning.pytorch.callbacks import ProgressBar
+from transformers import modeling_gguf_pytorch_utils as gguf
 
+from spin_lightning import ShowProgress
 from spin_lightning import progress as module
+from spin_lightning.cli.commands import run
+from spin_lightning.models.loading import load_policy, load_tokenizer, save_model, without_bars
 from spin_lightning.progress import Display, Phase
 from spin_lightning.terminal import say
 
@@ -114,7 +120,7 @@ def test_the_innermost_phase_has_the_line_and_gives_it_back(clock: Clock, monkey
     terminal = terminal_of(monkeypatch)
     display = Display(clock)
     display.heading = "iteration 0 (1 of 3)"
-    with Phase(display, "training", 10, "steps") as training:
+    with Phase(display, "training", 10, "steps", waits=True) as training:
         assert terminal.getvalue() == ""  # it may be over at once
         clock.now += 4
         training.advance(2)
@@ -145,8 +151,11 @@ def test_remarks_prints_and_logs_stand_above_the_line(clock: Clock, monkeypatch:
     logger.removeHandler(handler)
     screen = screen_of(terminal)
     assert handler.stream is terminal and screen.most_live == 1
-    joined = terminal.getvalue()
-    assert joined.count(f"\x1b[2K{remark}\n") == 4 and "longer than a terminal" in screen.text.replace("\n", "")
+    assert terminal.getvalue().count(f"\x1b[2K{remark}\n") == 3  # whole
+    assert screen.text.splitlines()[:2] == [  # of our own, with line ends between words
+        "note: [bold]a remark[/bold] with 100% of its :smile: characters, longer than a",
+        "  terminal is wide longer than a terminal is wide longer than a terminal is wide",
+    ]
     assert screen.text.splitlines()[-2:] == ["answering: 1 responses in 5 s, 10 tokens/s", "and after it"]
 
 
@@ -166,9 +175,9 @@ def test_a_narrow_terminal_has_shorter_words_and_then_fewer(clock: Clock, monkey
         phase.end(is_done=False)
         terminal.truncate(0)
     assert seen == {
-        "120": "iteration 0 (1 of 3), training: 620 of 1,000 steps (62%), 2 min left, loss 0.412, margin 0.831, mine 7, 1,540 tokens/s",
-        "80": "iteration 0 (1/3) training 62%, 2 min left, loss 0.412, margin 0.831, mine 7",
-        "60": "iteration 0 (1/3) training 62%, 2 min left, loss 0.412",
+        "120": "iteration 0 (1 of 3), training: 620 of 1,000 steps (62%), 3 min left, loss 0.412, margin 0.831, mine 7, 1,540 tokens/s",
+        "80": "iteration 0 (1/3) training 62%, 3 min left, loss 0.412, margin 0.831, mine 7",
+        "60": "iteration 0 (1/3) training 62%, 3 min left, loss 0.412",
         "12": "iteration 0 ",
     }
 
@@ -231,7 +240,7 @@ def test_without_a_cursor_a_plain_line_comes_now_and_then(
     # every tenth of the work in its fast half, then every thirty seconds; an end
     assert came[:8] == [100, 200, 300, 400, 500, 530, 560, 590] and len(came) == 5 + 500 // 30
     lines = terminal.getvalue().splitlines()
-    assert lines[0] == "answering: 100 of 1,000 responses (10%), 3 min left, 40 tokens/s"
+    assert lines[0] == "answering: 100 of 1,000 responses (10%), 4 min left, 40 tokens/s"
     assert lines[-1] == "answering: 1,000 responses in 10 min, 16 tokens/s"
     assert not {"\r", "\x1b"} & set(terminal.getvalue())
 
@@ -311,6 +320,23 @@ def on_a_terminal(code: str, *args: str, cwd: Path | None = None) -> tuple[int, 
     return process.wait(), raw.decode()
 
 
+def test_a_signal_is_answered_above_the_line() -> None:
+    code = """
+        import os, signal
+        from spin_lightning.progress import progress
+        from spin_lightning.runs import signals
+        signals.listen()
+        with progress("training") as phase:
+            os.kill(os.getpid(), signal.SIGINT)
+            phase.display.show(is_new=True)
+            signals.end_if_asked()
+    """
+    _, raw = on_a_terminal(code)
+    screen = Screen().feed(raw)
+    assert screen.text.startswith("SIGINT received: ending at the next point that can be continued from.")
+    assert screen.most_live == 1 and "training" not in screen.text.splitlines()
+
+
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "RuntimeError('broken')"])
 def test_a_traceback_stands_below_what_was_said_and_the_line_is_gone(error: str) -> None:
     code = f"""
@@ -360,11 +386,20 @@ def test_a_game_on_a_terminal_has_one_live_line_and_whole_remarks(model: str, ro
         "health, iteration 0: held-out NLL went from ",
         "the game is over: all 2 iterations were played. Models: run/iteration_*/policy",
     ):
-        assert remark in "".join(char for row in screen.rows for char in row), (
-            remark
-        )  # over the terminal's own line ends
+        assert remark in " ".join(screen.text.split()), remark
     for noise in ("GPU available", "Seed set", "max_epochs", "Loading weights", "shards: ", "Params", "Epoch", "it/s"):
         assert noise not in raw, noise
+
+
+def test_weights_are_read_and_written_without_bars(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    save_model(load_policy(model), load_tokenizer(model), tmp_path / "policy", "# card", 1)
+    with without_bars():
+        assert list(gguf.tqdm("ab")) == ["a", "b"]
+    assert capfd.readouterr() == ("", "")
+    assert list(gguf.tqdm("ab", desc="a bar")) == ["a", "b"] and "a bar: 100%" in capfd.readouterr().err
 
 
 # --- with a Trainer -------------------------------------------------------------------------------------------------
@@ -373,10 +408,6 @@ def test_a_game_on_a_terminal_has_one_live_line_and_whole_remarks(model: str, ro
 def test_training_without_a_terminal_is_not_silent(
     model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from games import Do, Game
-
-    from spin_lightning import ShowProgress
-
     clock = Clock()
     monkeypatch.setattr(module.display, "clock", clock)
 
@@ -414,10 +445,6 @@ def test_the_command_line_has_this_display_and_says_little(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from lightning.pytorch.callbacks import ProgressBar
-
-    from spin_lightning.cli.commands import run
-
     monkeypatch.setattr(module.display, "is_on", True)
     more = {
         "no bar": ["--trainer.enable_progress_bar=false"],

@@ -215,7 +215,9 @@ def _has_bf16_units() -> bool:
 
 def _run(subcommand: str, config: str, *flags: str) -> None:
     args = [subcommand, "--config", str(config_folder() / config), *flags]
-    say(f"$ spin-lightning {shlex.join(args)}")
+    words = map(shlex.quote, args)  # a flag on a line, as a shell takes it
+    shown = "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in words)
+    say(f"$ spin-lightning{shown}", wraps=False)
     run(args)
     gc.collect()  # trainer, model and optimiser refer to each other, and the next stage wants their memory
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,13 +164,17 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
 @contextmanager
 def without_bars() -> Iterator[None]:
     """No bars of transformers for weights that are read or written. Downloads, which the hub's package does, keep theirs."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils.logging import set_tqdm_hook
 
+    bar_of_gguf = getattr(gguf, "tqdm", None)  # which the hook does not reach
     before = set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    gguf.tqdm = partial(bar_of_gguf, disable=True) if bar_of_gguf else None
     try:
         yield
     finally:
         set_tqdm_hook(before)
+        gguf.tqdm = bar_of_gguf
 
 
 @without_bars()
