@@ -7,8 +7,7 @@ windows, positions and head stay the model's own, and no architecture is known h
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
 from spin_lightning.generation.packed_linear import decoding_with, packed_forwards
+from spin_lightning.models.attention import attention, attention_of
 from spin_lightning.models.cache import cache_argument
 from spin_lightning.models.cpu_memory import keep_freed_memory, round_up
 from spin_lightning.models.rope import limit_of
@@ -43,7 +43,7 @@ class SlotCache(Cache):
         self.config = model.config.get_text_config(decoder=True)
         self.device = next(model.parameters()).device
         # a GPU would pay more for launching the blocks than for the columns they spare
-        is_blockwise = self.device.type == "cpu" and self.config._attn_implementation.split("+")[0] == "sdpa"
+        is_blockwise = self.device.type == "cpu" and attention_of(self.config).split("+")[0] == "sdpa"
         self.block_rows = BLOCK_ROWS if is_blockwise else None
         self.forwards = packed_forwards(model, slots)
         self.argument_name = cache_argument(model)
@@ -90,12 +90,12 @@ class SlotCache(Cache):
         ids, widths = torch.tensor([last_ids, self.widths], device=self.device)[..., None]
         mask = torch.arange(self.past + 1, device=self.device) >= self.past - widths
         inputs = {"input_ids": ids, "position_ids": widths, "attention_mask": mask.long()}
-        attention = self.config._attn_implementation
+        name = attention_of(self.config)
         if self.block_rows:
-            attention = BLOCKWISE
+            name = BLOCKWISE
             blocks = [slice(row, row + self.block_rows) for row in range(0, len(self.widths), self.block_rows)]
             inputs["blocks"] = [(block, max(self.widths[block]) + 1) for block in blocks]
-        with _attention(self.config, attention), decoding_with(self.forwards):
+        with attention(self.config, name), decoding_with(self.forwards):
             logits = self.model(**inputs, **{self.argument_name: self}, use_cache=True).logits[:, -1]
         self.end += 1
         self.widths = [width + 1 for width in self.widths]
@@ -194,13 +194,3 @@ def blockwise_attention(
 AttentionInterface.register(BLOCKWISE, blockwise_attention)
 # the mask as numbers to add, made once a step: every call would make them again of truth values
 AttentionMaskInterface.register(BLOCKWISE, AttentionMaskInterface()["eager"])
-
-
-@contextmanager
-def _attention(config: Any, name: str) -> Iterator[None]:
-    own = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = own

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from spin_lightning.models import head, rope, shared_prompt
+from spin_lightning.models.attention import attention_of, set_attention
 from spin_lightning.models.batches import pack, sequences, shifted
 from spin_lightning.models.cpu_memory import round_up
 from spin_lightning.models.modes import compute_dtype, evaluating
@@ -106,7 +107,7 @@ def _shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
 def _separate(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
     """Each response behind a prompt of its own: in padded rows, or end to end for FlashAttention, which wants no padding."""
     decoder, targets = head.decoder_of(model), batch.input_ids[batch.scored]
-    if str(decoder.config._attn_implementation).startswith("flash_attention"):
+    if attention_of(decoder.config).startswith("flash_attention"):
         places, predictors = _end_to_end(batch)
         ids, positions = batch.input_ids[places], batch.position_ids[places]
         hidden = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
@@ -205,9 +206,9 @@ def _choose_forward_path(
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
         return _plain
     config: Any = model.config
-    attention = config._attn_implementation.removesuffix(shared_prompt.SUFFIX)
+    own = attention_of(config).removesuffix(shared_prompt.SUFFIX)
     failures, taken = [f"cannot {failed}"] if failed else [], ""
-    config._attn_implementation = attention
+    set_attention(config, own)
     unfuse_rms_norms(model)
     with evaluating(model):
         probe, expected, allowed = _reference(model)
@@ -229,7 +230,7 @@ def _choose_forward_path(
                     break
                 reason = f"log-probs would differ by {difference:.1g} nats a token"
             failures.append(f"cannot {ability} ({reason})")
-            config._attn_implementation = attention
+            set_attention(config, own)
             unfuse_rms_norms(model)
     if failures:
         say(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spin_lightning.models.attention import attention_of, set_attention
 from spin_lightning.models.cpu_memory import round_up, rounded
 from spin_lightning.types import ResponseBatch
 
@@ -40,7 +41,7 @@ def share_prompts(model: nn.Module) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     config: Any = model.config
-    own: str = config._attn_implementation
+    own = attention_of(config)
     if own.endswith(SUFFIX):
         return
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
@@ -49,7 +50,7 @@ def share_prompts(model: nn.Module) -> None:
         raise NotImplementedError(f"attention {own!r} has no place for a shared prompt")
     AttentionInterface.register(own + SUFFIX, _dispatch(own))
     AttentionMaskInterface.register(own + SUFFIX, _mask_dispatch(AttentionMaskInterface()[own]))
-    config._attn_implementation = own + SUFFIX
+    set_attention(config, own + SUFFIX)
 
 
 def hidden_states(decoder: nn.Module, batch: ResponseBatch) -> Tensor:

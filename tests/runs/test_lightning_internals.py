@@ -183,3 +183,8 @@ def test_no_other_file_uses_what_is_not_documented() -> None:
         if re.search(UNDOCUMENTED, path.read_text())
     }
     assert set(found) == {"runs/lightning_internals.py"}, found
+
+
+def test_the_private_name_of_a_model_s_attention_stands_in_one_file() -> None:
+    found = [path.name for path in PACKAGE.rglob("*.py") if "._attn_implementation" in path.read_text()]
+    assert found == ["attention.py"]

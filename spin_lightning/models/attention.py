@@ -1,0 +1,31 @@
+"""The name under which ``transformers`` looks up the attention of a model at each forward pass.
+
+It keeps the name in a private attribute of the config, which is read and set here only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def attention_of(config: Any) -> str:
+    """Such as ``sdpa``."""
+    return str(config._attn_implementation)
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Have a model take the attention of this name, which is registered already, from now on."""
+    config._attn_implementation = name
+
+
+@contextmanager
+def attention(config: Any, name: str) -> Iterator[None]:
+    """Have a model take the attention of this name while this lasts."""
+    own = attention_of(config)
+    set_attention(config, name)
+    try:
+        yield
+    finally:
+        set_attention(config, own)
