@@ -13,6 +13,7 @@ from spin_lightning.cli.commands import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+REPOSITORY = "https://github.com/spin-lightning/spin-lightning"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -65,6 +66,28 @@ def test_every_relative_link_leads_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_the_readme_s_links_are_absolute_and_lead_to_files_of_the_repository():
+    """It is read outside of the repository, too."""
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert all(target.startswith("https://") for target in targets)
+    ours = [path for target in targets for path in re.findall(rf"{REPOSITORY}/(?:blob|raw|tree)/main/([^#]+)", target)]
+    assert len(ours) > 20
+    assert [path for path in ours if not (ROOT / path).exists()] == []
+
+
+def test_the_readme_is_short_and_begins_with_what_people_look_for():
+    assert len(README.split()) <= 1200
+    first = README.splitlines()[:40]
+    for words in (
+        "spin-lightning fit",
+        "laboratory.png",
+        "SPIN iteration 1",
+        "control 1 (more SFT)",
+        "01_self_play_flat",
+    ):
+        assert any(words in line for line in first), words
+
+
 def test_the_readme_s_line_numbers_point_at_the_method():
     wanted = {
         "spin_lightning/losses.py": "class SpinLoss",
@@ -72,7 +95,7 @@ def test_the_readme_s_line_numbers_point_at_the_method():
         "spin_lightning/stages/spin.py": "def training_step",
         "spin_lightning/stages/clock.py": "def ensure_iteration",
     }
-    links = dict(re.findall(r"\]\((spin_lightning/[\w/.]+)#L(\d+)\)", README))
+    links = dict(re.findall(rf"\]\({REPOSITORY}/blob/main/(spin_lightning/[\w/.]+)#L(\d+)\)", README))
     lines = {path: (ROOT / path).read_text().splitlines() for path in wanted}
     numbers = {
         path: 1 + next(i for i, line in enumerate(lines[path]) if words in line) for path, words in wanted.items()
