@@ -4,6 +4,7 @@
 # make check   format, lint, types, tests
 # make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
+# make wheel   build the wheel, install it in an empty environment, and play a tiny game with a config from it
 # make lock    renew constraints.txt, the versions that all of the above install, to those of `make newest`
 # make bench   install TRL beside it, then measure speed and memory against it (two to three hours on two CPU cores)
 # make bench-vllm   the same for vLLM on CPU: generation only (a large install, about 10 minutes)
@@ -19,7 +20,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test check newest oldest lock bench bench-vllm install clean
+.PHONY: demo lab test check newest oldest wheel lock bench bench-vllm install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +66,14 @@ oldest: .oldest/installed  # warnings are errors with the versions of constraint
 	.oldest/bin/pip install --quiet --constraint .oldest/oldest.txt --editable ".[gguf]" pytest pytest-xdist
 	@touch $@
 
+wheel:  # from a folder without the sources
+	rm -rf dist .wheel
+	$(PYTHON) -m venv .wheel
+	.wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	.wheel/bin/pip install --quiet $(LOCK) dist/*.whl
+	cd .wheel && bin/python ../.ci/play_installed.py
+	du -sh .wheel
+
 versions-differ:
 	@.newest/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | diff --unchanged-line-format= --old-line-format='tested %L' --new-line-format='newest %L' constraints.txt - | grep -v '^tested #' || true
 
@@ -93,4 +102,4 @@ bench-vllm: install .bench/trl/installed .bench/vllm/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .newest .oldest runs dist
+	rm -rf $(VENV) .newest .oldest .wheel runs dist
