@@ -15,7 +15,7 @@ from typing import Any
 
 from spin_lightning.cli.settings_errors import explaining_settings
 from spin_lightning.cli.stage_cli import SftCLI, SpinCLI, StageCLI
-from spin_lightning.generation.synthetic_data import SyntheticDataModule
+from spin_lightning.data.module import RowDataModule
 from spin_lightning.models.loading import (
     context_length,
     end_ids,
@@ -45,6 +45,7 @@ What you may want to set, here and in the run:
   --data.on_bad_row drop                                   leave bad rows out, counted, instead of refusing the data
   --data.max_prompt_tokens 512                             rows with longer prompts are left out, counted
   --data.generator.max_new_tokens 256                      cap on the answers; longer real ones are cut, counted
+                                                           (for sft: --data.max_response_tokens 256)
   --data.prompt_template alpaca                            where the model has no chat template
 
 A run writes the same counts to data_report.json in its folder. `spin-lightning fit --help` explains every setting.
@@ -79,8 +80,8 @@ def main(args: list[str]) -> None:
         print(HELP)
         return
     sample, args = _take_sample(args)
-    stage, settings = _parse(args)
-    data, model = _make(SyntheticDataModule, settings.data), settings.model
+    stage, settings, data = _parse(args)
+    model = settings.model
     module = _make(stage.module_class, model)
     if stage is SpinCLI:
         module.check_schedules(_make(SelfPlay, settings.self_play).iterations)
@@ -122,15 +123,20 @@ def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
     return None if value is None else int(value), rest
 
 
-def _parse(args: list[str]) -> tuple[type[StageCLI], Any]:
-    """The settings of ``fit``; where these do not fit but those of ``sft`` do, of ``sft``."""
+def _parse(args: list[str]) -> tuple[type[StageCLI], Any, RowDataModule]:
+    """The settings of ``fit`` and its data; where these do not fit but those of ``sft`` do, of ``sft``."""
     try:
-        return SpinCLI, _parse_as(SpinCLI, args)
+        return _parse_with_data(SpinCLI, args)
     except UserError as error:
         try:
-            return SftCLI, _parse_as(SftCLI, args)
+            return _parse_with_data(SftCLI, args)
         except UserError:
             raise error from None
+
+
+def _parse_with_data(stage: type[StageCLI], args: list[str]) -> tuple[type[StageCLI], Any, RowDataModule]:
+    settings = _parse_as(stage, args)
+    return stage, settings, _make(stage.data_class, settings.data)
 
 
 def _parse_as(stage: type[StageCLI], args: list[str]) -> Any:
@@ -155,7 +161,7 @@ def _make(kind: type[Any], settings: Any) -> Any:
         return parser.instantiate_classes(Namespace(made=settings)).made
 
 
-def _summary(data: SyntheticDataModule) -> list[str]:
+def _summary(data: RowDataModule) -> list[str]:
     """What a run trains on, and the places of all that was dropped or is strange."""
     report = data.report
     lines = [f"format: {report['train_data']['format']}"]
@@ -176,7 +182,7 @@ def _summary(data: SyntheticDataModule) -> list[str]:
     return lines
 
 
-def show_pair(data: SyntheticDataModule) -> list[str]:
+def show_pair(data: RowDataModule) -> list[str]:
     """A pair's two rows as lines to print: every token, under what it is. No answer is generated for it."""
     pad = [data.encoder.pad_id]
     first = data.prompts[0]

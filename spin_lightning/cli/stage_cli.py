@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from spin_lightning.cli.class_defaults import own_defaults
 from spin_lightning.cli.settings_errors import check_configs, explaining_settings, refusal_of_arguments
+from spin_lightning.data.module import RowDataModule
 from spin_lightning.generation.synthetic_data import SyntheticDataModule
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
@@ -107,6 +108,7 @@ class StageCLI(LightningCLI):
     """What the stages share: a run folder with checkpoint, loggers and config, and continuing where it was."""
 
     module_class: type[PolicyModule]
+    data_class: type[RowDataModule]
     command: str
     run_key: str  # the section that holds output_dir
     foreign: dict[str, str]  # sections that other commands have, by the name of the command
@@ -121,7 +123,7 @@ class StageCLI(LightningCLI):
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # collating ids takes no time
         super().__init__(
             self.module_class,
-            SyntheticDataModule,
+            self.data_class,
             save_config_callback=SaveRunConfig,
             auto_configure_optimizers=False,
             seed_everything_default=0,
@@ -138,7 +140,6 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: Any) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments(f"{self.run_key}.output_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
-        parser.set_defaults({"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -314,6 +315,7 @@ class SpinCLI(StageCLI):
     """``spin-lightning fit``: the game."""
 
     module_class = SpinLightningModule
+    data_class = SyntheticDataModule
     command = "fit"
     run_key = "self_play"
     foreign = {"export": "sft"}
@@ -324,7 +326,12 @@ class SpinCLI(StageCLI):
         parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(ShowAnswers, "samples")
         super().add_arguments_to_parser(parser)
-        parser.set_defaults({"model.loss": {"class_path": "spin_lightning.SpinLoss"}})
+        parser.set_defaults(
+            {
+                "model.loss": {"class_path": "spin_lightning.SpinLoss"},
+                "data.generator": {"class_path": "spin_lightning.ContinuousGenerator"},
+            }
+        )
         parser.link_arguments(
             ("self_play.iterations", "self_play.epochs"), "trainer.max_epochs", compute_fn=total_epochs
         )
@@ -340,6 +347,7 @@ class SftCLI(StageCLI):
     """``spin-lightning sft``: supervised fine-tuning on the same data, encoding and loader."""
 
     module_class = SftLightningModule
+    data_class = RowDataModule
     command = "sft"
     run_key = "export"
     foreign = dict.fromkeys(("self_play", "health", "samples"), "fit")
@@ -349,6 +357,18 @@ class SftCLI(StageCLI):
         parser.add_lightning_class_args(ExportPolicy, "export")
         super().add_arguments_to_parser(parser)
         parser.set_defaults({"trainer.max_epochs": 1})
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except UserError as error:
+            of_sampling = r"\bdata\.(generator|answers_per_prompt|history|keep_prompts_together)\b"
+            if (setting := re.search(of_sampling, str(error))) is None:
+                raise
+            raise UserError(
+                f"sft samples no responses, so it takes no {setting[0]}: leave it out, and cap the real responses with "
+                "--data.max_response_tokens."
+            ) from error
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

@@ -47,6 +47,7 @@ _OF_TRAINER = (
     "gradient_clip_val",
     "gradient_clip_algorithm",
 )
+_OF_SAMPLING = ("data.generator.", "data.answers_per_prompt", "data.history", "data.keep_prompts_together")
 _LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches")
 
 
@@ -62,7 +63,9 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
         **{f"trainer.{name}": repr(getattr(trainer, name)) for name in _LIMITS},  # 1 batch is not 1.0, all of them
     }
     generator = getattr(data, "generator", None)  # a stage without sampling has none
-    found |= {f"data.generator.{key}": value for key, value in (generator.sampling if generator is not None else {}).items()}
+    found |= {
+        f"data.generator.{key}": value for key, value in (generator.sampling if generator is not None else {}).items()
+    }
     if data.prompts:
         hashes = (data.prompts_hash, data.held_out_hash, data.encoder.fingerprint)
         found |= dict(zip(OF_DATA, hashes, strict=True))
@@ -99,8 +102,12 @@ def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
 
 
 def _completed(record: dict[str, Any], trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
-    """The settings of a record, with those that its version did not keep."""
+    """The settings of a record as this version has them, with those that its version did not keep."""
     old = dict(record["settings"])
+    if not hasattr(data, "generator") and (cap := old.get("data.generator.max_new_tokens")) is not None:
+        # every stage had a sampler once; where nothing is sampled, its cap alone decided anything
+        old = {key: value for key, value in old.items() if not key.startswith(_OF_SAMPLING)}
+        old["data.max_response_tokens"] = cap
     for prefix, part in _parts_of(trainer, module, data).items():
         for name in parameters_of(type(part)):
             key, value = f"{prefix}.{name}", getattr(part, name, None)

@@ -44,11 +44,11 @@ def endings(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *fla
     common = [
         f"--model.model_name_or_path={model}",
         f"--data.train_data={rows}",
-        "--data.generator.max_new_tokens=4",
         "--data.val_fraction=0.2",
     ]
     for command, key in (("check", "self_play"), ("fit", "self_play"), ("sft", "export"), ("validate", "self_play")):
-        quick = [f"--{key}.output_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu"]
+        cap = "--data.max_response_tokens=4" if command == "sft" else "--data.generator.max_new_tokens=4"
+        quick = [cap, f"--{key}.output_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu"]
         with pytest.raises(SystemExit) as stop:
             main([command, *common, *quick, *flags])
         printed = capsys.readouterr()
