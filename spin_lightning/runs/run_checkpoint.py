@@ -11,8 +11,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from spin_lightning.runs import signals
-from spin_lightning.runs.lightning_internals import was_cut_short
-from spin_lightning.runs.settings import SETTINGS, check_settings
 from spin_lightning.runs.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_folder,
@@ -21,6 +19,8 @@ from spin_lightning.runs.checkpoints import (
     refuse_non_finite,
 )
 from spin_lightning.runs.files import hold, need_space, run_folder
+from spin_lightning.runs.lightning_internals import was_cut_short
+from spin_lightning.runs.settings import SETTINGS, check_settings
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
