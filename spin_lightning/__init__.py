@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
     from spin_lightning.stages.export import ExportPolicy as ExportPolicy
     from spin_lightning.stages.health import Health as Health
+    from spin_lightning.stages.opponent import Opponent as Opponent
+    from spin_lightning.stages.opponent import ResidentOpponent as ResidentOpponent
+    from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
+    from spin_lightning.stages.progress import ShowProgress as ShowProgress
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
@@ -58,6 +62,8 @@ _HOMES = {
     "stages.clock": ("SelfPlay",),
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
+    "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),
+    "stages.progress": ("ShowProgress",),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),

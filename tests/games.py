@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from helpers import QUIET
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
@@ -23,6 +24,8 @@ from spin_lightning import (
     SyntheticDataModule,
     TransformersGenerator,
 )
+from spin_lightning.generation.base import Player, opened
+from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.types import Response
 
 
@@ -78,7 +81,7 @@ class FakeGenerator(ResponseGenerator):
         self.rule = rule
 
     def generate(
-        self, model: nn.Module, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
     ) -> Iterator[tuple[int, Response]]:
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             ids = [*self.rule(prompt, seed), terminator_id]
@@ -102,6 +105,33 @@ class CountingGenerator(TransformersGenerator):
                 raise Stopped("in the middle of generation")
             self.answered += 1
             yield item
+
+
+def answering(
+    generator: ResponseGenerator,
+    model: Any,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    ends: int | Collection[int],
+    pad_id: int = 0,
+) -> Iterator[tuple[int, Response]]:
+    """The numbers of prompts and their answers as a generator finishes them: the one call of it that tests make."""
+    with opened(generator, Player(model)):
+        yield from generator.generate(prompts, seeds, ends, pad_id)
+
+
+def answers_of(
+    generator: ResponseGenerator,
+    model: Any,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    ends: int | Collection[int],
+    pad_id: int = 0,
+) -> list[Response]:
+    """A generator's answers, in the order of their prompts; each prompt has exactly one."""
+    found = sorted(answering(generator, model, prompts, seeds, ends, pad_id), key=lambda item: item[0])
+    assert [index for index, _ in found] == list(range(len(prompts)))
+    return [response for _, response in found]
 
 
 class Stopped(Exception):
@@ -138,14 +168,11 @@ class Game:
         self.recorder = Recorder()
         self.health = health or Health()
         settings: dict[str, Any] = {
-            "accelerator": "cpu",
+            **QUIET,
             "max_epochs": self.clock.total_epochs,
             "reload_dataloaders_every_n_epochs": 1,
             "num_sanity_val_steps": -1,
-            "logger": False,
             "plugins": [AtomicCheckpointIO()],
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
             "log_every_n_steps": 1,
             "callbacks": [
                 *callbacks,
@@ -193,3 +220,8 @@ class Secretive(L.Callback):
 
     def __init__(self, api_key: str) -> None:
         self.length = len(api_key)
+
+
+def pairs_of(folder: Path, iteration: int) -> list[dict[str, Any]]:
+    """The pairs of an iteration, as they are kept."""
+    return PairStore(folder / f"iteration_{iteration}" / "pairs").read().to_pylist()

@@ -33,14 +33,6 @@ LENGTHS = torch.tensor([1, 2, 2, 3, 4, 4, 5])
 REAL, GENERATED = (index.flatten() for index in torch.meshgrid(torch.arange(7), torch.arange(7), indexing="ij"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pairs(log_p: Tensor, initial_reply: Tensor | None = None) -> PairLogProbs:
     """All 49 pairs under one distribution."""
     initial = None if initial_reply is None else log_p[initial_reply]

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
+from transformers.utils import chat_template_utils as chat_templates
 from transformers.utils.chat_template_utils import _compile_jinja_template, encode_marked_chat, mark_control_tokens
 
 from spin_lightning.data.turn_shape import PROBE_TOOL, Block, TurnShape, parting
@@ -324,7 +326,7 @@ class Encoder:
         found = iter(self._plain_ids(plain) if plain else [])
         try:
             return [
-                [int(token) for token in encode_marked_chat(self.tokenizer, text)] if whether else next(found)
+                _marked_ids(self.tokenizer, text) if whether else next(found)
                 for text, whether in zip(texts, is_marked, strict=True)
             ]
         except ValueError as error:  # the tokenizer makes a control token of plain text too
@@ -573,6 +575,14 @@ def _marked(value: Any, tokens: re.Pattern[str]) -> Any:
     if isinstance(value, list | tuple):
         return [_marked(item, tokens) for item in value]
     return mark_control_tokens(value, tokens)
+
+
+def _marked_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text with markers. Up to transformers 5.22, the pattern that finds these is handed over."""
+    pattern = []
+    if "markers_re" in signature(encode_marked_chat).parameters:
+        pattern = [chat_templates._get_control_token_patterns(tuple(tokenizer.added_tokens_encoder))[1]]
+    return [int(token) for token in encode_marked_chat(tokenizer, text, *pattern)]
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeVar
 
 import lightning as L
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.data.formats import Tally, prompt_key
@@ -23,6 +22,7 @@ from spin_lightning.data.report import as_dicts, describe_source, refusal_of, sa
 from spin_lightning.data.rows import load_rows
 from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import end_ids, end_ids_of, load_tokenizer
+from spin_lightning.progress import track
 from spin_lightning.runs.files import read_json, sha256_of, write_json
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Row, UserError
@@ -284,8 +284,8 @@ class RowDataModule(L.LightningDataModule):
         trained_on = {prompt_key(prompt.row) for prompt in self.prompts} if rows and part == "held_out" else set()
         prompts: list[Prompt] = []
         encoded_rows = self.encoder.encode_rows((row for _, row in rows), self.max_response_tokens)
-        progress = tqdm(rows, desc=f"encoding {part} rows", unit="row", disable=len(rows) < 5000)
-        for (where, row), encoded in zip(progress, encoded_rows, strict=True):
+        counted_rows = track(rows, "encoding held-out rows" if part == "held_out" else "encoding rows", len(rows))
+        for (where, row), encoded in zip(counted_rows, encoded_rows, strict=True):
             if isinstance(encoded, UserError):
                 noted["refused_rows"].add(f"{where}: {encoded}")
                 continue

@@ -7,6 +7,7 @@ loader is built, at the right epoch, on a fresh start and on a resume. Without a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -18,19 +19,30 @@ from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
 from spin_lightning.types import UserError
 
 
-class TrainingSet(Protocol):
-    """What an epoch trains on.
+@dataclass(frozen=True)
+class TrainingSet:
+    """What an iteration trains on.
 
     Attributes:
-        rows: One row an example, with a column ``prompt_id``. No column at all if there is nothing left to train on.
-        collate: Makes a batch of rows: ``collate(rows, max_tokens=...)`` gives a list of passes of about that size.
+        rows: One row of the table is one unit of ``data.batch_size``; a column ``prompt_id`` tells which belong together. No
+            row at all: there is nothing left to train on.
+        collate: Makes a batch of some rows: ``collate(rows, max_tokens=...)`` gives a list of passes of about that size.
+        report: What a person should know before training on it, kept in the iteration's summary and handed to callbacks.
+        metrics: What of it goes to the loggers.
+        sentence: The same in words. Empty: nothing is said.
+        if_empty: Why a table without rows ends the run.
     """
 
-    @property
-    def rows(self) -> pa.Table: ...
+    rows: pa.Table
+    collate: Callable[..., list[Any]]
+    report: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    sentence: str = ""
+    if_empty: str = "there is nothing left to train on"
 
-    @property
-    def collate(self) -> Callable[..., list[Any]]: ...
+
+#: When a run is over.
+NOTHING = TrainingSet(pa.table({}), lambda rows, max_tokens: [])
 
 
 class Game(Protocol):
@@ -78,7 +90,7 @@ class SyntheticDataModule(RowDataModule):
         **rows: Any,
     ) -> None:
         generator = generator if generator is not None else ContinuousGenerator()
-        generator.check_sampling()
+        generator.check_contract()
         if max_response_tokens not in (None, generator.max_new_tokens):
             raise UserError(
                 f"data.max_response_tokens is {max_response_tokens!r}, and data.generator.max_new_tokens "

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from spin_lightning.models import hub
+from spin_lightning.progress import progress
 from spin_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -158,6 +161,23 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
         raise _not_loaded("config", name_or_path, error) from error
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars of transformers for weights that are read or written. Downloads, which the hub's package does, keep theirs."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils.logging import set_tqdm_hook
+
+    bar_of_gguf = getattr(gguf, "tqdm", None)  # which the hook does not reach
+    before = set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    gguf.tqdm = partial(bar_of_gguf, disable=True) if bar_of_gguf else None
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+        gguf.tqdm = bar_of_gguf
+
+
+@without_bars()
 def load_policy(
     name_or_path: str,
     *,
@@ -183,13 +203,15 @@ def load_policy(
             where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
         else:
             where["use_safetensors"] = True  # a pytorch_model.bin is a pickle, and is not opened
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **where,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
+        is_here = Path(where["pretrained_model_name_or_path"]).is_dir()  # else the bar of a download is shown
+        with progress("loading the model") if is_here else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **where,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise UserError(

@@ -26,6 +26,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        # up to torch 2.10, weights that autocast cast without gradients would be kept, and get none in the next pass
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()

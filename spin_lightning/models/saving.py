@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from spin_lightning.models.loading import without_bars
+from spin_lightning.progress import progress
 from spin_lightning.runs.checkpoints import refuse_non_finite
 from spin_lightning.runs.files import explaining_storage_errors, sync
 
@@ -50,7 +52,7 @@ def save_model(
     """
     refuse_non_finite(model)
     partial = folder.with_name(folder.name + ".partial")
-    with explaining_storage_errors(folder):
+    with explaining_storage_errors(folder), progress("saving the model"), without_bars():
         try:
             _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
         except BaseException:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from spin_lightning.models.loading import ModelOrName
 from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.runs.lightning_internals import remake_optimizers
 from spin_lightning.stages.policy import PolicyModule
+from spin_lightning.stages.stage import Stage
 from spin_lightning.types import ResponseBatch, UserError
 
 
@@ -69,10 +71,40 @@ class SftLightningModule(PolicyModule):
         self._stop_after_max_updates()  # a kill may have left a run whose last step is done
         # the schedule that was made before the loader knew no length, and would waste the first step
         if self.trainer.global_step == 0:
-            self.trainer.strategy.setup_optimizers(self.trainer)
+            remake_optimizers(self.trainer)
 
     def training_step(self, batch: list[ResponseBatch], batch_idx: int) -> Tensor:
         """Negative log-likelihood of the real responses."""
         by_token = self.average == "token"
         count = sum(int(part.response_lengths.sum()) if by_token else len(part) for part in batch)
         return self.mean_of_update(lambda part: -response_log_probs(self.policy, part).sum(), batch, count)
+
+
+def _refuse_no_end(settings: Any) -> None:
+    limits = [settings.model.get("max_updates"), settings.trainer.max_time, settings.trainer.max_steps != -1 or None]
+    if settings.trainer.max_epochs == -1 and not any(limits):
+        raise UserError(
+            "trainer.max_epochs -1 has no end. Give a number, or an end: model.max_updates or trainer.max_time."
+        )
+    if 0 in (settings.trainer.max_epochs, settings.trainer.max_steps):
+        raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
+
+
+_ABSENT = {
+    setting: f"sft samples no responses, so it takes no {setting}: leave it out, and cap the real responses with "
+    "--data.max_response_tokens."
+    for setting in ("data.generator", "data.answers_per_prompt", "data.history", "data.keep_prompts_together")
+}
+
+#: ``spin-lightning sft``.
+STAGE = Stage(
+    module="spin_lightning.stages.sft.SftLightningModule",
+    data="spin_lightning.data.module.RowDataModule",
+    callbacks={"export": "spin_lightning.stages.export.ExportPolicy"},
+    folder="export",
+    over_file="summary.json",
+    mark="model.average",
+    absent=_ABSENT,
+    defaults={"trainer.max_epochs": 1},
+    refuse=_refuse_no_end,
+)

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from helpers import save_tiny_model, write_rows
+from helpers import args_of, write_rows
 
 from spin_lightning.cli.commands import config_folder, main, run
-from spin_lightning.cli.stage_cli import SftCLI, SpinCLI
+from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.types import UserError
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
@@ -27,30 +27,10 @@ QUICK = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def fit(tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl")
-    return [
-        "fit",
-        f"--model.model_name_or_path={model}",
-        f"--data.train_data={rows}",
-        f"--self_play.output_dir={tmp_path / 'run'}",
-        "--self_play.iterations=2",
-        "--self_play.epochs=1",
-        *QUICK,
-    ]
-
-
-def failing(args, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+    return args_of("fit", model, rows, tmp_path / "run", "--self_play.iterations=2", "--self_play.epochs=1", *QUICK)
 
 
 def test_help_teaches_and_imports_nothing_heavy():
@@ -180,14 +160,8 @@ def test_rmsprop_as_in_the_paper(fit, tmp_path):
 def test_sft_by_the_same_data_encoding_and_flags(tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl")
     out = tmp_path / "sft"
-    args = [
-        "sft",
-        f"--model.model_name_or_path={model}",
-        f"--data.train_data={rows}",
-        f"--export.output_dir={out}",
-        *[flag for flag in QUICK if "generator" not in flag],
-        "--data.max_response_tokens=6",
-    ]
+    quick = [flag for flag in QUICK if "generator" not in flag]
+    args = args_of("sft", model, rows, out, *quick, "--data.max_response_tokens=6")
     run([*args, "--trainer.max_epochs=3"])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["updates"] == 9  # ceil(10 rows / 4) in each of 3 epochs
@@ -240,7 +214,7 @@ def test_python_dash_m_runs_the_same_command_line():
         ("--health.stop=sometimes", ["stop"]),
     ],
 )
-def test_a_mistake_is_answered_in_a_sentence_before_a_model_is_loaded(fit, capsys, flag, words, monkeypatch):
+def test_a_mistake_is_answered_in_a_sentence_before_a_model_is_loaded(fit, refusal, flag, words, monkeypatch):
     import spin_lightning.stages.policy
 
     def load_policy(*args, **kwargs):
@@ -248,37 +222,40 @@ def test_a_mistake_is_answered_in_a_sentence_before_a_model_is_loaded(fit, capsy
 
     monkeypatch.setattr(spin_lightning.stages.policy, "load_policy", load_policy)
     key = flag.split("=")[0]
-    printed = failing([*[given for given in fit if given.split("=")[0] != key], flag], capsys)
+    printed = refusal([*[given for given in fit if given.split("=")[0] != key], flag])
     for word in words:
         assert word in printed
     assert "Traceback" not in printed
 
 
-def test_an_unknown_command_is_named(capsys):
-    assert "play" in failing(["play"], capsys)
+def test_an_unknown_command_is_named(refusal):
+    assert "play" in refusal(["play"])
 
 
-def test_demo_and_lab_answer_a_wrong_call_with_their_usage(capsys):
-    assert "usage: spin-lightning lab [FOLDER]" in failing(["lab", "a", "b"], capsys)
-    assert "usage: spin-lightning demo" in failing(["demo", "--folder", "a"], capsys)
+def test_demo_and_lab_answer_a_wrong_call_with_their_usage(refusal, capsys):
+    assert "usage: spin-lightning lab [FOLDER]" in refusal(["lab", "a", "b"])
+    assert "usage: spin-lightning demo" in refusal(["demo", "--folder", "a"])
+    for word, shown in (("demo", "usage: spin-lightning demo [FOLDER [MODEL"), ("lab", "The game on a known language")):
+        main([word, "--help"])
+        assert shown in capsys.readouterr().out
 
 
-def test_a_missing_model_name_is_asked_for(capsys):
-    assert "model_name_or_path" in failing(["fit", "--data.train_data=x.jsonl"], capsys)
+def test_a_missing_model_name_is_asked_for(refusal):
+    assert "model_name_or_path" in refusal(["fit", "--data.train_data=x.jsonl"])
 
 
-def test_a_misspelt_key_in_a_config_is_named(tmp_path, fit, capsys):
+def test_a_misspelt_key_in_a_config_is_named(tmp_path, fit, refusal):
     config = tmp_path / "game.yaml"
     config.write_text("model:\n  learning_rte: 1.0e-5\n")
-    assert "learning_rte" in failing([*fit, f"--config={config}"], capsys)
+    assert "learning_rte" in refusal([*fit, f"--config={config}"])
 
 
-def test_a_hub_that_cannot_be_reached_is_explained(fit, capsys, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_explained(fit, refusal, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     flags = [flag for flag in fit if "model_name" not in flag]
-    printed = failing([*flags, "--model.model_name_or_path=nobody/no-such-model"], capsys)
+    printed = refusal([*flags, "--model.model_name_or_path=nobody/no-such-model"])
     assert "no tokenizer could be loaded from 'nobody/no-such-model'" in printed
 
 
@@ -287,15 +264,13 @@ def test_a_hub_that_cannot_be_reached_is_explained(fit, capsys, monkeypatch):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_parses(config, tmp_path, model):
-    stage = SftCLI if "sft" in config.stem else SpinCLI
-    parsed = parse(
-        stage, ["fit", f"--config={config}", "--model.model_name_or_path=x/y", "--data.train_data=rows.jsonl"]
-    )
-    assert parsed["fit"]["model"]["model_name_or_path"] == "x/y"
+    flags = [f"--config={config}", "--model.model_name_or_path=x/y", "--data.train_data=rows.jsonl"]
+    parsed = parse_settings("sft" if "sft" in config.stem else "fit", flags)
+    assert parsed.model.model_name_or_path == "x/y"
 
 
 def test_the_paper_s_config_holds_the_paper_s_numbers():
-    fit = parse(SpinCLI, ["fit", f"--config={config_folder() / 'paper.yaml'}"])["fit"]
+    fit = parse_settings("fit", [f"--config={config_folder() / 'paper.yaml'}"])
     assert fit.model.model_name_or_path == "alignment-handbook/zephyr-7b-sft-full"
     assert fit.model.revision == "ac6e600eefcce74f5e8bae1035d4f66019e93190"
     assert fit.model.beta == [0.1, 0.1, 0.1, 5.0]
@@ -308,17 +283,10 @@ def test_the_paper_s_config_holds_the_paper_s_numbers():
 @pytest.mark.parametrize("name", ["demo", "demo_sft"])
 def test_the_tiny_configs_run(name, tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl", 9)
-    key = "export" if name == "demo_sft" else "self_play"
-    flags = [
-        f"--model.model_name_or_path={model}",
-        f"--data.train_data={rows}",
-        f"--{key}.output_dir={tmp_path / 'run'}",
-    ]
-    quiet = ["--trainer.enable_progress_bar=false"]
-    assert (
-        run(["sft" if key == "export" else "fit", f"--config={config_folder() / name}.yaml", *flags, *quiet])
-        is not None
-    )
+    word, *flags = args_of("sft" if name == "demo_sft" else "fit", model, rows, tmp_path / "run")
+    config = f"--config={config_folder() / name}.yaml"
+    assert run([word, config, *flags, "--trainer.enable_progress_bar=false"]) is not None
+    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_print_config_shows_every_setting(capsys, fit):
@@ -328,22 +296,6 @@ def test_print_config_shows_every_setting(capsys, fit):
     printed = capsys.readouterr().out
     for key in ("beta:", "history:", "iterations:", "max_new_tokens:"):
         assert key in printed
-
-
-def parse(stage, args):
-    """What a stage would run with, without making anything of it."""
-
-    class ParseOnly(stage):
-        def before_instantiate_classes(self):
-            raise KeyboardInterrupt  # everything is parsed and linked; nothing is made yet
-
-        def parse_arguments(self, parser, args):
-            super().parse_arguments(parser, args)
-            ParseOnly.parsed = self.config
-
-    with pytest.raises(KeyboardInterrupt):
-        ParseOnly(args=args)
-    return ParseOnly.parsed
 
 
 def test_the_demo_says_what_it_measured(tmp_path, model, capsys):

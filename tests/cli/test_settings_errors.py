@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from helpers import save_tiny_model, write_rows
+from helpers import args_of, write_rows
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning import UserError
@@ -16,33 +16,21 @@ from spin_lightning.runs.checkpoints import hash_file
 from spin_lightning.runs.files import sha256_of
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
-def said(model, tmp_path, capsys, monkeypatch):
+def said(model, tmp_path, refusal, monkeypatch):
     """What a command says with one more flag."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     rows = write_rows(tmp_path / "rows.jsonl")
 
     def run(command: str, *flags: str) -> str:
-        key = "export" if command == "sft" else "self_play"
         common = [
-            f"--model.model_name_or_path={model}",
-            f"--data.train_data={rows}",
-            f"--{key}.output_dir={tmp_path / 'run'}",
             "--data.max_response_tokens=4" if command == "sft" else "--data.generator.max_new_tokens=4",
             "--data.batch_size=4",
             *([] if any("accelerator" in flag for flag in flags) else ["--trainer.accelerator=cpu"]),
-            *(["--self_play.iterations=1", "--self_play.epochs=1"] if key == "self_play" else []),
+            *([] if command == "sft" else ["--self_play.iterations=1", "--self_play.epochs=1"]),
         ]
-        with pytest.raises(SystemExit) as stop:
-            main([command, *common, *flags])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and "Traceback" not in error, error
+        error = refusal(args_of(command, model, rows, tmp_path / "run", *common, *flags))
         last = error[error.index("spin-lightning: error: ") :].strip()
         assert "\n" not in last
         return last.removeprefix("spin-lightning: error: ")
@@ -192,11 +180,14 @@ def test_errors_that_are_no_refusal_of_a_setting_pass_as_they_are():
 
 
 def test_a_refusal_inside_what_the_parser_wraps_is_found():
-    with pytest.raises(UserError, match=r"^inner$") as caught, explaining_settings():
+    def wrapping() -> None:
         try:
             raise UserError("inner")
         except UserError as inner:
             raise ValueError("a wall of text") from inner
+
+    with pytest.raises(UserError, match=r"^inner$") as caught, explaining_settings():
+        wrapping()
     assert type(caught.value) is UserError
 
 
@@ -306,7 +297,7 @@ def test_a_folder_of_another_stage_is_refused(said, tmp_path):
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"x")
     hash_file(checkpoint).write_text(sha256_of(checkpoint))
-    for command, other, key in (("sft", "fit", "self_play.epochs"), ("fit", "sft", "trainer.max_epochs")):
+    for command, other, key in (("sft", "fit", "self_play.epochs"), ("fit", "sft", "model.average")):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {key: 1}, "changes": [], "versions": {}}))
         assert f"run holds a run of another stage ({other}). Set --" in said(command)
 
@@ -366,19 +357,15 @@ def test_a_folder_is_no_config_and_a_key_in_a_config_is_suggested(said, tmp_path
 
 
 @pytest.mark.parametrize("command", ["frobnicate", "test", "predict", "fitt", "FIT", "--config=c.yaml", "--model.beta"])
-def test_an_unknown_command_is_answered_with_all_that_there_are(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and f"there is no command {command!r}; the commands are {', '.join(COMMANDS)}." in error
+def test_an_unknown_command_is_answered_with_all_that_there_are(command, refusal):
+    error = refusal([command])
+    assert f"there is no command {command!r}; the commands are {', '.join(COMMANDS)}." in error
     assert ("Did you mean fit?" in error) == (command.lower() in ("fitt", "fit"))
 
 
-def test_missing_settings_are_asked_for_as_they_are_given(capsys):
+def test_missing_settings_are_asked_for_as_they_are_given(refusal):
     for command in ("fit", "sft", "validate", "check"):
-        with pytest.raises(SystemExit):
-            main([command])
-        assert "required: --model.model_name_or_path, --data.train_data" in capsys.readouterr().err
+        assert "required: --model.model_name_or_path, --data.train_data" in refusal([command])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from helpers import CHATML, byte_tokenizer
+from helpers import CHATML, byte_tokenizer, metaspace_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -670,24 +670,6 @@ def test_answers_encoded_apart_cannot_write_control_tokens(is_special: bool) -> 
     prompt = encoder.encode(0, Row(messages("x"), "4<end></s>"), 100)
     assert noted(encoder, Row(messages("x"), "4<end></s>")) == {"encoded_apart"}
     assert tokenizer.convert_ids_to_tokens(prompt.real_ids) == [*"4<end></s>", "<end>"]
-
-
-def metaspace_tokenizer(scheme: str, template: str | None) -> PreTrainedTokenizerFast:
-    """Characters with SentencePiece's visible space, which is put before a text's first word."""
-    vocabulary = ["<unk>", "▁", *(chr(code) for code in range(33, 127)), "\n", "▁4", ":4"]
-    backend = Tokenizer(
-        models.BPE({token: i for i, token in enumerate(vocabulary)}, [("▁", "4"), (":", "4")], unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])

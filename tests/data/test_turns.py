@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.utils.chat_template_utils as chat_templates
-from games import DoLast, Game, Stopped, read
+from games import DoLast, Game, Stopped, answers_of, read
 from helpers import CHATML, byte_tokenizer, tiny_model, write_rows
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from spin_lightning import ContinuousGenerator, SyntheticDataModule, TransformersGenerator
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator
+from spin_lightning.generation.base import Player
 from spin_lightning.generation.pair_maker import PairMaker
 from spin_lightning.models.loading import end_ids, end_ids_of
 from spin_lightning.models.saving import save_model
@@ -34,8 +35,7 @@ def test_generation_stops_at_whichever_end_comes_first_and_keeps_it(kind: type[T
     prompts, seeds = [[n, n + 1] for n in range(14)], list(range(14))
 
     def answers(ends: Any) -> list[Response]:
-        found = dict(kind(max_new_tokens=12).generate(model, prompts, seeds, ends, 0))
-        return [found[index] for index in range(len(prompts))]
+        return answers_of(kind(max_new_tokens=12), model, prompts, seeds, ends)
 
     endless, ends = answers([]), (3, 5, 9)
     expected = []
@@ -90,7 +90,7 @@ def test_a_game_stops_at_every_end_of_its_model(tmp_path: Path) -> None:
         str(tmp_path / "model"),
         write_rows(tmp_path / "rows.jsonl", 4),
         tmp_path / "run",
-        data={"generator": _Says([72, 256]), "val_fraction": 0.0},
+        data={"generator": says(72, 256), "val_fraction": 0.0},
         play={"iterations": 1, "epochs": 1},
     ).play()
     assert game.data.encoder.end_ids == (258, 256)
@@ -101,18 +101,6 @@ def test_a_game_stops_at_every_end_of_its_model(tmp_path: Path) -> None:
 # --- What a generator has to give -----------------------------------------------------------------------------------
 
 
-class _Says(ResponseGenerator):
-    """Says the same to every prompt."""
-
-    def __init__(self, ids: list[int]) -> None:
-        super().__init__(max_new_tokens=4)
-        self.ids = ids
-
-    def generate(self, model: Any, prompts: Any, seeds: Any, terminator_ids: Any, pad_id: int) -> Iterator[Any]:
-        for index in range(len(prompts)):
-            yield index, Response(list(self.ids), "stop", -1.0)
-
-
 class _Yields(ResponseGenerator):
     """Gives whatever a rule makes of the number of prompts."""
 
@@ -120,12 +108,17 @@ class _Yields(ResponseGenerator):
         super().__init__(max_new_tokens=4)
         self.rule = rule
 
-    def generate(self, model: Any, prompts: Any, seeds: Any, terminator_ids: Any, pad_id: int) -> Any:
+    def generate(self, prompts: Any, *args: Any) -> Any:
         return self.rule(len(prompts))
 
 
 def stopped(*ids: Any, reason: Any = "stop", log_prob: Any = -1.0) -> Response:
     return Response(list(ids), reason, log_prob)
+
+
+def says(*ids: int) -> ResponseGenerator:
+    """A generator that says the same to every prompt."""
+    return _Yields(lambda n: ((index, stopped(*ids)) for index in range(n)))
 
 
 def pair_maker(
@@ -134,7 +127,7 @@ def pair_maker(
     encoder = Encoder(byte_tokenizer())
     rows = rows or [Row(({"role": "user", "content": text},), "x") for text in "abc"]
     return PairMaker(
-        model=model or tiny_model(259).eval(),
+        opponent=Player(model or tiny_model(259).eval()),
         encoder=encoder,
         generator=generator,
         prompts=[encoder.encode(number, row, 4) for number, row in enumerate(rows)],
@@ -149,10 +142,10 @@ def pair_maker(
 
 
 def new_pairs(maker: PairMaker) -> list[dict[str, Any]]:
-    from tqdm.auto import tqdm
+    from spin_lightning.progress import progress
 
-    with torch.no_grad(), tqdm(disable=True) as progress:
-        return maker._new_pairs(maker.prompts, {}, progress)
+    with torch.no_grad(), progress("answering", 1, "responses") as phase:
+        return maker._new_pairs(maker.prompts, {}, phase)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +189,7 @@ def test_a_generator_that_gives_something_else_is_named_in_a_sentence(rule: Call
 def test_stored_texts_are_what_the_template_wrote_of_an_answer_s_extras() -> None:
     row = Row(({"role": "user", "content": "a", "name": "me"},), "so", {"reasoning_content": "as"})
     template = CHATML.replace("m['content'] +", "(m.reasoning_content or '') + m['content'] +")
-    maker = pair_maker(_Says([72, 258]), [row])
+    maker = pair_maker(says(72, 258), [row])
     maker.encoder = Encoder(byte_tokenizer(chat_template=template))
     maker.prompts = [maker.encoder.encode(0, row, 10)]
     (pair,) = new_pairs(maker)

@@ -6,10 +6,10 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from helpers import QUIET
 from lightning import Trainer
 from torch.nn import functional as F
 
@@ -39,18 +39,6 @@ from spin_lightning.models.batches import pack
 from spin_lightning.models.loading import load_policy
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.stages.export import ExportPolicy
-
-QUIET: dict[str, Any] = dict(
-    accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def all_answers(language: Language, encoder: Encoder, longest: int) -> list[list[int]]:
@@ -181,7 +169,9 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
 
     start = save_start(language, tmp_path / "random", seed=0, hidden_size=16)
     module = SftLightningModule(start, learning_rate=1e-2, lr_schedule="cosine")
-    trainer = Trainer(max_epochs=150, callbacks=[ExportPolicy(str(tmp_path / "base"))], **QUIET)
+    trainer = Trainer(
+        max_epochs=150, callbacks=[ExportPolicy(str(tmp_path / "base"))], enable_checkpointing=False, **QUIET
+    )
     trainer.fit(module, data("uniform", (1, 1, 1), batch_size=3))
 
     counts = [round(200 * probability) for probability in law.values()]
@@ -190,7 +180,9 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     module = SpinLightningModule(
         str(tmp_path / "base" / "policy"), beta=beta, learning_rate=3e-3, lr_schedule="cosine", optimizer=adam
     )
-    trainer = Trainer(max_epochs=120, callbacks=[game], reload_dataloaders_every_n_epochs=1, **QUIET)
+    trainer = Trainer(
+        max_epochs=120, callbacks=[game], reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
+    )
     trainer.fit(module, data("law", counts, answers_per_prompt=2, batch_size=400))
 
     exact = ExactDistance(language, [prompt], Encoder(make_tokenizer(language)))

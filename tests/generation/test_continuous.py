@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from games import answering, answers_of
 from helpers import tiny_model
 from torch import nn
 from transformers import (
@@ -106,10 +107,7 @@ def answers(
     kind: type[TransformersGenerator] = ContinuousGenerator,
     **settings: Any,
 ) -> list[Response]:
-    generator = kind(**{"max_new_tokens": 16, **settings})
-    found = list(generator.generate(model, prompts, seeds, TERMINATOR, PAD))
-    assert sorted(index for index, _ in found) == list(range(len(prompts)))  # every prompt once
-    return [response for _, response in sorted(found, key=lambda pair: pair[0])]
+    return answers_of(kind(**{"max_new_tokens": 16, **settings}), model, prompts, seeds, TERMINATOR, PAD)
 
 
 def plain_answers(model: nn.Module, **settings: Any) -> list[Response]:
@@ -341,7 +339,7 @@ def test_many_rows_are_replaced_several_at_a_time(llama: PreTrainedModel, spy: S
 def test_an_answer_is_handed_out_in_the_step_that_finishes_it(llama: PreTrainedModel, spy: Spy) -> None:
     shortest = min(len(response.ids) for response in answers(llama))
     spy.steps.clear()
-    _, response = next(ContinuousGenerator(16).generate(llama, PROMPTS, SEEDS, TERMINATOR, PAD))
+    _, response = next(answering(ContinuousGenerator(16), llama, PROMPTS, SEEDS, TERMINATOR, PAD))
     assert len(response.ids) == shortest == len(spy.steps)
 
 
@@ -351,7 +349,7 @@ def test_cache_is_as_wide_as_its_widest_row_and_the_spare_columns(
     monkeypatch.setattr(slots, "SPARE_COLUMNS", 5)
     generator = ContinuousGenerator(16, batch_size=4)
     widest = 0
-    for _ in generator.generate(llama, PROMPTS, SEEDS, TERMINATOR, PAD):
+    for _ in answering(generator, llama, PROMPTS, SEEDS, TERMINATOR, PAD):
         cache = spy.caches[-1]
         widest = max(widest, *cache.widths)
         assert cache.buffers[0][0].shape == (4, 2, cache.columns, 4)
@@ -389,7 +387,7 @@ def test_attention_is_the_models_own_between_answers_and_after_an_early_end(llam
         model = made("llama")
         model.config._attn_implementation = name
         settings = model.generation_config
-        running = ContinuousGenerator(16, batch_size=3).generate(model, PROMPTS, SEEDS, TERMINATOR, PAD)
+        running = answering(ContinuousGenerator(16, batch_size=3), model, PROMPTS, SEEDS, TERMINATOR, PAD)
         for _ in range(4):
             index, response = next(running)
             assert response.ids == expected[index].ids

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from games import answers_of
 from helpers import tiny_model
 from torch import Tensor, nn
 from transformers import (
@@ -46,10 +47,9 @@ def model() -> PreTrainedModel:
 def answers(
     model: nn.Module, prompts: Sequence[list[int]] = PROMPTS, seeds: Sequence[int] = SEEDS, **settings: Any
 ) -> list[Response]:
-    generator = TransformersGenerator(**{"max_new_tokens": 12, **settings})
-    found = dict(generator.generate(model, prompts, seeds, TERMINATOR, PAD))
-    assert sorted(found) == list(range(len(prompts)))  # every prompt once
-    return [found[index] for index in range(len(prompts))]
+    return answers_of(
+        TransformersGenerator(**{"max_new_tokens": 12, **settings}), model, prompts, seeds, TERMINATOR, PAD
+    )
 
 
 def assert_same(found: Sequence[Response], expected: Sequence[Response]) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from games import answers_of
 from helpers import tiny_model
 
 from spin_lightning import ContinuousGenerator, TransformersGenerator
@@ -61,9 +62,9 @@ def test_an_answer_s_numbers_are_those_of_float32_whatever_the_default_dtype() -
 @pytest.mark.parametrize("kind", [ContinuousGenerator, TransformersGenerator])
 def test_answers_are_the_same_whatever_the_default_dtype(kind: type[TransformersGenerator]) -> None:
     def answers() -> list[list[int]]:
-        generator = kind(max_new_tokens=12)
-        found = dict(generator.generate(model, [[5, 6, 7]] * 40, [seed_of(0, 0, n, 0) for n in range(40)], 263, 0))
-        return [found[n].ids for n in range(40)]
+        seeds = [seed_of(0, 0, n, 0) for n in range(40)]
+        found = answers_of(kind(max_new_tokens=12), model, [[5, 6, 7]] * 40, seeds, 263)
+        return [response.ids for response in found]
 
     model = tiny_model(seed=3).eval()
     expected = answers()

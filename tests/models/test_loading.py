@@ -10,22 +10,25 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from helpers import byte_tokenizer, save_tiny_model, tiny_model, write_rows
+from helpers import args_of, byte_tokenizer, save_tiny_model, tiny_model, write_rows
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from spin_lightning import UserError
 from spin_lightning.cli.commands import main
 from spin_lightning.models import hub
 from spin_lightning.models import loading as models
 from spin_lightning.models.loading import (
     check_model,
+    disable_dropout,
     load_config,
     load_policy,
     load_tokenizer,
+    locate,
     refuse_ids_beyond,
     refuse_without_causal_head,
 )
+from spin_lightning.types import UserError
 
 
 @pytest.fixture
@@ -41,18 +44,13 @@ def change(model: str, file: str, **entries: Any) -> None:
 def endings(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
     """What each command says when it ends with exit code 2."""
     rows, said = write_rows(tmp_path / "rows.jsonl"), []
-    common = [
-        f"--model.model_name_or_path={model}",
-        f"--data.train_data={rows}",
-        "--data.val_fraction=0.2",
-    ]
-    for command, key in (("check", "self_play"), ("fit", "self_play"), ("sft", "export"), ("validate", "self_play")):
-        cap = "--data.max_response_tokens=4" if command == "sft" else "--data.generator.max_new_tokens=4"
-        quick = [cap, f"--{key}.output_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu"]
+    common = ["--data.val_fraction=0.2", "--trainer.accelerator=cpu"]
+    for word in ("check", "fit", "sft", "validate"):
+        cap = "--data.max_response_tokens=4" if word == "sft" else "--data.generator.max_new_tokens=4"
         with pytest.raises(SystemExit) as stop:
-            main([command, *common, *quick, *flags])
+            main(args_of(word, model, rows, tmp_path / "run", cap, *common, *flags))
         printed = capsys.readouterr()
-        assert stop.value.code == 2, (command, printed.err)
+        assert stop.value.code == 2, (word, printed.err)
         said.append(printed.err.partition("spin-lightning: error: ")[2])
         assert "answers" not in printed.out and not list(tmp_path.glob("run/iteration_0"))  # before generation
     return said
@@ -321,3 +319,60 @@ def test_without_a_network_a_name_on_the_hub_is_refused_in_seconds(
 def test_a_folder_asks_no_hub(no_network: list[float], model: str) -> None:
     load_tokenizer(model), load_config(model), load_policy(model)
     assert no_network == []
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+def test_locate_tells_folders_files_and_hub_names_apart(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert locate(str(tmp_path)) == {"pretrained_model_name_or_path": str(tmp_path)}
+    assert locate(str(tmp_path / "model.gguf")) == {
+        "pretrained_model_name_or_path": str(tmp_path),
+        "gguf_file": "model.gguf",
+    }
+    for name in ("gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        assert locate(name) == {"pretrained_model_name_or_path": name}
+
+
+@pytest.mark.parametrize(
+    "name", ["./nothing", "/nowhere/at/all", "~/nowhere-at-all", "runs/iteration_0/policy", "lost.gguf"]
+)
+def test_locate_refuses_a_path_where_nothing_is(name: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"model_name_or_path '{name}' does not exist \(looked at /.*\.gguf file, or a hub name"
+    ):
+        locate(name)
+
+
+def test_folder_without_a_model_is_a_user_error(tmp_path: Path) -> None:
+    for what, load in (("model", load_policy), ("tokenizer", load_tokenizer)):
+        with pytest.raises(
+            UserError, match=rf"no {what} could be loaded from '{tmp_path}': .*Give a Hugging Face folder"
+        ):
+            load(str(tmp_path))
+
+
+def test_policy_is_loaded_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert {parameter.dtype for parameter in load_policy(path, dtype=dtype).parameters()} == {dtype}
+
+
+def test_disable_dropout_makes_training_mode_repeatable() -> None:
+    llama = tiny_model(attention_dropout=0.5)
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    )
+    ids = torch.arange(5, 25)[None]
+    for model in (llama, gpt2):
+        model.train()
+        with torch.no_grad():
+            assert not torch.equal(model(ids).logits, model(ids).logits)
+            disable_dropout(model)
+            assert model.training
+            first, second = model(ids).logits, model(ids).logits
+            assert torch.equal(first, second)
+            torch.testing.assert_close(first, model.eval()(ids).logits)
+    assert llama.model.layers[0].self_attn.attention_dropout == 0.0
+    assert gpt2.transformer.drop.p == 0.0

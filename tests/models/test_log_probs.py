@@ -82,8 +82,17 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SHAPE, head_dim=8, sliding_window=4, use_sliding_window=True, layer_types=SLIDING)
     ),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=1.5, attn_logit_softcapping=1.0, sliding_window=4)
+    "gemma2": lambda: (
+        Gemma2ForCausalLM(  # eager attention, which alone has the softcap; older versions have another default
+            Gemma2Config(
+                **SHAPE,
+                head_dim=8,
+                final_logit_softcapping=1.5,
+                attn_logit_softcapping=1.0,
+                sliding_window=4,
+                attn_implementation="eager",
+            )
+        )
     ),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SHAPE, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, layer_types=SLIDING)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from games import DoLast, Game, Stopped, read, weight_bits, without_seconds
-from helpers import byte_tokenizer, tiny_model
+from helpers import QUIET, byte_tokenizer, load, tiny_model
 from lightning import Trainer
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
 
@@ -22,13 +22,6 @@ from spin_lightning import (
     SyntheticDataModule,
     UserError,
 )
-
-torch.set_num_threads(1)
-
-
-def load(folder: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "resident": {"module": {"opponent": "resident"}, "play": {"epochs": 1}},
@@ -107,10 +100,7 @@ def test_supervised_fine_tuning_takes_an_object_too(model: str, rows: str, tmp_p
     ends = []
     for first in (model, load(model), Path(model)):
         module = SftLightningModule(first, learning_rate=1e-2)
-        trainer = Trainer(
-            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            callbacks=[ExportPolicy(str(tmp_path))],
-        )  # fmt: skip
+        trainer = Trainer(max_epochs=1, enable_checkpointing=False, callbacks=[ExportPolicy(str(tmp_path))], **QUIET)
         trainer.fit(module, SyntheticDataModule(rows, val_fraction=0.0))
         ends.append(weight_bits(module.policy))
     assert ends[0] == ends[1] == ends[2]
@@ -168,7 +158,7 @@ def half(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same model with its weights in bfloat16."""
     folder = tmp_path_factory.mktemp("half")
     shutil.copytree(model, folder, dirs_exist_ok=True)
-    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(folder)
+    load(model, torch.bfloat16).save_pretrained(folder)
     return str(folder)
 
 
@@ -178,7 +168,7 @@ def half(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_larger_export_than_what_came_in_is_said_and_explained(
     precision: str, is_object: bool, half: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16) if is_object else half
+    first = load(half, torch.bfloat16) if is_object else half
     Game(first, rows, tmp_path, trainer={"precision": precision}, play={"epochs": 1, "iterations": 1}).play()
     said = capsys.readouterr().out
     dtype = "bfloat16" if precision == "bf16-true" else "float32"
@@ -221,7 +211,7 @@ def test_the_cast_command_of_the_card_halves_the_folder_and_rounds_the_weights(
 def test_most_of_what_small_steps_change_is_lost_in_bfloat16(half: str, rows: str, tmp_path: Path) -> None:
     """Why the export is not rounded: at the learning rates of self-play a rounded policy is the opponent again."""
     game = Game(half, rows, tmp_path, module={"learning_rate": 1e-6}, play={"iterations": 1}).play()
-    before = AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16)
+    before = load(half, torch.bfloat16)
     after = game.module.policy
     moved = sum(int((a.float() != b).sum()) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     kept = sum(int((a != b.bfloat16()).sum()) for a, b in zip(before.parameters(), after.parameters(), strict=True))

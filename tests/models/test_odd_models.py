@@ -18,8 +18,6 @@ from spin_lightning.models.loading import as_policy
 from spin_lightning.models.modes import calm, evaluating, is_random
 from spin_lightning.types import UserError
 
-torch.set_num_threads(1)
-
 
 class Noisy(nn.Module):
     """Adds noise to its logits in training mode, as the routers of some mixtures of experts do."""
@@ -50,9 +48,13 @@ def test_a_model_that_is_random_in_training_is_found_and_calmed() -> None:
 def test_every_module_has_its_own_mode_again_after_evaluation() -> None:
     model = Noisy(0.0)
     model.embedding.eval()
-    with pytest.raises(RuntimeError), evaluating(model):
+
+    def look_and_fail() -> None:
         assert not (model.training or model.inner.training)
-        raise RuntimeError
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"), evaluating(model):
+        look_and_fail()
     assert (model.training, model.embedding.training, model.inner.training) == (True, False, True)
 
 
@@ -96,7 +98,8 @@ def test_a_router_that_is_kept_in_float32_stays_so_in_bfloat16_and_is_exported(b
     ).play()  # fmt: skip
     dtypes = {name: tensor.dtype for name, tensor in game.module.policy.state_dict().items()}
     kept = {name for name, dtype in dtypes.items() if dtype is torch.float32}
-    assert kept == {name for name in dtypes if "gate.weight" in name or "e_score_correction_bias" in name} != set()
+    in_float32 = DeepseekV3ForCausalLM._keep_in_fp32_modules_strict  # older versions of transformers have fewer
+    assert kept == {name for name in dtypes if any(part in name for part in in_float32)} != set()
     assert (tmp_path / "run/iteration_0/policy").is_dir()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from games import Game
+from games import Game, answers_of
 from helpers import byte_tokenizer, write_rows
 from torch import nn
 from transformers import (
@@ -162,8 +162,7 @@ def test_answers_are_those_given_alone(kind: type[TransformersGenerator]) -> Non
 
     def answers(model: nn.Module, batch_size: int) -> list[tuple[list[int], float]]:
         generator = kind(max_new_tokens=12, batch_size=batch_size)
-        found = dict(generator.generate(model, prompts, range(5), 256, 0))
-        return [(found[index].ids, found[index].log_prob) for index in range(5)]
+        return [(found.ids, found.log_prob) for found in answers_of(generator, model, prompts, range(5), 256)]
 
     model = longrope()
     found = answers(model, 5)
@@ -183,7 +182,7 @@ def test_an_answer_that_could_cross_is_refused_before_the_first_token(kind: type
         r"their answers: the longest needs 41 tokens \(29 and 12 new ones\)\. Lower data\.max_prompt_tokens or "
         r"data\.generator\.max_new_tokens so that both fit into 40 tokens\.",
     ):
-        next(kind(max_new_tokens=12).generate(model, [IDS[:28], IDS[:29]], [0, 1], 256, 0))
+        answers_of(kind(max_new_tokens=12), model, [IDS[:28], IDS[:29]], [0, 1], 256)
 
 
 def test_a_game_whose_answers_could_cross_ends_before_it_asks_its_generator(tmp_path: Path) -> None:

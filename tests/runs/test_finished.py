@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from helpers import save_tiny_model, write_rows
+from helpers import args_of, save_tiny_model, write_rows
 
 from spin_lightning import UserError
 from spin_lightning.cli.commands import run
@@ -25,20 +25,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     folder = tmp_path_factory.mktemp("finished")
     model = save_tiny_model(folder / "model")
     rows = write_rows(folder / "rows.jsonl")
-    shared = [f"--model.model_name_or_path={model}", f"--data.train_data={rows}", *QUICK]
     commands = {
-        "fit": [
-            "fit",
-            *shared,
-            "--data.generator.max_new_tokens=4",
-            f"--self_play.output_dir={folder / 'fit'}",
-            "--self_play.iterations=1",
-        ],
-        "sft": ["sft", *shared, "--data.max_response_tokens=4", f"--export.output_dir={folder / 'sft'}"],
+        "fit": args_of(
+            "fit", model, rows, folder / "fit", "--self_play.iterations=1", "--data.generator.max_new_tokens=4", *QUICK
+        ),
+        "sft": args_of("sft", model, rows, folder / "sft", "--data.max_response_tokens=4", *QUICK),
     }
-    for command in commands.values():
-        run(command)
-    return {stage: (folder / stage, command) for stage, command in commands.items()}
+    for args in commands.values():
+        run(args)
+    return {stage: (folder / stage, args) for stage, args in commands.items()}
 
 
 @pytest.mark.parametrize(

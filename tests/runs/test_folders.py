@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from games import Game
-from helpers import save_tiny_model, write_rows
+from helpers import args_of
 
 from spin_lightning import ExportPolicy, RunCheckpoint, SelfPlay, UserError, last_checkpoint
 from spin_lightning.cli.commands import main
 from spin_lightning.runs.files import hold, refuse_links, run_folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> str:
-    return write_rows(tmp_path / "rows.jsonl")
-
 
 # --- names of folders -------------------------------------------------------------------------------------------------
 
@@ -92,10 +82,7 @@ def test_fit_in_the_home_folder_makes_no_folder_called_tilde(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     args = [
-        "fit",
-        f"--model.model_name_or_path={model}",
-        f"--data.train_data={rows}",
-        "--self_play.output_dir=~/run",
+        *args_of("fit", model, rows, "~/run"),
         "--self_play.iterations=1",
         "--self_play.epochs=1",
         "--data.generator.max_new_tokens=4",
@@ -223,7 +210,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_a_game_and_sft_leave_what_is_behind_a_link_as_it_was(
-    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, rows: str, tmp_path: Path, refusal: Callable[[list[str]], str]
 ) -> None:
     runs = folders_with_links(tmp_path)
     before = contents(tmp_path / "precious")
@@ -234,10 +221,7 @@ def test_a_game_and_sft_leave_what_is_behind_a_link_as_it_was(
     runs["policy.partial"].mkdir()
     (runs["policy.partial"] / "policy.partial").symlink_to(tmp_path / "precious")
     for run in runs.values():
-        args = [f"--model.model_name_or_path={model}", f"--data.train_data={rows}", f"--export.output_dir={run}"]
-        with pytest.raises(SystemExit) as stop:
-            main(["sft", *args, "--trainer.accelerator=cpu"])
-        assert stop.value.code == 2 and "is a link to" in capsys.readouterr().err
+        assert "is a link to" in refusal(args_of("sft", model, rows, run, "--trainer.accelerator=cpu"))
     assert contents(tmp_path / "precious") == before
     for run in runs.values():
         assert not (run / "logs").exists()  # refused before the loggers are made

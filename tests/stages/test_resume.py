@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from games import CountingGenerator, Do, DoLast, Game, Recorder, Stopped, read, weight_bits, without_seconds
+from helpers import QUIET
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
@@ -35,9 +36,6 @@ from spin_lightning import (
     last_checkpoint,
 )
 from spin_lightning.generation.pair_store import PairStore
-
-torch.set_num_threads(1)
-
 
 #: The games that are stopped. Each has several shards, a held-out set, and two epochs in each of two iterations.
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -254,8 +252,8 @@ def test_a_copied_run_folder_resumes(model: str, rows: str, tmp_path: Path, monk
     whole = Game(model, rows, tmp_path / "whole", module={"opponent": "resident"}).play()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    stop = DoLast(on_train_batch_end=lambda trainer, *_: stop_at(trainer, 7))
     with pytest.raises(Stopped):
-        stop = DoLast(on_train_batch_end=lambda trainer, *_: stop_at(trainer, 7))
         Game(model, rows, "run", module={"opponent": "resident"}, last=[stop]).play()
     (tmp_path / "there" / "deeper").mkdir(parents=True)
     shutil.move("run", tmp_path / "there" / "deeper" / "moved")
@@ -266,8 +264,8 @@ def test_a_copied_run_folder_resumes(model: str, rows: str, tmp_path: Path, monk
 
 
 def stopped_at(number: int, model: str, rows: str, folder: Path, **settings: Any) -> None:
+    stop = DoLast(on_train_batch_end=lambda trainer, *_: stop_at(trainer, number))
     with pytest.raises(Stopped):
-        stop = DoLast(on_train_batch_end=lambda trainer, *_: stop_at(trainer, number))
         Game(model, rows, folder, last=[stop], **settings).play()
 
 
@@ -344,12 +342,10 @@ def sft(
     data = SyntheticDataModule(rows, batch_size=2, val_fraction=0.2)
     checkpoint = RunCheckpoint(str(folder / "checkpoints"), every_n_steps=1)
     settings: dict[str, Any] = {
-        "accelerator": "cpu",
+        **QUIET,
         "max_epochs": 2,
         "reload_dataloaders_every_n_epochs": 1,
-        "logger": False,
         "plugins": [AtomicCheckpointIO()],
-        "enable_progress_bar": False,
         "callbacks": [ExportPolicy(str(folder)), recorder, checkpoint, *callbacks],
     }
     trainer_ = Trainer(**{**settings, **trainer})
@@ -456,12 +452,9 @@ def test_sft_with_a_number_of_updates_resumes_from_every_step_and_epoch(
         )
         last = DoLast(**{hook: lambda trainer, *_: stop_at(trainer, stop) if stop else None})
         trainer = Trainer(
-            accelerator="cpu",
             max_epochs=100,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[ExportPolicy(str(folder)), RunCheckpoint(str(folder / "checkpoints")), last],
+            **QUIET,
         )
         trainer.fit(module, data, ckpt_path=last_checkpoint(folder))
         assert trainer.global_step == updates

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from games import Do, Game, read
+from helpers import QUIET
 from lightning import Trainer
 from torch import Tensor
 
 from spin_lightning import ExportPolicy, SftLightningModule, SpinLoss, SyntheticDataModule
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +47,14 @@ def sft(model: str, rows: str, folder: Path, batch_size: int, accumulate: int, *
     )  # fmt: skip
     data = SyntheticDataModule(rows, batch_size=batch_size, val_fraction=0.0, micro_batch_tokens=60)
     trainer = Trainer(
-        max_epochs=2, accumulate_grad_batches=accumulate, precision="64-true", accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[gradients_into(steps), Do(on_train_batch_end=log), ExportPolicy(str(folder))], **settings,
-    )  # fmt: skip
+        max_epochs=2,
+        accumulate_grad_batches=accumulate,
+        precision="64-true",
+        enable_checkpointing=False,
+        callbacks=[gradients_into(steps), Do(on_train_batch_end=log), ExportPolicy(str(folder))],
+        **QUIET,
+        **settings,
+    )
     trainer.fit(module, data)
     summary = read(folder / "summary.json")
     return {"steps": steps, "losses": logged, "ends": (summary["first_loss"], summary["last_loss"])}
@@ -226,10 +229,7 @@ def test_the_schedule_of_sft_spans_as_many_updates_as_are_taken(
     rates: list[float] = []
     look = Do(on_train_batch_start=lambda trainer, *_: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
     module = SftLightningModule(model, learning_rate=1e-3, warmup_ratio=0.0, max_updates=max_updates)
-    trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[look], **limit,
-    )  # fmt: skip
+    trainer = Trainer(enable_checkpointing=False, callbacks=[look], **QUIET, **limit)
     trainer.fit(module, SyntheticDataModule(rows, batch_size=4, val_fraction=0.0))
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
