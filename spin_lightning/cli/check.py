@@ -17,7 +17,7 @@ from typing import Any
 from spin_lightning.cli.commands import STAGES
 from spin_lightning.cli.settings_errors import explaining_settings
 from spin_lightning.cli.stage_cli import parse_settings
-from spin_lightning.generation.synthetic_data import SyntheticDataModule
+from spin_lightning.data.module import RowDataModule
 from spin_lightning.models.loading import (
     context_length,
     end_ids,
@@ -52,8 +52,8 @@ def main(args: list[str]) -> None:
         UserError: A run with these settings and data could not begin.
     """
     sample, args = _take_sample(args)
-    stage, settings = _parse(args)
-    data, model = _make(stage.data, settings.data), settings.model
+    stage, settings, data = _parse(args)
+    model = settings.model
     callbacks = {section: _make(kind, settings[section]) for section, kind in stage.callbacks.items()}
     stage.check(_make(stage.module, model), callbacks)
     if data.tokenizer_name_or_path is not None:
@@ -94,8 +94,8 @@ def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
     return None if value is None else int(value), rest
 
 
-def _parse(args: list[str]) -> tuple[Stage, Any]:
-    """The first stage that the settings fit, and the settings.
+def _parse(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
+    """The first stage that the settings fit, the settings, and the data made of them.
 
     Raises:
         UserError: They fit none; the message is about the first one.
@@ -104,7 +104,8 @@ def _parse(args: list[str]) -> tuple[Stage, Any]:
     first: UserError | None = None
     for word, path in STAGES.items():
         try:
-            return resolve_name(path), parse_settings(word, args)
+            stage, settings = resolve_name(path), parse_settings(word, args)
+            return stage, settings, _make(stage.data, settings.data)
         except UserError as error:
             first = first or error
     assert first is not None
@@ -120,7 +121,7 @@ def _make(class_path: str, settings: Any) -> Any:
         return parser.instantiate_classes(Namespace(made=settings)).made
 
 
-def _summary(data: SyntheticDataModule) -> list[str]:
+def _summary(data: RowDataModule) -> list[str]:
     """What a run trains on, and the places of all that was dropped or is strange."""
     report = data.report
     lines = [f"format: {report['train_data']['format']}"]
@@ -141,7 +142,7 @@ def _summary(data: SyntheticDataModule) -> list[str]:
     return lines
 
 
-def show_pair(data: SyntheticDataModule) -> list[str]:
+def show_pair(data: RowDataModule) -> list[str]:
     """A pair's two rows as lines to print: every token, under what it is. No answer is generated for it."""
     pad = [data.encoder.pad_id]
     first = data.prompts[0]

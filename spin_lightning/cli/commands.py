@@ -83,7 +83,8 @@ What you may want to set, here and in the run:
   --data.max_prompt_tokens 512         rows with longer prompts are left out,
                                        counted
   --data.generator.max_new_tokens 256  cap on the answers; longer real ones are
-                                       cut, counted
+                                       cut, counted. For sft
+                                       --data.max_response_tokens
   --data.prompt_template alpaca        where the model has no chat template
 
 A run writes the same counts to data_report.json in its folder.

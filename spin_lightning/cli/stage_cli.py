@@ -162,6 +162,9 @@ class StageCLI(FlagsWin, LightningCLI):
         except Exception as error:
             if (sentence := refusal_of_arguments(error, args)) is None:
                 raise
+            for setting, answer in self.stage.absent.items():
+                if re.search(rf"\b{re.escape(setting)}\b", sentence):
+                    raise UserError(answer) from error
             sentence += "" if sentence.endswith((".", "?")) else "."
             raise UserError(f"{sentence}{self._did_you_mean(sentence)}") from error
 

@@ -47,6 +47,7 @@ _OF_TRAINER = (
     "gradient_clip_val",
     "gradient_clip_algorithm",
 )
+_OF_SAMPLING = ("data.generator.", "data.answers_per_prompt", "data.history", "data.keep_prompts_together")
 _LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches")
 
 
@@ -101,8 +102,12 @@ def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
 
 
 def _completed(record: dict[str, Any], trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
-    """The settings of a record, with those that its version did not keep."""
+    """The settings of a record as this version has them, with those that its version did not keep."""
     old = dict(record["settings"])
+    if not hasattr(data, "generator") and (cap := old.get("data.generator.max_new_tokens")) is not None:
+        # every stage had a sampler once; where nothing is sampled, its cap alone decided anything
+        old = {key: value for key, value in old.items() if not key.startswith(_OF_SAMPLING)}
+        old["data.max_response_tokens"] = cap
     for prefix, part in _parts_of(trainer, module, data).items():
         for name in parameters_of(type(part)):
             key, value = f"{prefix}.{name}", getattr(part, name, None)

@@ -90,14 +90,21 @@ def _refuse_no_end(settings: Any) -> None:
         raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
 
 
+_ABSENT = {
+    setting: f"sft samples no responses, so it takes no {setting}: leave it out, and cap the real responses with "
+    "--data.max_response_tokens."
+    for setting in ("data.generator", "data.answers_per_prompt", "data.history", "data.keep_prompts_together")
+}
+
 #: ``spin-lightning sft``.
 STAGE = Stage(
     module="spin_lightning.stages.sft.SftLightningModule",
-    data="spin_lightning.generation.synthetic_data.SyntheticDataModule",
+    data="spin_lightning.data.module.RowDataModule",
     callbacks={"export": "spin_lightning.stages.export.ExportPolicy"},
     folder="export",
     over_file="summary.json",
     mark="model.average",
-    defaults={"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}, "trainer.max_epochs": 1},
+    absent=_ABSENT,
+    defaults={"trainer.max_epochs": 1},
     refuse=_refuse_no_end,
 )

@@ -24,6 +24,7 @@ class Stage:
         folder: The section whose ``output_dir`` is the run's folder.
         over_file: What is written last in the run's folder.
         mark: A setting, or how its name begins, that every run of this stage records in ``run.json`` and no run of another stage.
+        absent: What to answer where a setting is given that other stages have and this one does not, by setting.
         defaults: Defaults that are not those of the classes, by setting.
         links: Settings that follow from others: for each, from which, and the function of these that gives it.
         is_over: Whether a run that wrote ``over_file`` is over, from its content and the settings of this command.
@@ -37,6 +38,7 @@ class Stage:
     folder: str
     over_file: str
     mark: str
+    absent: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     links: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = field(default_factory=dict)
     is_over: Callable[[Any, Any], bool] = lambda result, settings: True

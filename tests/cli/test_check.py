@@ -87,7 +87,15 @@ def test_the_config_of_a_run_is_checked_as_it_is(flags, capsys, config):
 
 def short(path):
     """The tiny model takes 512 tokens."""
-    return ["--data.max_prompt_tokens=64", "--data.generator.max_new_tokens=16"]
+    cap = "--data.max_response_tokens=16" if path.stem == "demo_sft" else "--data.generator.max_new_tokens=16"
+    return ["--data.max_prompt_tokens=64", cap]
+
+
+def test_the_cap_of_sft_is_understood(flags, capsys):
+    row = rows_of(printed_by([*flags, "--data.max_response_tokens=1"], capsys))[0]
+    assert row["response"] == (1, "1") and "terminator" not in row
+    with pytest.raises(UserError, match=r"data\.max_response_tokens is 2, and data\.generator\.max_new_tokens 1: "):
+        check.main([*flags, "--data.max_response_tokens=2", "--data.generator.max_new_tokens=1"])
 
 
 def test_a_plugin_s_settings_and_other_sections_are_understood_but_not_made(flags, capsys, tmp_path):

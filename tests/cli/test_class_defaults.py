@@ -106,7 +106,7 @@ def test_generators_and_losses_have_their_own_defaults_too(tmp_path: Path) -> No
     name, settings = parsed("fit", "data.generator", f"--data.generator={__name__}.ShortGenerator")
     assert (name, settings) == ("ShortGenerator", {"max_new_tokens": 32, "temperature": 0.5, "batch_size": 2})
     flags = ["--data.generator.max_new_tokens=7", f"--data.generator={__name__}.ShortGenerator"]
-    assert parsed("sft", "data.generator", *flags)[1] == {"max_new_tokens": 7, "temperature": 0.5, "batch_size": 2}
+    assert parsed("fit", "data.generator", *flags)[1] == {"max_new_tokens": 7, "temperature": 0.5, "batch_size": 2}
     name, settings = parsed("fit", "model.loss", f"--model.loss={__name__}.PinnedLoss")
     assert (name, settings) == ("PinnedLoss", {"link": "hinge", "nll_weight": 0.7})
     assert issubclass(ShortGenerator, ResponseGenerator)

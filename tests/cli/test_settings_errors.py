@@ -25,7 +25,7 @@ def said(model, tmp_path, refusal, monkeypatch):
 
     def run(command: str, *flags: str) -> str:
         common = [
-            "--data.generator.max_new_tokens=4",
+            "--data.max_response_tokens=4" if command == "sft" else "--data.generator.max_new_tokens=4",
             "--data.batch_size=4",
             *([] if any("accelerator" in flag for flag in flags) else ["--trainer.accelerator=cpu"]),
             *([] if command == "sft" else ["--self_play.iterations=1", "--self_play.epochs=1"]),
@@ -105,6 +105,25 @@ def test_what_follows_from_other_settings(said):
     assert said("fit", "--checkpoint.dirpath=x") == (
         "checkpoint.dirpath follows from self_play.output_dir: leave it out, and set self_play.output_dir."
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "settings"),
+    [
+        ("data.generator", {"class_path": "spin_lightning.ContinuousGenerator", "init_args": {"max_new_tokens": 32}}),
+        ("data.generator", "TransformersGenerator"),
+        ("data.history", 1),
+    ],
+)
+def test_sft_takes_no_sampler_and_says_how_to_cap_responses(said, setting, settings, tmp_path):
+    wanted = (
+        f"sft samples no responses, so it takes no {setting}: leave it out, and cap the real responses with "
+        "--data.max_response_tokens."
+    )
+    assert said("sft", f"--{setting}={json.dumps(settings)}") == wanted
+    assert said("sft", "--data.generator.max_new_tokens=5") == wanted.replace("data.history", "data.generator")
+    (tmp_path / "sft.json").write_text(json.dumps({"data": {setting.removeprefix("data."): settings}}))
+    assert said("sft", f"--config={tmp_path / 'sft.json'}") == wanted
 
 
 def test_a_run_of_sft_without_an_end(said):

@@ -44,10 +44,11 @@ def change(model: str, file: str, **entries: Any) -> None:
 def endings(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
     """What each command says when it ends with exit code 2."""
     rows, said = write_rows(tmp_path / "rows.jsonl"), []
-    common = ["--data.generator.max_new_tokens=4", "--data.val_fraction=0.2", "--trainer.accelerator=cpu"]
+    common = ["--data.val_fraction=0.2", "--trainer.accelerator=cpu"]
     for word in ("check", "fit", "sft", "validate"):
+        cap = "--data.max_response_tokens=4" if word == "sft" else "--data.generator.max_new_tokens=4"
         with pytest.raises(SystemExit) as stop:
-            main(args_of(word, model, rows, tmp_path / "run", *common, *flags))
+            main(args_of(word, model, rows, tmp_path / "run", cap, *common, *flags))
         printed = capsys.readouterr()
         assert stop.value.code == 2, (word, printed.err)
         said.append(printed.err.partition("spin-lightning: error: ")[2])

@@ -16,7 +16,7 @@ from spin_lightning.cli.commands import run
 from spin_lightning.runs.settings import _agree
 
 QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
-QUICK += ["--data.batch_size=4", "--data.generator.max_new_tokens=4", "--model.learning_rate=1e-3"]
+QUICK += ["--data.batch_size=4", "--model.learning_rate=1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     model = save_tiny_model(folder / "model")
     rows = write_rows(folder / "rows.jsonl")
     commands = {
-        "fit": args_of("fit", model, rows, folder / "fit", "--self_play.iterations=1", *QUICK),
-        "sft": args_of("sft", model, rows, folder / "sft", *QUICK),
+        "fit": args_of(
+            "fit", model, rows, folder / "fit", "--self_play.iterations=1", "--data.generator.max_new_tokens=4", *QUICK
+        ),
+        "sft": args_of("sft", model, rows, folder / "sft", "--data.max_response_tokens=4", *QUICK),
     }
     for args in commands.values():
         run(args)
@@ -51,6 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         ("fit", "--trainer.gradient_clip_val=1", "trainer.gradient_clip_val: None -> 1"),
         ("fit", "--trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches: 1 -> 2"),
         ("sft", "--trainer.max_epochs=3", "trainer.max_epochs: 1 -> 3"),
+        ("sft", "--data.max_response_tokens=5", "data.max_response_tokens: 4 -> 5"),
         ("sft", "--model.average=response", "model.average: 'token' -> 'response'"),
     ],
 )

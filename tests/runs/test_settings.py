@@ -80,6 +80,8 @@ def test_every_setting_of_a_stage_is_recorded_wherever_it_is_declared(model: str
         assert {key for key in of("model", found) if not key.startswith("optimizer.")} == {*common["model"], *own}
         assert {key for key in of("data", found) if not key.startswith("generator.")} == set(common["data"])
         assert of("data.generator", found) == {"generator", "max_new_tokens", "temperature", "top_p"}
+    rows = settings(module, RowDataModule("rows.jsonl"))
+    assert of("data", rows) == {*OF_ROWS, "max_response_tokens"}
     assert (found["model.learning_rate"], found["model.warmup_ratio"], found["data.val_fraction"]) == (2e-5, 0.1, 0.05)
 
 
