@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -229,7 +228,6 @@ def run(args: list[str]) -> LightningCLI | None:
     Returns:
         The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over already.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from spin_lightning.cli.settings_errors import explaining_plugins, explaining_settings
     from spin_lightning.cli.stage_cli import RunIsOver, StageCLI
 

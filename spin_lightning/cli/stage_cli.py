@@ -6,9 +6,7 @@ Imports everything heavy, so ``commands`` imports it only when a stage runs.
 from __future__ import annotations
 
 import inspect
-import logging
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -24,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from spin_lightning.cli.class_defaults import own_defaults
 from spin_lightning.cli.commands import COMMANDS, STAGES
+from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.cli.settings_errors import check_configs, explaining_settings, refusal_of_arguments
 from spin_lightning.progress import display
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
@@ -117,10 +116,7 @@ class StageCLI(FlagsWin, LightningCLI):
         self.word, command = word, COMMANDS[word]
         assert command.stage is not None
         self.stage: Stage = resolve_name(command.stage)
-        for library in ("lightning.pytorch", "lightning.fabric"):  # their warnings are for users, their news are not
-            logging.getLogger(library).setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch's
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # collating ids takes no time
+        silence_libraries()
         super().__init__(
             resolve_name(self.stage.module),
             resolve_name(self.stage.data),
