@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from spin_lightning.cli.class_defaults import own_defaults
 from spin_lightning.cli.commands import COMMANDS, STAGES
 from spin_lightning.cli.quiet import silence_libraries
-from spin_lightning.cli.settings_errors import check_configs, explaining_settings, refusal_of_arguments
+from spin_lightning.cli.settings_errors import explaining_settings, refusal_of_arguments
 from spin_lightning.progress import display
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
@@ -149,7 +149,6 @@ class StageCLI(FlagsWin, LightningCLI):
         return {method: LightningCLI.subcommands()[method]}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        check_configs(args)
         parsers_of(self)[COMMANDS[self.word].method].prog = f"spin-lightning {self.word}"  # for --help
         try:
             # Lightning's own also warns that `args` were given: here they always are
