@@ -97,7 +97,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.state.fn == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.folder.mkdir(parents=True, exist_ok=True)
-            config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+            config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
             with replacing(self.folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
