@@ -100,7 +100,6 @@ def _parse(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
     Raises:
         UserError: They fit none; the message is about the first one.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     first: UserError | None = None
     for word, path in STAGES.items():
         try:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +42,9 @@ class Command:
 
 
 def _check(args: list[str]) -> None:
+    from spin_lightning.cli.config_files import check_configs
+
+    check_configs(args)
     from spin_lightning.cli.check import main
 
     main(args)
@@ -230,7 +232,9 @@ def run(args: list[str]) -> LightningCLI | None:
     Returns:
         The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over already.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from spin_lightning.cli.config_files import check_configs
+
+    check_configs(args)
     from spin_lightning.cli.settings_errors import explaining_plugins, explaining_settings
     from spin_lightning.cli.stage_cli import RunIsOver, StageCLI
 

@@ -6,9 +6,7 @@ Imports everything heavy, so ``commands`` imports it only when a stage runs.
 from __future__ import annotations
 
 import inspect
-import logging
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -24,7 +22,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from spin_lightning.cli.class_defaults import own_defaults
 from spin_lightning.cli.commands import COMMANDS, STAGES
-from spin_lightning.cli.settings_errors import check_configs, explaining_settings, refusal_of_arguments
+from spin_lightning.cli.quiet import silence_libraries
+from spin_lightning.cli.settings_errors import explaining_settings, refusal_of_arguments
 from spin_lightning.progress import display
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
@@ -98,7 +97,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.state.fn == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.folder.mkdir(parents=True, exist_ok=True)
-            config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+            config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
             with replacing(self.folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -117,10 +116,7 @@ class StageCLI(FlagsWin, LightningCLI):
         self.word, command = word, COMMANDS[word]
         assert command.stage is not None
         self.stage: Stage = resolve_name(command.stage)
-        for library in ("lightning.pytorch", "lightning.fabric"):  # their warnings are for users, their news are not
-            logging.getLogger(library).setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch's
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # collating ids takes no time
+        silence_libraries()
         super().__init__(
             resolve_name(self.stage.module),
             resolve_name(self.stage.data),
@@ -153,7 +149,6 @@ class StageCLI(FlagsWin, LightningCLI):
         return {method: LightningCLI.subcommands()[method]}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        check_configs(args)
         parsers_of(self)[COMMANDS[self.word].method].prog = f"spin-lightning {self.word}"  # for --help
         try:
             # Lightning's own also warns that `args` were given: here they always are

@@ -11,7 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning import UserError
 from spin_lightning.cli.commands import COMMANDS, main
-from spin_lightning.cli.settings_errors import check_configs, explaining_settings, in_a_sentence
+from spin_lightning.cli.config_files import check_configs
+from spin_lightning.cli.settings_errors import explaining_settings, in_a_sentence
 from spin_lightning.runs.checkpoints import hash_file
 from spin_lightning.runs.files import sha256_of
 

@@ -32,7 +32,7 @@ def _refuse_many_epochs(settings: Any) -> None:
 
 STAGE = Stage(
     module=f"{__name__}.Repeated",
-    data="spin_lightning.SyntheticDataModule",
+    data="spin_lightning.RowDataModule",
     callbacks={"export": "spin_lightning.ExportPolicy"},
     folder="export",
     over_file="summary.json",
