@@ -47,6 +47,7 @@ def say(*texts: Any, file: TextIO | None = None, wraps: bool = True) -> None:
     On a terminal, lines that are too long end between words, unless ``wraps`` is false.
     """
     text, stream = " ".join(printable(str(text)) for text in texts), file or sys.stdout
+    stream = getattr(stream, "rich_proxied_file", stream)  # the proxy of an older rich says it is no terminal
     if wraps and stream is not None and stream.isatty():
         text = wrapped(text, shutil.get_terminal_size().columns)
     print(text, file=file, flush=True)

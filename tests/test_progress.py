@@ -139,7 +139,11 @@ def test_remarks_prints_and_logs_stand_above_the_line(clock: Clock, monkeypatch:
     terminal = terminal_of(monkeypatch)
     logger, handler = logging.getLogger("of_a_library"), logging.StreamHandler(terminal)  # as old as the library
     logger.addHandler(handler)
-    remark = "note: [bold]a remark[/bold] with 100% of its :smile: characters, " + "longer than a terminal is wide " * 3
+    remark = (
+        "note: [bold]a remark[/bold] with 100% of its :smile: characters, "
+        + "longer than a terminal is wide " * 2
+        + "at all"
+    )
     display = Display(clock)
     with Phase(display, "answering", 10, "responses") as phase:
         clock.now += 5
@@ -154,7 +158,7 @@ def test_remarks_prints_and_logs_stand_above_the_line(clock: Clock, monkeypatch:
     assert terminal.getvalue().count(f"\x1b[2K{remark}\n") == 3  # whole
     assert screen.text.splitlines()[:2] == [  # of our own, with line ends between words
         "note: [bold]a remark[/bold] with 100% of its :smile: characters, longer than a",
-        "  terminal is wide longer than a terminal is wide longer than a terminal is wide",
+        "  terminal is wide longer than a terminal is wide at all",
     ]
     assert screen.text.splitlines()[-2:] == ["answering: 1 responses in 5 s, 10 tokens/s", "and after it"]
 
