@@ -281,8 +281,9 @@ def test_the_paper_s_config_holds_the_paper_s_numbers():
 @pytest.mark.parametrize("name", ["demo", "demo_sft"])
 def test_the_tiny_configs_run(name, tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl", 9)
-    flags = [f"--config={config_folder() / name}.yaml", "--trainer.enable_progress_bar=false"]
-    assert run(args_of("sft" if name == "demo_sft" else "fit", model, rows, tmp_path / "run", *flags)) is not None
+    word, *flags = args_of("sft" if name == "demo_sft" else "fit", model, rows, tmp_path / "run")
+    config = f"--config={config_folder() / name}.yaml"  # flags behind it go over it
+    assert run([word, config, *flags, "--trainer.enable_progress_bar=false"]) is not None
 
 
 def test_print_config_shows_every_setting(capsys, fit):
