@@ -3,6 +3,7 @@
 # make test    install, then run the tests
 # make check   format, lint, types, tests
 # make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
+# make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
 # make lock    renew constraints.txt, the versions that all of the above install, to those of `make newest`
 # make bench   install TRL beside it, then measure speed and memory against it (two to three hours on two CPU cores)
 # make bench-vllm   the same for vLLM on CPU: generation only (a large install, about 10 minutes)
@@ -13,8 +14,12 @@ BIN := $(VENV)/bin
 # The package takes ranges of versions; here everything is installed in the versions it was tested with.
 LOCK ?= --constraint constraints.txt
 PYTEST := -m pytest -n 2
+# What a version of a library can break: numbers, text, files of a run, the command line.
+CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stages/test_resume.py tests/cli/test_cli.py
+# Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
+OLDEST_TORCH ?=
 
-.PHONY: demo lab test check newest lock bench bench-vllm install clean
+.PHONY: demo lab test check newest oldest lock bench bench-vllm install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +56,15 @@ newest:
 	-OMP_NUM_THREADS=1 .newest/bin/python $(PYTEST)
 	@echo "newest: the above is a report, not a verdict"
 
+oldest: .oldest/installed  # warnings are errors with the versions of constraints.txt only
+	OMP_NUM_THREADS=1 .oldest/bin/python $(PYTEST) -W default --disable-warnings $(CORE)
+
+.oldest/installed: pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv --clear .oldest
+	$(PYTHON) .ci/oldest.py $(OLDEST_TORCH) > .oldest/oldest.txt
+	.oldest/bin/pip install --quiet --constraint .oldest/oldest.txt --editable ".[gguf]" pytest pytest-xdist
+	@touch $@
+
 versions-differ:
 	@.newest/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | diff --unchanged-line-format= --old-line-format='tested %L' --new-line-format='newest %L' constraints.txt - | grep -v '^tested #' || true
 
@@ -79,4 +93,4 @@ bench-vllm: install .bench/trl/installed .bench/vllm/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .newest runs dist
+	rm -rf $(VENV) .newest .oldest runs dist

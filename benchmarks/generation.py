@@ -14,6 +14,7 @@ import spin_lightning
 from benchmarks.measure import ON_GPU
 from benchmarks.plain_generation import generate, sampling
 from benchmarks.worker import Worker
+from spin_lightning.generation.base import Player, opened
 
 Ids = list[int]
 
@@ -44,7 +45,8 @@ def ours(model: Any, settings: dict[str, Any], terminator_id: int, pad_id: int) 
     @torch.no_grad()
     def answer(prompts: list[Ids], number: int) -> list[Ids]:
         seeds = [1000 * number + index for index in range(len(prompts))]
-        return [response.ids for _, response in generator.generate(model, prompts, seeds, terminator_id, pad_id)]
+        with opened(generator, Player(model)):
+            return [response.ids for _, response in generator.generate(prompts, seeds, terminator_id, pad_id)]
 
     return answer
 

@@ -32,7 +32,7 @@ class WorkloadAnswers(ResponseGenerator):
             self.answers.setdefault(tuple(pair["prompt_ids"]), []).append(pair["rejected_ids"])
 
     def generate(
-        self, model: Any, prompts: Sequence[Ids], seeds: Sequence[int], terminator_id: int, pad_id: int
+        self, prompts: Sequence[Ids], seeds: Sequence[int], terminator_id: int, pad_id: int
     ) -> Iterator[tuple[int, Response]]:
         given = {prompt: iter(answers) for prompt, answers in self.answers.items()}
         for index, prompt in enumerate(prompts):

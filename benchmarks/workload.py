@@ -148,8 +148,8 @@ def write_workload(name: str, folder: Path, exchanges: Sequence[Exchange], encod
     ``rows.jsonl`` is what a user of this package has. ``pairs.json`` has the token ids, in the order of the training
     steps, for everybody else. The package shuffles its rows; they are written so that the shuffle gives that order too.
     """
+    from spin_lightning.data.loader import ResumableSampler
     from spin_lightning.data.rows import load_rows
-    from spin_lightning.generation.synthetic_data import ResumableSampler
 
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spin_lightning.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from spin_lightning.data.module import RowDataModule as RowDataModule
     from spin_lightning.generation import ContinuousGenerator as ContinuousGenerator
     from spin_lightning.generation import ResponseGenerator as ResponseGenerator
     from spin_lightning.generation import TransformersGenerator as TransformersGenerator
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
     from spin_lightning.stages.export import ExportPolicy as ExportPolicy
     from spin_lightning.stages.health import Health as Health
+    from spin_lightning.stages.opponent import Opponent as Opponent
+    from spin_lightning.stages.opponent import ResidentOpponent as ResidentOpponent
+    from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
+    from spin_lightning.stages.progress import ShowProgress as ShowProgress
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 
 #: Every public name, by the module it is in. The imports above tell editors and type checkers the same; a test compares them.
 _HOMES = {
+    "data.module": ("RowDataModule",),
     "generation": ("ContinuousGenerator", "ResponseGenerator", "TransformersGenerator"),
     "generation.synthetic_data": ("SyntheticDataModule",),
     "losses": (
@@ -56,6 +62,8 @@ _HOMES = {
     "stages.clock": ("SelfPlay",),
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
+    "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),
+    "stages.progress": ("ShowProgress",),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),

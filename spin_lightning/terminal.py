@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 import warnings
 from typing import Any, TextIO
@@ -39,9 +41,37 @@ def printable(text: str) -> str:
     return _OBEYED.sub(shown, text)
 
 
-def say(*texts: Any, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print, as ``print`` does, what a terminal can show without obeying it."""
-    print(*(printable(str(text)) for text in texts), file=file, flush=flush)
+def say(*texts: Any, file: TextIO | None = None, wraps: bool = True) -> None:
+    """Print, as ``print`` does and at once also into a file, what a terminal can show without obeying it.
+
+    On a terminal, lines that are too long end between words, unless ``wraps`` is false.
+    """
+    text, stream = " ".join(printable(str(text)) for text in texts), file or sys.stdout
+    if wraps and stream is not None and stream.isatty():
+        text = wrapped(text, shutil.get_terminal_size().columns)
+    print(text, file=file, flush=True)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text with lines of at most ``width`` characters, where its words allow that; what goes on is indented.
+
+    Example:
+        >>> print(wrapped("note: a remark of some length\\n  and --data.train_data=a_long_name.jsonl", 20))
+        note: a remark of
+          some length
+          and
+            --data.train_data=a_long_name.jsonl
+    """
+    lines = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip(" ")) + 2)
+        is_long = len(line) > width
+        lines += (
+            textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            if is_long
+            else [line]
+        )
+    return "\n".join(lines)
 
 
 def guard() -> None:
@@ -52,7 +82,7 @@ def guard() -> None:
             return printable(super().getMessage())
 
     def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr)
+        say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr, wraps=False)
 
     logging.setLogRecordFactory(Record)
     sys.excepthook = show

@@ -146,7 +146,7 @@ class ResponseBatch:
         input_ids: Every prompt followed by its responses, shape ``(T,)``.
         position_ids: From 0 at each prompt's start; every response continues those of its prompt, shape ``(T,)``.
         scored: Places of the response tokens, in order, shape ``(N,)``.
-        predictors: For each of them the place before it in its own sequence, whose logits predict it, shape ``(N,)``.
+        predictors: For each of them the place whose logits predict it (``models.batches.shifted``), shape ``(N,)``.
         response_index: Which response each of them belongs to, shape ``(N,)``.
         response_lengths: Tokens of each response, shape ``(R,)``.
         lengths: For each prompt its length and then those of its responses: the same layout as plain numbers.

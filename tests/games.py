@@ -24,6 +24,7 @@ from spin_lightning import (
     SyntheticDataModule,
     TransformersGenerator,
 )
+from spin_lightning.generation.base import Player, opened
 from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.types import Response
 
@@ -80,7 +81,7 @@ class FakeGenerator(ResponseGenerator):
         self.rule = rule
 
     def generate(
-        self, model: nn.Module, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], terminator_id: int, pad_id: int
     ) -> Iterator[tuple[int, Response]]:
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             ids = [*self.rule(prompt, seed), terminator_id]
@@ -115,7 +116,8 @@ def answering(
     pad_id: int = 0,
 ) -> Iterator[tuple[int, Response]]:
     """The numbers of prompts and their answers as a generator finishes them: the one call of it that tests make."""
-    yield from generator.generate(model, prompts, seeds, ends, pad_id)
+    with opened(generator, Player(model)):
+        yield from generator.generate(prompts, seeds, ends, pad_id)
 
 
 def answers_of(

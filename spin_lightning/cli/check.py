@@ -11,10 +11,12 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
+from spin_lightning.cli.commands import STAGES
 from spin_lightning.cli.settings_errors import explaining_settings
-from spin_lightning.cli.stage_cli import SftCLI, SpinCLI, StageCLI
+from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.generation.synthetic_data import SyntheticDataModule
 from spin_lightning.models.loading import (
     context_length,
@@ -24,31 +26,9 @@ from spin_lightning.models.loading import (
     refuse_ids_beyond,
     refuse_without_causal_head,
 )
-from spin_lightning.stages.clock import SelfPlay
+from spin_lightning.stages.stage import Stage
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
-
-HELP = """usage: spin-lightning check --config FILE [--KEY VALUE ...]
-
-Looks at the data as the game will, in seconds and without loading the model's weights: reads and checks every row, says
-which format was detected, counts what is bad, double, too long or cut, and shows one pair token by token.
-
-For millions of rows, --sample 1000 reads and checks all of them, but encodes and counts only as many, chosen by data.seed.
-
-Takes what `spin-lightning fit` takes, or `sft`. Two settings are enough:
-
-  spin-lightning check --data.train_data my_data.jsonl --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
-
-What you may want to set, here and in the run:
-  --data.columns '{prompt: question, completion: answer}'  your names of the columns
-  --data.format messages                                   where two formats fit
-  --data.on_bad_row drop                                   leave bad rows out, counted, instead of refusing the data
-  --data.max_prompt_tokens 512                             rows with longer prompts are left out, counted
-  --data.generator.max_new_tokens 256                      cap on the answers; longer real ones are cut, counted
-  --data.prompt_template alpaca                            where the model has no chat template
-
-A run writes the same counts to data_report.json in its folder. `spin-lightning fit --help` explains every setting.
-Colours are for terminals; NO_COLOR=1 turns them off, FORCE_COLOR=1 on. The exit code is 0 if a run can begin, else 2."""
 
 #: What a token can be: how it is coloured, and what becomes of it.
 KINDS = {
@@ -62,10 +42,6 @@ KINDS = {
 }
 
 
-class _Parsed(Exception):
-    """Carries the parsed settings out of the command line, before anything is made of them."""
-
-
 def main(args: list[str]) -> None:
     """Check the data of a run and show one pair of it.
 
@@ -75,15 +51,11 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: A run with these settings and data could not begin.
     """
-    if {"-h", "--help"} & set(args):
-        print(HELP)
-        return
     sample, args = _take_sample(args)
     stage, settings = _parse(args)
-    data, model = _make(SyntheticDataModule, settings.data), settings.model
-    module = _make(stage.module_class, model)
-    if stage is SpinCLI:
-        module.check_schedules(_make(SelfPlay, settings.self_play).iterations)
+    data, model = _make(stage.data, settings.data), settings.model
+    callbacks = {section: _make(kind, settings[section]) for section, kind in stage.callbacks.items()}
+    stage.check(_make(stage.module, model), callbacks)
     if data.tokenizer_name_or_path is not None:
         data.tokenizer = load_tokenizer(data.tokenizer_name_or_path)
     else:
@@ -122,35 +94,28 @@ def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
     return None if value is None else int(value), rest
 
 
-def _parse(args: list[str]) -> tuple[type[StageCLI], Any]:
-    """The settings of ``fit``; where these do not fit but those of ``sft`` do, of ``sft``."""
-    try:
-        return SpinCLI, _parse_as(SpinCLI, args)
-    except UserError as error:
-        try:
-            return SftCLI, _parse_as(SftCLI, args)
-        except UserError:
-            raise error from None
+def _parse(args: list[str]) -> tuple[Stage, Any]:
+    """The first stage that the settings fit, and the settings.
 
-
-def _parse_as(stage: type[StageCLI], args: list[str]) -> Any:
-    class ParseOnly(stage):  # type: ignore[valid-type, misc]
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            super().parse_arguments(parser, args)
-            raise _Parsed(self.config["fit"])
-
+    Raises:
+        UserError: They fit none; the message is about the first one.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        ParseOnly(args=["fit", *args])
-    except _Parsed as parsed:
-        return parsed.args[0]
+    first: UserError | None = None
+    for word, path in STAGES.items():
+        try:
+            return resolve_name(path), parse_settings(word, args)
+        except UserError as error:
+            first = first or error
+    assert first is not None
+    raise first from None
 
 
-def _make(kind: type[Any], settings: Any) -> Any:
+def _make(class_path: str, settings: Any) -> Any:
     from jsonargparse import ArgumentParser, Namespace
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "made")
+    parser.add_class_arguments(resolve_name(class_path), "made")
     with explaining_settings():
         return parser.instantiate_classes(Namespace(made=settings)).made
 

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with the defaults and links of a game, and errors a person can read.
+"""The table of commands, and ``main``, which runs one of them and ends with its exit code.
 
 ``spin-lightning --help`` answers before anything heavy is imported.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -16,35 +18,130 @@ from spin_lightning.version import __version__
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
-COMMANDS = ("fit", "sft", "validate", "check", "demo", "lab")
+
+@dataclass(frozen=True)
+class Command:
+    """What a word on the command line stands for: a stage, or a function.
+
+    Attributes:
+        summary: What it does, in a line of the overview.
+        stage: Import path of the record of the stage that it runs.
+        method: The method of the Trainer that it calls with it.
+        function: Where it runs no stage: takes the arguments that follow the word.
+        usage: What may follow the word.
+        fits: Whether arguments are as ``usage`` says, as far as ``function`` does not find out itself.
+        help: What there is to say about it beyond ``summary``. A stage's settings are listed in any case.
+    """
+
+    summary: str
+    stage: str | None = None
+    method: str = "fit"
+    function: Callable[[list[str]], object] | None = None
+    usage: str = "--config FILE [--KEY VALUE ...]"
+    fits: Callable[[list[str]], bool] = lambda args: True
+    help: str = ""
+
+
+def _check(args: list[str]) -> None:
+    from spin_lightning.cli.check import main
+
+    main(args)
+
+
+def _demo(args: list[str]) -> None:
+    from spin_lightning.demos.small_model import play
+
+    play(*args)
+
+
+def _lab(args: list[str]) -> None:
+    from spin_lightning.demos.known_language import play
+
+    play(*args)
+
+
+def _folder_is_first(args: list[str]) -> bool:
+    return not (args and args[0].startswith("-"))
+
+
+_OF_CHECK = """Looks at the data as a run will, in seconds: reads and checks every row, says
+which format was detected, counts what is bad, double, too long or cut, and
+shows one pair token by token. Of millions of rows, --sample 1000 reads and
+checks all, but encodes and counts only as many, chosen by data.seed.
+
+Takes what `spin-lightning fit` takes, or `sft`. Two settings are enough:
+
+  spin-lightning check --data.train_data my_data.jsonl \\
+    --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
+
+What you may want to set, here and in the run:
+  --data.columns '{prompt: question, completion: answer}'
+                                       your names of the columns
+  --data.format messages               where two formats fit
+  --data.on_bad_row drop               leave bad rows out, counted, instead of
+                                       refusing the data
+  --data.max_prompt_tokens 512         rows with longer prompts are left out,
+                                       counted
+  --data.generator.max_new_tokens 256  cap on the answers; longer real ones are
+                                       cut, counted
+  --data.prompt_template alpaca        where the model has no chat template
+
+A run writes the same counts to data_report.json in its folder.
+Colours are for terminals; NO_COLOR=1 turns them off, FORCE_COLOR=1 on.
+The exit code is 0 if a run can begin, else 2."""
+
+COMMANDS = {
+    "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
+    "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
+    "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
+    "check": Command(
+        "what the data looks like to the game, without loading the model", function=_check, help=_OF_CHECK
+    ),
+    "demo": Command(
+        "the whole game on a small real model, on CPU",
+        function=_demo,
+        usage="[FOLDER [MODEL [--KEY VALUE ...]]]",
+        fits=_folder_is_first,
+    ),
+    "lab": Command(
+        "the game on a known language, measured exactly",
+        function=_lab,
+        usage="[FOLDER]",
+        fits=lambda args: len(args) < 2 and _folder_is_first(args),
+    ),
+}
+#: The records of the stages, by the word that trains each.
+STAGES = {word: command.stage for word, command in COMMANDS.items() if command.stage and command.method == "fit"}
+
+_LINES = "\n".join(f"  {word:<8}  {command.summary}" for word, command in COMMANDS.items())
 OVERVIEW = f"""spin-lightning {__version__}: self-play fine-tuning (SPIN) of your own language model
 
-  spin-lightning fit --config FILE [--KEY VALUE ...]       play the game; the same command continues a killed run
-  spin-lightning sft --config FILE [--KEY VALUE ...]       supervised fine-tuning, the stage before it
-  spin-lightning validate --config FILE [--KEY VALUE ...]  held-out NLL of a model
-  spin-lightning check --config FILE [--KEY VALUE ...]     what the data looks like to the game, without loading the model
-  spin-lightning demo [FOLDER]                             the whole game on a small real model, on CPU
-  spin-lightning lab [FOLDER]                              the game on a known language, measured exactly
+usage: spin-lightning COMMAND ...
 
-A first run on your own data (JSON, JSONL, CSV, Parquet or a hub name; messages, prompt/completion, alpaca, ShareGPT ...):
+{_LINES}
+
+A first run on your own data: JSON, JSONL, CSV, Parquet or a hub name; messages,
+prompt/completion, alpaca, ShareGPT ...
 
   spin-lightning fit \\
     --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
     --data.train_data my_data.jsonl \\
     --self_play.output_dir runs/mine
 
-What you will want to set:
-  --model.beta 1.0                    scale of the loss; one value, or a list with one value an iteration
-  --model.learning_rate 1e-5          peak of each iteration's schedule; one value or a list
-  --model.loss SpaceLoss              another loss; your own by its import path
-  --self_play.iterations 3            how many times the policy becomes the next opponent
-  --self_play.epochs 2                passes over the pairs in each iteration
-  --data.generator.max_new_tokens 256 cap on both answers
-  --data.answers_per_prompt 1         how many answers the opponent gives to each prompt
-  --trainer.precision bf16-mixed      or bf16-true (with float32 master weights)
+What you will want to set; a list has one value an iteration:
+  --model.beta 1.0                     scale of the loss, or a list
+  --model.learning_rate 1e-5           peak of the schedule, or a list
+  --model.loss SpaceLoss               another loss; your own by its import path
+  --self_play.iterations 3             how often the policy is the next opponent
+  --self_play.epochs 2                 passes over the pairs in each iteration
+  --data.generator.max_new_tokens 256  cap on both answers
+  --data.answers_per_prompt 1          the opponent's answers to each prompt
+  --trainer.precision bf16-mixed       or bf16-true, with float32 master weights
 
-  spin-lightning fit --help           every setting
-  spin-lightning fit --print_config   all settings with their values, as a file to start from
+  spin-lightning fit --help            each setting in a sentence
+  spin-lightning fit --print_config    all settings, as a file to start from
+  spin-lightning fit --config FILE     settings from such a file
+
 Commented examples are in the folder configs/.
 """
 
@@ -72,6 +169,14 @@ def main(args: list[str] | None = None) -> None:
                 else " The command comes first: spin-lightning COMMAND --KEY VALUE ..."
             )
         )
+    word, command = args[0], COMMANDS[args[0]]
+    if {"-h", "--help", "--help=all"} & set(args) and not (command.stage and "--help=all" in args):
+        print(_help(word))
+        return
+    args = ["--help" if arg == "--help=all" else arg for arg in args]  # of the parser, with everything
+    if not command.fits(args[1:]):
+        print(f"usage: spin-lightning {word} {command.usage}", file=sys.stderr)
+        sys.exit(2)
     from spin_lightning.runs.files import STORAGE_ERRORS
     from spin_lightning.terminal import guard
     from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
@@ -79,23 +184,9 @@ def main(args: list[str] | None = None) -> None:
     guard()
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # where classes of the user's own are; behind the installed packages
-    if args[0] in ("demo", "lab") and ((args[1:2] and args[1].startswith("-")) or (args[0] == "lab" and args[2:])):
-        wanted = "demo [FOLDER [MODEL [--KEY VALUE ...]]]" if args[0] == "demo" else "lab [FOLDER]"
-        print(f"usage: spin-lightning {wanted}", file=sys.stderr)
-        sys.exit(0 if {"-h", "--help"} & set(args) else 2)
     try:
-        if args[0] == "demo":
-            from spin_lightning.demos.small_model import play
-
-            play(*args[1:])
-        elif args[0] == "lab":
-            from spin_lightning.demos.known_language import play as play_lab
-
-            play_lab(*args[1:])
-        elif args[0] == "check":
-            from spin_lightning.cli.check import main as check
-
-            check(args[1:])
+        if command.function is not None:
+            command.function(args[1:])
         else:
             run(args)
     except (UserError, StorageError, NonFiniteError, Interrupted) as error:
@@ -114,6 +205,16 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _help(word: str) -> str:
+    command = COMMANDS[word]
+    if command.stage is not None:
+        from spin_lightning.cli.short_help import page
+
+        return page(word, command.usage, command.summary, command.stage)
+    summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+    return "\n\n".join(filter(None, (f"usage: spin-lightning {word} {command.usage}", summary, command.help)))
+
+
 def _end(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:
     from spin_lightning.runs.redaction import redacted
     from spin_lightning.terminal import say
@@ -123,19 +224,18 @@ def _end(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:
 
 
 def run(args: list[str]) -> LightningCLI | None:
-    """Run one of LightningCLI's subcommands, or ``sft``; errors are raised.
+    """Run a command that runs a stage, such as ``fit`` or ``sft``; errors are raised.
 
     Returns:
         The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over already.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from spin_lightning.cli.settings_errors import explaining_plugins, explaining_settings
-    from spin_lightning.cli.stage_cli import RunIsOver, SftCLI, SpinCLI
+    from spin_lightning.cli.stage_cli import RunIsOver, StageCLI
 
-    stage, args = (SftCLI, ["fit", *args[1:]]) if args[0] == "sft" else (SpinCLI, args)
     try:
         with explaining_settings(), explaining_plugins():
-            return stage(args=args)
+            return StageCLI(args[0], args[1:])
     except RunIsOver:
         return None
 

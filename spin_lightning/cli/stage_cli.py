@@ -1,6 +1,6 @@
-"""One LightningCLI a stage: which module it trains, its defaults, its links. A further stage has its place here.
+"""LightningCLI for a stage, built from the stage's record: the same for all, whatever they train.
 
-Imports everything, so ``cli`` imports it only when a stage runs.
+Imports everything heavy, so ``commands`` imports it only when a stage runs.
 """
 
 from __future__ import annotations
@@ -13,30 +13,28 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from spin_lightning.cli.class_defaults import own_defaults
+from spin_lightning.cli.commands import COMMANDS, STAGES
 from spin_lightning.cli.settings_errors import check_configs, explaining_settings, refusal_of_arguments
-from spin_lightning.generation.synthetic_data import SyntheticDataModule
+from spin_lightning.progress import display
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
+from spin_lightning.runs.lightning_internals import FlagsWin, attach, made_for_trainer, parsers_of, starts_processes
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.runs.run_checkpoint import RunCheckpoint
 from spin_lightning.runs.settings import SETTINGS, check_finished
-from spin_lightning.stages.clock import SelfPlay
-from spin_lightning.stages.export import ExportPolicy
-from spin_lightning.stages.health import Health
 from spin_lightning.stages.optim import refuse_unusable
-from spin_lightning.stages.policy import PolicyModule
-from spin_lightning.stages.samples import ShowAnswers
-from spin_lightning.stages.sft import SftLightningModule
-from spin_lightning.stages.spin import SpinLightningModule
+from spin_lightning.stages.progress import ShowProgress
+from spin_lightning.stages.stage import Stage
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -45,8 +43,8 @@ class RunIsOver(Exception):
     """The run this command would continue has ended, and its results are there."""
 
 
-def total_epochs(iterations: int, epochs: int | list[int]) -> int:
-    return sum(epochs) if isinstance(epochs, list) else iterations * epochs
+class _OnlyParsed(Exception):
+    """Carries the parsed settings out of the command line, before anything is made of them."""
 
 
 #: Settings of the Trainer that would break a run or do nothing, what is fine, and what to do else.
@@ -78,10 +76,15 @@ _TRAINER: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keeps the resolved config as ``config.yaml`` in the run's folder, whatever the logger."""
+    """Keeps the resolved config as ``config.yaml`` in the run's folder, whatever the logger.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        folder: Section of the config that has the run's folder as its ``output_dir``.
+    """
+
+    def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+        self.folder = run_folder(self.config[folder].output_dir, f"{folder}.output_dir")
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Too early: the command may yet be refused, and must not have changed the record of the run it would continue."""
@@ -94,35 +97,35 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.state.fn == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            (folder,) = (
-                callback.output_dir for callback in trainer.callbacks if isinstance(callback, SelfPlay | ExportPolicy)
-            )  # type: ignore[attr-defined]
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
-            with replacing(folder / "config.yaml") as temporary:
+            with replacing(self.folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-class StageCLI(LightningCLI):
-    """What the stages share: a run folder with checkpoint, loggers and config, and continuing where it was."""
+class StageCLI(FlagsWin, LightningCLI):
+    """Run a command of a stage: a run folder with checkpoint, loggers and config, and continuing where it was.
 
-    module_class: type[PolicyModule]
-    command: str
-    run_key: str  # the section that holds output_dir
-    foreign: dict[str, str]  # sections that other commands have, by the name of the command
-    over_file: str  # written last in the run's folder
+    Args:
+        word: The command, as in ``COMMANDS``.
+        args: What follows it on the command line.
+    """
+
     is_over = False
 
-    def __init__(self, args: Sequence[str]) -> None:
-        for library in ("lightning.pytorch.utilities.rank_zero", "transformers.utils.generic"):
-            logging.getLogger(library).addFilter(_is_for_users)
-        warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
+    def __init__(self, word: str, args: Sequence[str]) -> None:
+        self.word, command = word, COMMANDS[word]
+        assert command.stage is not None
+        self.stage: Stage = resolve_name(command.stage)
+        for library in ("lightning.pytorch", "lightning.fabric"):  # their warnings are for users, their news are not
+            logging.getLogger(library).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch's
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # collating ids takes no time
         super().__init__(
-            self.module_class,
-            SyntheticDataModule,
+            resolve_name(self.stage.module),
+            resolve_name(self.stage.data),
             save_config_callback=SaveRunConfig,
+            save_config_kwargs={"folder": self.stage.folder},
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "prog": "spin-lightning"},
@@ -131,23 +134,27 @@ class StageCLI(LightningCLI):
                 "num_sanity_val_steps": -1,
                 "log_every_n_steps": 1,
                 "devices": 1,
+                "enable_model_summary": False,
             },
-            args=list(args),
+            args=[command.method, *args],
         )
 
     def add_arguments_to_parser(self, parser: Any) -> None:
+        for section, kind in self.stage.callbacks.items():
+            parser.add_lightning_class_args(resolve_name(kind), section)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.link_arguments(f"{self.run_key}.output_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
-        parser.set_defaults({"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}})
+        parser.set_defaults(dict(self.stage.defaults))
+        parser.link_arguments(f"{self.stage.folder}.output_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
+        for target, (sources, follow) in self.stage.links.items():
+            parser.link_arguments(sources, target, compute_fn=follow)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # it is static there
+        method = COMMANDS[self.word].method
+        return {method: LightningCLI.subcommands()[method]}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         check_configs(args)
-        for name, of_subcommand in self._subcommand_parsers.items():  # for --help
-            of_subcommand.prog = f"spin-lightning {self.command if name == 'fit' else name}"
+        parsers_of(self)[COMMANDS[self.word].method].prog = f"spin-lightning {self.word}"  # for --help
         try:
             # Lightning's own also warns that `args` were given: here they always are
             with own_defaults():
@@ -184,11 +191,12 @@ class StageCLI(LightningCLI):
             return ""
         words = [word.strip(".") for word in re.findall(r"[A-Za-z_][\w.]+", message)]
         for section in (word.partition(".")[0] for word in words if "." in word):
-            if section in self.foreign:
-                return f" The section {section} is of spin-lightning {self.foreign[section]}; this is {self.command}."
-            if section in ("fit", "sft", "validate"):
+            for other, path in STAGES.items():
+                if section in resolve_name(path).callbacks and section not in self.stage.callbacks:
+                    return f" The section {section} is of spin-lightning {other}; this is {self.word}."
+            if section in COMMANDS:
                 return f" Sections stand alone, as model, data and trainer, and not in one called {section}."
-        known = {key for parser in self._subcommand_parsers.values() for key, _ in parser.get_defaults().items()}
+        known = {key for parser in parsers_of(self).values() for key, _ in parser.get_defaults().items()}
         wrong = [word for word in words if len(word) > 3 and not word.endswith(tuple(known))]
         close = {match for word in wrong for match in get_close_matches(word, known, 3, 0.75)}
         for last in (word.rpartition(".")[2] for word in words):  # output_dir, lr
@@ -199,15 +207,15 @@ class StageCLI(LightningCLI):
             }
         return f" Did you mean {' or '.join(sorted(close))}?" if close else ""
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning lets hyper-parameters in a checkpoint silently override flags. Ours has none, and flags win."""
-
     @property
     def _output_dir(self) -> Path:
-        return run_folder(self.config[self.subcommand][self.run_key].output_dir, f"{self.run_key}.output_dir")
+        section = self.stage.folder
+        return run_folder(self.config[self.subcommand][section].output_dir, f"{section}.output_dir")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            self.stage.refuse(config)
         output_dir = self._output_dir
         refuse_links(output_dir)  # loggers and what continues a run use it before any callback can look
         for name, is_fine, advice in _TRAINER:
@@ -219,7 +227,8 @@ class StageCLI(LightningCLI):
             self.subcommand != "fit" or config.trainer.fast_dev_run
         ):  # a trial neither continues a run nor minds one that is over
             return
-        if self._is_over(output_dir, config):
+        result = read_json(output_dir / self.stage.over_file)
+        if result is not None and self.stage.is_over(result, config):
             self.is_over = True
             return
         config.weights_only = True
@@ -230,15 +239,12 @@ class StageCLI(LightningCLI):
 
     def _refuse_other_stage(self, output_dir: Path) -> None:
         settings = (read_json(output_dir / SETTINGS) or {}).get("settings", {})
-        is_game = any(key.startswith("self_play.") for key in settings)
-        if settings and is_game != (self.run_key == "self_play"):
-            raise UserError(
-                f"{output_dir} holds a run of another stage ({'fit' if is_game else 'sft'}). "
-                f"Set --{self.run_key}.output_dir to another folder."
-            )
-
-    def _is_over(self, output_dir: Path, config: Any) -> bool:
-        return (output_dir / self.over_file).exists()
+        for other, path in STAGES.items():
+            if (stage := resolve_name(path)) is not self.stage and any(key.startswith(stage.mark) for key in settings):
+                raise UserError(
+                    f"{output_dir} holds a run of another stage ({other}). "
+                    f"Set --{self.stage.folder}.output_dir to another folder."
+                )
 
     def _end(self) -> None:
         """Say that the run is over, if it is the one that this command would play. No model is loaded.
@@ -254,13 +260,13 @@ class StageCLI(LightningCLI):
         allowed = config.checkpoint.allow_changes or []
         check_finished(self.trainer, self.model, self.datamodule, output_dir / SETTINGS, allowed)
         say(
-            f"the run in {output_dir} is over; its models are in {output_dir}. For another run set --{self.run_key}.output_dir."
+            f"the run in {output_dir} is over; its models are in {output_dir}. For another run set "
+            f"--{self.stage.folder}.output_dir."
         )
         raise RunIsOver
 
     def _read_data(self, stage: str) -> None:
-        self.datamodule.trainer = self.trainer  # as in a fit: the model's tokenizer, and the folder's date
-        self.trainer.strategy.connect(self.model)
+        attach(self.trainer, self.model, self.datamodule)  # which has the model's tokenizer, and the folder's date
         self.datamodule.setup(stage)
 
     def before_fit(self) -> None:
@@ -279,21 +285,22 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
-        plugins = self.config_init[self.subcommand]["trainer"].get("plugins") or []  # made, not their settings
-        kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
+        kwargs.setdefault("plugins", [*made_for_trainer(self, "plugins"), AtomicCheckpointIO()])
+        callbacks = made_for_trainer(self, "callbacks")
+        display.is_on = config["trainer"]["enable_progress_bar"] is not False
+        if display.is_on and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            kwargs.setdefault("callbacks", [ShowProgress(), *callbacks])
         if config["trainer"].get("logger") in (None, True):
             output_dir = self._output_dir
             kwargs["logger"] = [
                 CSVLogger(output_dir, name="logs", flush_logs_every_n_steps=1),  # a kill loses no row
                 TensorBoardLogger(output_dir, name="tensorboard", version=""),
             ]
-        defaults = self._subcommand_parsers[str(self.subcommand)].get_defaults()["trainer"]
+        defaults = parsers_of(self)[str(self.subcommand)].get_defaults()["trainer"]
         given = {f"trainer.{name}": value for name, value in config["trainer"].items() if value != defaults.get(name)}
         with explaining_settings(given):
             trainer = super().instantiate_trainer(**kwargs)
-        starts_others = (
-            type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
-        )  # even one, with ddp_spawn
+        starts_others = starts_processes(trainer)
         if trainer.world_size > 1 or starts_others:
             got = repr(config["trainer"]["strategy"]) if starts_others else trainer.world_size
             raise UserError(
@@ -310,56 +317,22 @@ class StageCLI(LightningCLI):
         return trainer
 
 
-class SpinCLI(StageCLI):
-    """``spin-lightning fit``: the game."""
+def parse_settings(word: str, args: Sequence[str]) -> Any:
+    """The settings that a command would run with, parsed and linked. Nothing is made of them.
 
-    module_class = SpinLightningModule
-    command = "fit"
-    run_key = "self_play"
-    foreign = {"export": "sft"}
-    over_file = "game.json"
+    Raises:
+        UserError: They are not as the classes want them.
+    """
 
-    def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.add_lightning_class_args(SelfPlay, "self_play")
-        parser.add_lightning_class_args(Health, "health")
-        parser.add_lightning_class_args(ShowAnswers, "samples")
-        super().add_arguments_to_parser(parser)
-        parser.set_defaults({"model.loss": {"class_path": "spin_lightning.SpinLoss"}})
-        parser.link_arguments(
-            ("self_play.iterations", "self_play.epochs"), "trainer.max_epochs", compute_fn=total_epochs
-        )
+    class ParseOnly(StageCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            super().parse_arguments(parser, args)
+            raise _OnlyParsed(self.config[COMMANDS[word].method])
 
-    def _is_over(self, output_dir: Path, config: Any) -> bool:
-        game = read_json(output_dir / self.over_file)
-        if game is None:
-            return False
-        return not game["ended_because"].startswith("all ") or len(game["iterations"]) >= config.self_play.iterations
-
-
-class SftCLI(StageCLI):
-    """``spin-lightning sft``: supervised fine-tuning on the same data, encoding and loader."""
-
-    module_class = SftLightningModule
-    command = "sft"
-    run_key = "export"
-    foreign = dict.fromkeys(("self_play", "health", "samples"), "fit")
-    over_file = "summary.json"
-
-    def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.add_lightning_class_args(ExportPolicy, "export")
-        super().add_arguments_to_parser(parser)
-        parser.set_defaults({"trainer.max_epochs": 1})
-
-    def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
-        limits = [config.model.get("max_updates"), config.trainer.max_time, config.trainer.max_steps != -1 or None]
-        if config.trainer.max_epochs == -1 and not any(limits):
-            raise UserError(
-                "trainer.max_epochs -1 has no end. Give a number, or an end: model.max_updates or trainer.max_time."
-            )
-        if self.subcommand == "fit" and 0 in (config.trainer.max_epochs, config.trainer.max_steps):
-            raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
-        super().before_instantiate_classes()
+    try:
+        ParseOnly(word, args)
+    except _OnlyParsed as parsed:
+        return parsed.args[0]
 
 
 def _default_lr(class_path: str) -> Any:
@@ -370,8 +343,3 @@ def _default_lr(class_path: str) -> Any:
 
 def _initials(name: str) -> str:
     return "".join(word[:1] for word in name.split("_"))
-
-
-def _is_for_users(record: logging.LogRecord) -> bool:
-    """No advertisement; nor that ``past_key_values`` has a new name, which transformers 5.23 does not know."""
-    return not any(word in record.getMessage() for word in ("litlogger", "Tip:", "past_key_values"))

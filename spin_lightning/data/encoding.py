@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
-from itertools import islice, takewhile
+from functools import partial
+from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
+from transformers.utils import chat_template_utils as chat_templates
 from transformers.utils.chat_template_utils import _compile_jinja_template, encode_marked_chat, mark_control_tokens
 
+from spin_lightning.data.turn_shape import PROBE_TOOL, Block, TurnShape, parting
 from spin_lightning.runs.files import sha256_of
 from spin_lightning.terminal import say
 from spin_lightning.types import FinishReason, Message, Prompt, Row, UserError
@@ -323,7 +326,7 @@ class Encoder:
         found = iter(self._plain_ids(plain) if plain else [])
         try:
             return [
-                [int(token) for token in encode_marked_chat(self.tokenizer, text)] if whether else next(found)
+                _marked_ids(self.tokenizer, text) if whether else next(found)
                 for text, whether in zip(texts, is_marked, strict=True)
             ]
         except ValueError as error:  # the tokenizer makes a control token of plain text too
@@ -413,11 +416,11 @@ class Encoder:
         (ids,) = self._ids([prompt + said])
         return ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._ids_behind(said)
 
-    def _written_after(self, prompt: str, whole: str, shape: _TurnShape) -> str | None:
+    def _written_after(self, prompt: str, whole: str, shape: TurnShape) -> str | None:
         """What the template writes behind the prompt. None if it writes the conversation before the answer otherwise."""
         if whole.startswith(prompt):
             return whole[len(prompt) :]
-        same = self._parting(prompt, whole)
+        same = parting(prompt, whole, self._tokens)
         if len(prompt) - same <= len(shape.opening):
             answer, opening = whole[same:], prompt[same:]
             if opening.strip() and answer.lstrip().startswith(opening.strip()):  # with other white space before it
@@ -426,22 +429,12 @@ class Encoder:
         before, opening, answer = whole.rpartition(shape.opening)
         return answer if before and opening else None
 
-    def _parting(self, one: str, other: str) -> int:
-        """Where two rendered texts begin to differ. A token that both begin alike belongs to what differs."""
-        same = len(_same_start(one, other))
-        for text in (one, other):
-            for token in self._tokens.finditer(text, max(same - 100, 0)):
-                if token.start() >= same:
-                    break
-                same = token.start() if token.end() > same else same
-        return same
-
     def _split_at_end(self, text: str, num_leading_ends: int) -> tuple[str, str]:
         """An answer's text, and what follows from its terminator on."""
         end = next(islice(self._ends.finditer(text), num_leading_ends, None), None)
         return (text, "") if end is None else (text[: end.start()], text[end.start() :])
 
-    def _leaves_out(self, answer: str, written: str, block: _Block | None, num_leading_ends: int) -> bool:
+    def _leaves_out(self, answer: str, written: str, block: Block | None, num_leading_ends: int) -> bool:
         """Whether the template leaves out an answer's beginning, as many do with reasoning."""
         if answer.strip() in written:
             return False
@@ -449,7 +442,7 @@ class Encoder:
         begun = block.opens + body if block is not None else body
         return answer not in (body, begun) and answer.endswith(body)
 
-    def _inside(self, block: _Block, row: Row, said: str, num_leading_ends: int, noted: set[str]) -> str:
+    def _inside(self, block: Block, row: Row, said: str, num_leading_ends: int, noted: set[str]) -> str:
         """The answer to a prompt that ends with a block such as ``<think>``.
 
         In an open one the answer goes on, and closes it; behind a closed one there is nothing but the answer.
@@ -470,7 +463,7 @@ class Encoder:
 
     # --- templates ------------------------------------------------------------------------------------------------
 
-    def _find_shapes(self) -> dict[str, _TurnShape]:
+    def _find_shapes(self) -> dict[str, TurnShape]:
         """The shape of turns under each template; and whether it takes texts as parts, and developers as the system.
 
         Raises:
@@ -479,7 +472,7 @@ class Encoder:
         question, answer = {"role": "user", "content": "spin question"}, {"role": "assistant", "content": "spin answer"}
 
         def is_written(*turns: Message) -> bool:
-            for tools in ([], [_PROBE_TOOL]):
+            for tools in ([], [PROBE_TOOL]):
                 try:
                     return turns[0]["content"] in self._render(turns, tools)
                 except UserError:
@@ -493,14 +486,17 @@ class Encoder:
         rule = {role: is_written({"role": role, "content": "spin rule"}, *asked) for role in ("developer", "system")}
         if rule["system"] and not rule["developer"]:
             self._role_of_developer = "system"
-        shapes = {self.tool_template: _TurnShape.of(self, [_PROBE_TOOL])} if len(self._templates) > 1 else {}
+        shapes = {self.tool_template: self._shape_with([PROBE_TOOL])} if len(self._templates) > 1 else {}
         try:
-            return {**shapes, self.chat_template: _TurnShape.of(self, [])}
+            return {**shapes, self.chat_template: self._shape_with([])}
         except UserError as error:
             try:  # a template for nothing but rows with tools
-                return {**shapes, self.chat_template: _TurnShape.of(self, [_PROBE_TOOL])}
+                return {**shapes, self.chat_template: self._shape_with([PROBE_TOOL])}
             except UserError:
                 raise error from None
+
+    def _shape_with(self, tools: list[dict[str, Any]]) -> TurnShape:
+        return TurnShape.of(partial(self._render, tools=tools), self.tokenizer, self._templates, self._tokens)
 
     def _plain_markers(self) -> set[str]:
         """What the template writes between turns, without control tokens; plain words are no markers."""
@@ -569,168 +565,6 @@ class Encoder:
         )
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A part of an assistant's turn between two tags, that begins in the prompt: open, or closed there already.
-
-    ``text`` is how the prompt ends: with the tag that opens it, or with all of it. ``closing`` is the tag that closes it, with
-    the white space that the template puts around it behind reasoning.
-    """
-
-    opens: str
-    closes: str
-    is_closed: bool
-    text: str
-    closing: str = ""
-
-
-@dataclass(frozen=True)
-class _TurnShape:
-    """What a template writes around turns, found by rendering a few of them.
-
-    Attributes:
-        around: Added tokens that begin or end turns. Not those that an assistant's turn has inside, such as ``<think>``.
-        terminator_id: The token that ends an assistant turn.
-        is_ended_by_next: Whether the template itself writes it only where another turn follows, as GLM's do.
-        opening: What is between a question and the place where its answer is generated.
-        lead: What is between that place and the answer's text.
-        block: A block that ``opening`` ends with, such as ``<think>``, or None.
-        call_terminator_id: The token that ends an assistant turn with tool calls.
-        writes_calls: Whether earlier tool calls are written at all.
-    """
-
-    around: frozenset[int]
-    terminator_id: int
-    is_ended_by_next: bool
-    opening: str
-    lead: str
-    block: _Block | None
-    call_terminator_id: int
-    writes_calls: bool
-
-    @classmethod
-    def of(cls, encoder: Encoder, tools: list[dict[str, Any]]) -> _TurnShape:
-        """Of an encoder that can render, and knows nothing else yet; with the tools, and so with the template for them.
-
-        Raises:
-            UserError: The template refuses a question with its answer, or no token could end that.
-        """
-        tokenizer = encoder.tokenizer
-        turns: dict[str, Any] = {
-            "S": {"role": "system", "content": "spin rule"},
-            "Q": {"role": "user", "content": "spin question"},
-            "A": {"role": "assistant", "content": "spin answer"},
-            "N": {"role": "user", "content": "spin next"},
-            "R": {"role": "assistant", "content": "spin answer", "reasoning_content": "spin reason"},
-            "C": {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]},
-            "T": {"role": "tool", "content": "spin result", "name": "spin_probe", "tool_call_id": _PROBE_CALL["id"]},
-        }
-
-        @cache
-        def written(names: str, is_open: bool = False) -> str:
-            try:
-                return encoder._render([turns[name] for name in names], tools, add_generation_prompt=is_open)
-            except UserError:  # not every template takes every role
-                return ""
-
-        def between(names: str, first: str, last: str = "", is_open: bool = False) -> str:
-            """What stands between two turns' texts: from the beginning without the first, to the end without the last."""
-            text = written(names, is_open)
-            if first:
-                text = text.partition(str(turns[first]["content"]))[2]
-            return text.rpartition(str(turns[last]["content"]))[0] if last else text
-
-        def tokens(text: str) -> list[int]:
-            """Added tokens, apart from white space and from pairs of tags that the template only explains or fills itself."""
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            found = list(dict.fromkeys(encoder._added[token] for token in ids if token in encoder._added))
-            paired = set()
-            for place, tag in enumerate(found):
-                partner, is_closing = _partner(tag)
-                if not is_closing and partner in found[place:]:
-                    paired |= {tag, partner}
-            kept = {tag for tag in found if not tag.isspace()} - paired
-            return [token for token in dict.fromkeys(ids) if encoder._added.get(token) in kept]
-
-        encoder._render([turns["Q"], turns["A"]], tools)  # a template that refuses this says so
-        opening, head = between("Q", "Q", is_open=True), between("QA", "Q", "A")
-        after, to_next = between("QA", "A"), between("QAN", "A", "N")
-        before_question = to_next or between("SQ", "S", "Q") or between("Q", "", "Q")
-
-        known = {*encoder._added.values()}
-        header, block = opening, None
-        while tag := re.search(r"(<[^<>\s]+>|\[[^\[\]\s]+\])\s*$", header):
-            partner, is_closing = _partner(tag[1])
-            is_known = partner in known or partner in header or any(partner in text for text in encoder._templates)
-            if partner in before_question or not is_known:
-                break
-            header = header[: max(header.rfind(partner), 0) or tag.start()] if is_closing else header[: tag.start()]
-            if block is None:
-                opens, closes = (partner, tag[1]) if is_closing else (tag[1], partner)
-                block = _Block(opens, closes, is_closing, text=opening[len(header) :])
-            else:
-                block = replace(block, text=opening[len(header) :])
-        common = _same_start(header, head)
-
-        closes = {tokenizer.eos_token_id, *tokens(common)}  # what also ends a user's turn ends one
-        ends = tokens(after)
-        always = tokens(after[: encoder._parting(after, to_next)])  # of several that close, the last ends the turn
-        if written("QA") == written("QA", True):  # a template that always begins the next answer
-            always = [token for token in always if token == tokenizer.eos_token_id]
-        is_ended_by_next = not ends
-        if is_ended_by_next:
-            ends = [token for token in tokens(to_next) if token != tokenizer.bos_token_id or token in closes]
-        terminator_id = next((token for token in ends if token in closes), ends[0] if ends else tokenizer.eos_token_id)
-        if always:
-            terminator_id = tokenizer.eos_token_id if tokenizer.eos_token_id in always else always[-1]
-        if terminator_id is None:
-            raise UserError(
-                "no token can end an answer: the chat template writes none after an assistant turn, and the tokenizer "
-                "has no eos_token. Set the tokenizer's eos_token, or give a data.prompt_template that ends answers."
-            )
-        if not ends:
-            is_ended_by_next = False
-        end_text = str(tokenizer.convert_ids_to_tokens(terminator_id))
-        if block is not None and block.closes == end_text:
-            block = None
-        if block is not None and not block.is_closed:
-            before, tag_text, behind = between("QR", "Q").partition("spin reason")[2].partition(block.closes)
-            blank = "".join(takewhile(str.isspace, behind))
-            block = replace(block, closing=before + tag_text + blank if tag_text else f"\n{block.closes}\n\n")
-        call_text = written("QC")
-        to_result = [token for token in tokens(call_text) if call_text.rstrip().endswith(encoder._added[token])]
-        to_result = [token for token in to_result if token not in tokens(opening)]
-        if is_ended_by_next and not to_result:
-            to_result = tokens(between("QAT", "A", "T"))
-
-        def from_end(text: str) -> str:
-            return "".join(text.partition(end_text)[1:])
-
-        around = [common, from_end(after), from_end(to_next), before_question if not to_next else ""]
-        around += [between("SQ", "", "S"), between("SQ", "S", "Q")]
-        around += [from_end(between("QCT", "Q", "T").removeprefix(common))]
-        around += [between("QCT", "T", is_open=True).removesuffix(opening[len(header) :])]
-        return cls(
-            around=frozenset(token for text in around for token in tokens(text)),
-            terminator_id=int(terminator_id),
-            is_ended_by_next=is_ended_by_next,
-            opening=opening,
-            lead=head[encoder._parting(opening, head) :],
-            block=block,
-            call_terminator_id=to_result[0] if to_result else int(terminator_id),
-            writes_calls="spin_probe" in written("QCT").partition(str(turns["Q"]["content"]))[2],
-        )
-
-
-_PROBE_CALL: dict[str, Any] = {
-    "id": "spinprobe",  # nine letters, as Mistral's templates want it
-    "type": "function",
-    "function": {"name": "spin_probe", "arguments": {}},
-}
-_PROBE_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {"name": "spin_tool", "description": "", "parameters": {"type": "object", "properties": {}}},
-}
 _START, _, _END = mark_control_tokens(".", re.compile("[.]"))
 
 
@@ -743,6 +577,14 @@ def _marked(value: Any, tokens: re.Pattern[str]) -> Any:
     return mark_control_tokens(value, tokens)
 
 
+def _marked_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text with markers. Up to transformers 5.22, the pattern that finds these is handed over."""
+    pattern = []
+    if "markers_re" in signature(encode_marked_chat).parameters:
+        pattern = [chat_templates._get_control_token_patterns(tuple(tokenizer.added_tokens_encoder))[1]]
+    return [int(token) for token in encode_marked_chat(tokenizer, text, *pattern)]
+
+
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the texts, the longest first; of none, nothing."""
     longest_first = sorted({text for text in texts if text}, key=lambda text: (-len(text), text))
@@ -752,29 +594,6 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 def _squashed(text: str) -> str:
     """A text without its white space, which templates add and remove, and without markers."""
     return "".join(text.replace(_START, "").replace(_END, "").split())
-
-
-def _partner(tag: str) -> tuple[str, bool]:
-    """The tag that closes or opens what a tag opens or closes, and whether the given one closes.
-
-    Example:
-        >>> _partner("<think>"), _partner("[/INST]"), _partner("<|START_THINKING|>"), _partner("<tool|>")
-        (('</think>', False), ('[INST]', True), ('<|END_THINKING|>', False), ('<|tool>', True))
-    """
-    if tag[:2] == "<|" and tag[-2:] != "|>":
-        return f"<{tag[2:-1]}|>", False
-    if tag[:2] != "<|" and tag[-2:] == "|>":
-        return f"<|{tag[1:-2]}>", True
-    for opens, closes in (("<", "</"), ("[", "[/"), ("START", "END"), ("begin", "end")):
-        if tag.startswith(closes) or (closes.isalpha() and closes in tag):
-            return tag.replace(closes, opens, 1), True
-        if opens.isalpha() and opens in tag:
-            return tag.replace(opens, closes, 1), False
-    return f"{tag[0]}/{tag[1:]}", False
-
-
-def _same_start(a: str, b: str) -> str:
-    return a[: next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
 def _name_of(call: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from spin_lightning.data.formats import (
     shown,
 )
 from spin_lightning.data.sources import open_source
+from spin_lightning.progress import track
 from spin_lightning.types import Row, UserError
 
 #: No source's rows are taken more often.
@@ -161,7 +162,7 @@ def _load_source(
     on_bad_row: str,
 ) -> LoadedRows:
     source = open_source(name, split, revision)
-    taken = list(islice(source.records, max_rows))
+    taken = list(track(islice(source.records, max_rows), "reading rows"))
     if not taken:
         raise UserError(f"{name} must hold at least one row, got none. Is it the right file and split?")
     objects = [record for _, record in taken if isinstance(record, dict)]
@@ -182,7 +183,7 @@ def _load_source(
     unused_keys: dict[str, Tally] = {}
     shortened = Tally()
     absent = dict.fromkeys((*layout.required, *layout.optional))
-    for where, record in taken:
+    for where, record in track(taken, "checking rows", len(taken)):
         try:
             if isinstance(record, BadRow):
                 raise record

@@ -263,7 +263,7 @@ def _run(laboratory: Laboratory, settings: Settings, log: Path) -> list[Result]:
                 result = laboratory.sft(arm, sorted({*early, *ends, *(game.last.updates for game in games)} - {0}))
         results.append(result)
         kls = " ".join(f"{point.distance.kl:.3f}" for point in result.points)
-        say(f"{arm.regime} rows, {arm.name}: KL {kls}", flush=True)
+        say(f"{arm.regime} rows, {arm.name}: KL {kls}")
     return results
 
 

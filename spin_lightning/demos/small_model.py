@@ -22,9 +22,11 @@ from spin_lightning.data.encoding import Encoder
 from spin_lightning.data.rows import load_rows
 from spin_lightning.demos.skills import is_exact, write_skills
 from spin_lightning.generation import ContinuousGenerator
+from spin_lightning.generation.base import Player, opened
 from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import load_policy, load_tokenizer
 from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.progress import track
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.stages.samples import side_by_side
 from spin_lightning.terminal import say
@@ -47,9 +49,6 @@ def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -
     Raises:
         UserError: The package with the model is not installed.
     """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
     started, root = time.monotonic(), run_folder(folder, "the demo's FOLDER")
     refuse_links(root, r"sft|spin|control_\d+|data|results\.json")
     base = model or smollm2()
@@ -116,10 +115,10 @@ def measure(model_name_or_path: str, rows_file: Path, batch_size: int = 65) -> d
     prompts = [encoder.encode(number, row, MAX_NEW_TOKENS) for number, row in enumerate(rows)]
     nll = -sum(float(response_log_probs(model, batch).sum()) for batch in collate_prompts(prompts, max_tokens=4096))
     greedy = ContinuousGenerator(MAX_NEW_TOKENS, temperature=0.0, batch_size=batch_size)
-    answered = greedy.generate(
-        model, [prompt.prompt_ids for prompt in prompts], [0] * len(prompts), encoder.end_ids, encoder.pad_id
-    )
-    responses = dict(answered)
+    with opened(greedy, Player(model)):
+        ids = [prompt.prompt_ids for prompt in prompts]
+        answered = greedy.generate(ids, [0] * len(prompts), encoder.end_ids, encoder.pad_id)
+        responses = dict(track(answered, "answering", len(prompts), "responses"))
     answers = [encoder.decode(responses[number].ids) for number in range(len(prompts))]
     exact = sum(is_exact(answer, row.real) for answer, row in zip(answers, rows, strict=True))
     return {"nll": nll / len(prompts), "exact": exact / len(prompts), "answers": answers}
@@ -137,7 +136,7 @@ def _measure(root: Path, base: str, held_out: Path, iterations: list[dict[str, A
     results: dict[str, Any] = read_json(root / "results.json") or {}
     for stage, model in models.items():
         if stage not in results:
-            say(f"asking: {stage}", flush=True)
+            say(f"asking: {stage}")
             known = {
                 key: summaries.get(stage, {}).get(key) for key in ("first_loss", "last_loss", "updates", "seconds")
             }
@@ -216,10 +215,12 @@ def _has_bf16_units() -> bool:
 
 def _run(subcommand: str, config: str, *flags: str) -> None:
     args = [subcommand, "--config", str(config_folder() / config), *flags]
-    say(f"$ spin-lightning {shlex.join(args)}", flush=True)
+    words = map(shlex.quote, args)  # a flag on a line, as a shell takes it
+    shown = "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in words)
+    say(f"$ spin-lightning{shown}", wraps=False)
     run(args)
     gc.collect()  # trainer, model and optimiser refer to each other, and the next stage wants their memory
 
 
 def _say(text: str) -> None:
-    say(f"\n== {text}", flush=True)
+    say(f"\n== {text}")

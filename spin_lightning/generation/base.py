@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spin_lightning.types import Response, UserError
+
+
+@dataclass(frozen=True)
+class Player:
+    """Who responds: the frozen model of an iteration.
+
+    Attributes:
+        model: In this process, in evaluation mode.
+        folder: Where the same weights lie as a Hugging Face folder, for a backend in another process. None: nowhere, as in
+            iteration 0, whose model may be changed or unnamed.
+    """
+
+    model: Any
+    folder: Path | None = None
 
 
 def seed_of(seed: int, iteration: int, prompt_id: int, answer: int) -> int:
@@ -40,12 +58,14 @@ def as_set(terminator_ids: int | Collection[int]) -> frozenset[int]:
 class ResponseGenerator(ABC):
     """Answers prompts with the opponent. Subclass it to bring a backend; turn it on by class path.
 
+    A backend is opened with an opponent, asked for responses any number of times, and closed. It never changes its settings.
+
     Args:
         max_new_tokens: Cap on the response, terminator included. Real responses are cut at the same number.
         temperature: 1 samples the opponent as it is, which the game assumes. Any other value moves its fixed point
             to p_data ** temperature; 0 is greedy and drives the most likely answer to zero.
         top_p: 1 samples the opponent as it is. Less cuts the tail, and the game then sees another opponent.
-        batch_size: Prompts answered together. Changes speed and memory, not the law of the answers.
+        batch_size: Prompts answered together. Changes speed and memory, not the distribution of the responses.
 
     Raises:
         UserError: A setting is outside its range.
@@ -66,10 +86,26 @@ class ResponseGenerator(ABC):
         self.temperature = temperature
         self.top_p = top_p
         self.batch_size = batch_size
+        self._opponent: Player | None = None
+
+    def open(self, opponent: Player) -> None:
+        """Get ready to respond as this opponent. Extend it in a backend that loads weights or starts a server."""
+        self._opponent = opponent
+
+    def close(self) -> None:
+        """Let go of the opponent. Called also after an error."""
+        self._opponent = None
+
+    @property
+    def opponent(self) -> Player:
+        """Who responds, from ``open`` to ``close``."""
+        if self._opponent is None:
+            raise RuntimeError(f"{type(self).__name__} has no opponent: call open(Player(model)) before generate.")
+        return self._opponent
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Everything that decides the law of the answers; the pair manifest keeps it. Extend it in a subclass."""
+        """Everything that decides the distribution of the responses; the pair manifest keeps it. Extend it in a subclass."""
         return {
             "generator": f"{type(self).__module__}.{type(self).__qualname__}",
             "max_new_tokens": self.max_new_tokens,
@@ -77,12 +113,17 @@ class ResponseGenerator(ABC):
             "top_p": self.top_p,
         }
 
-    def check_sampling(self) -> None:
-        """Refuse a ``sampling`` that a manifest cannot keep.
+    def check_contract(self) -> None:
+        """Refuse a ``sampling`` that a manifest cannot keep, and a ``generate`` of another form.
 
         Raises:
-            UserError: JSON cannot hold it, or a key is missing.
+            UserError: JSON cannot hold it, or a key is missing. Or ``generate`` wants the model, which ``open`` gets.
         """
+        if "model" in inspect.signature(self.generate).parameters:
+            raise UserError(
+                f"{type(self).__name__}.generate must take (prompts, seeds, terminator_ids, pad_id), got a parameter 'model'. "
+                "Use self.opponent.model, of the opponent that open() was given."
+            )
         sampling, wanted = self.sampling, ("max_new_tokens", "temperature", "top_p")
         try:
             is_kept = json.loads(json.dumps(sampling)) == sampling and all(key in sampling for key in wanted)
@@ -97,19 +138,29 @@ class ResponseGenerator(ABC):
     @abstractmethod
     def generate(
         self,
-        model: Any,
         prompts: Sequence[list[int]],
         seeds: Sequence[int],
         terminator_ids: int | Collection[int],
         pad_id: int,
     ) -> Iterator[tuple[int, Response]]:
-        """Answer every prompt once, in any order, yielding ``(index, response)`` as answers are finished.
+        """Answer every prompt once, in any order, yielding ``(index, response)`` as responses are finished.
+
+        Gradients are off. ``self.opponent.model`` is the model.
 
         Args:
-            model: The opponent, in evaluation mode; gradients are off.
             prompts: Token ids, one list a prompt.
             seeds: One seed for each prompt. The same model, prompt and seed give the same answer, whatever else is in the batch
                 (up to rounding of the dtype).
             terminator_ids: The token that ends an answer, or several: whichever comes first. It is kept in the response.
             pad_id: The id to pad with. It may equal a terminator.
         """
+
+
+@contextmanager
+def opened(generator: ResponseGenerator, opponent: Player) -> Iterator[ResponseGenerator]:
+    """A generator that is open while this lasts."""
+    generator.open(opponent)
+    try:
+        yield generator
+    finally:
+        generator.close()

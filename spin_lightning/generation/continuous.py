@@ -22,6 +22,7 @@ from spin_lightning.generation.sampling import choose_tokens, dtype_of_uniforms,
 from spin_lightning.generation.slots import SlotCache
 from spin_lightning.generation.transformers import TransformersGenerator
 from spin_lightning.models import rope
+from spin_lightning.models.cache import cache_argument, cache_of
 from spin_lightning.terminal import say
 from spin_lightning.types import Response
 
@@ -51,7 +52,6 @@ class ContinuousGenerator(TransformersGenerator):
     @torch.no_grad()
     def generate(
         self,
-        model: Any,
         prompts: Sequence[list[int]],
         seeds: Sequence[int],
         terminator_ids: int | Collection[int],
@@ -59,15 +59,16 @@ class ContinuousGenerator(TransformersGenerator):
     ) -> Iterator[tuple[int, Response]]:
         if not prompts:
             return
+        model = self.opponent.model
         rope.refuse_crossing(model, [len(prompt) for prompt in prompts], self.max_new_tokens)
         if len(groups := rope.groups_of(model, prompts)) > 1:
             for group in groups:
                 some = [prompts[index] for index in group], [seeds[index] for index in group]
-                for index, response in self.generate(model, *some, terminator_ids, pad_id):
+                for index, response in self.generate(*some, terminator_ids, pad_id):
                     yield group[index], response
             return
         if refusal(model, prompts, pad_id):
-            yield from super().generate(model, prompts, seeds, terminator_ids, pad_id)
+            yield from super().generate(prompts, seeds, terminator_ids, pad_id)
             return
         rope.settle(model)
         ends = as_set(terminator_ids)
@@ -158,6 +159,7 @@ def _trial(model: nn.Module, ids: list[int], pad_id: int) -> tuple[float, float]
 
 def _logits_alone(model: nn.Module, ids: Tensor, start: int) -> Iterator[Tensor]:
     """Logits after one token and the next, from ``start`` on, in a batch of this row alone."""
-    cache = model(input_ids=ids[:, :start], use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=ids[:, :start], use_cache=True))
     for column in range(start, ids.shape[1]):
-        yield model(input_ids=ids[:, column : column + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+        inputs = {"input_ids": ids[:, column : column + 1], cache_argument(model): cache}
+        yield model(**inputs, use_cache=True).logits[0, -1]

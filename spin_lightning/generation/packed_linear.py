@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.models.log_probs import compute_dtype
+from spin_lightning.models.modes import compute_dtype
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -6,10 +6,12 @@ shard's content is in the store's binding; nothing else may.
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -17,14 +19,15 @@ import pyarrow.compute as pc
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import nn
-from tqdm.auto import tqdm
 
 from spin_lightning.data.encoding import Encoder
-from spin_lightning.generation import ResponseGenerator, seed_of
+from spin_lightning.generation.base import Player, ResponseGenerator, opened, seed_of
 from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.models.batches import pack_rows
-from spin_lightning.models.log_probs import compute_dtype, response_log_probs, way_through
-from spin_lightning.models.modes import evaluating
+from spin_lightning.models.forward_paths import forward_path_of
+from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.models.modes import compute_dtype, evaluating
+from spin_lightning.progress import Phase, progress, track
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Response, UserError
 
@@ -40,14 +43,14 @@ class PairMaker:
     """What an opponent needs to answer and to score, for one iteration.
 
     Attributes:
-        model: The opponent. Put into evaluation mode while it works, and back afterwards.
+        opponent: Who responds. Its model is put into evaluation mode while it works, and back afterwards.
         initial: The opponent of iteration 0, where the loss asks for its log-probs, else None.
         initial_responses: Whether each pair also carries the answer of iteration 0.
         numerics: A context with the precision of a training step.
         poll: Called between responses; raises to interrupt.
     """
 
-    model: nn.Module
+    opponent: Player
     encoder: Encoder
     generator: ResponseGenerator
     prompts: Sequence[Prompt]
@@ -61,6 +64,14 @@ class PairMaker:
     initial: nn.Module | None = None
     initial_responses: bool = False
     shard_size: int = 256
+    #: Responses that are asked for at once: fewer after memory ran out.
+    most_at_once: int = field(default=sys.maxsize, init=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The opponent's model."""
+        model: nn.Module = self.opponent.model
+        return model
 
     def make(self, store: PairStore, earlier: Mapping[int, PairStore], history: int) -> list[str]:
         """Fill a store with this iteration's pairs and those of the last ``history`` iterations, re-scored.
@@ -76,20 +87,19 @@ class PairMaker:
             torch.no_grad(),
             self.numerics(),
             evaluating(self.model),
-            tqdm(
-                total=total, desc=f"iteration {self.iteration}: answers", unit="answer", disable=all(done)
-            ) as progress,
+            nullcontext() if all(done) else opened(self.generator, self.opponent),
+            progress("answering", total, "responses") as phase,
         ):
-            way_through(self.model)  # before the first answer, so that all are computed alike
+            forward_path_of(self.model)  # before the first answer, so that all are computed alike
             for start, is_done in zip(starts, done, strict=True):
                 prompts = self.prompts[start : start + self.shard_size]
                 if is_done:
-                    progress.update(len(prompts) * self.answers_per_prompt)
+                    phase.skip(len(prompts) * self.answers_per_prompt)
                 else:
-                    store.write_shard(self._name(self.iteration, start), self._new_pairs(prompts, earlier, progress))
+                    store.write_shard(self._name(self.iteration, start), self._new_pairs(prompts, earlier, phase))
                 names.append(self._name(self.iteration, start))
             for source in range(self.iteration - 1, max(-1, self.iteration - 1 - history), -1):
-                for start in tqdm(starts, desc=f"iteration {self.iteration}: scoring iteration {source}", unit="shard"):
+                for start in track(starts, f"scoring the pairs of iteration {source}", len(starts), "shards"):
                     name = self._name(source, start)
                     if not store.has_shard(name):
                         self.poll()
@@ -102,20 +112,15 @@ class PairMaker:
         return f"iteration_{source}-{start:09d}.parquet"
 
     def _new_pairs(
-        self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], progress: Any
+        self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], phase: Phase
     ) -> list[dict[str, Any]]:
         wanted = [(prompt, answer) for prompt in prompts for answer in range(self.answers_per_prompt)]
         seeds = [seed_of(self.seed, self.iteration, prompt.prompt_id, answer) for prompt, answer in wanted]
         responses: dict[int, Any] = {}
-        tokens = 0
         for index, response in self._answers([prompt.prompt_ids for prompt, _ in wanted], seeds):
             self.poll()
             responses[index] = response
-            tokens += len(response.ids)
-            progress.update()
-            elapsed = progress.format_dict["elapsed"]
-            progress.set_postfix_str(f"{tokens / max(elapsed, 1e-9):.0f} tokens/s", refresh=False)
-        progress.set_postfix_str("scoring", refresh=True)
+            phase.advance(1, tokens=len(response.ids))
         first_answers = self._first_answers(prompts, earlier)
         rows = []
         for index, (prompt, answer) in enumerate(wanted):
@@ -152,39 +157,38 @@ class PairMaker:
         return self._scored(rows)
 
     def _answers(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Response]]:
-        """The opponent's answers. Where memory runs out, those that are missing are asked for again, half as many at a time:
-        an answer depends on its prompt and its seed alone."""
-        missing = list(range(len(prompts)))
-        ends = self.encoder.end_ids
+        """The opponent's responses. Where memory runs out, those that are missing are asked for again, half as many at a time:
+        a response depends on its prompt and its seed alone."""
+        missing = dict.fromkeys(range(len(prompts)))
         while missing:
-            asked, generator = list(missing), self.generator
+            asked = list(itertools.islice(missing, self.most_at_once))
             try:
-                answers = generator.generate(
-                    self.model,
-                    [prompts[index] for index in asked],
-                    [seeds[index] for index in asked],
-                    ends[0] if len(ends) == 1 else ends,
-                    self.encoder.pad_id,
-                )
-                if not isinstance(answers, Iterable):
-                    raise self._wrong(f"gave {type(answers).__name__} instead of answers one by one")
-                for answer in answers:
-                    number, response = self._checked(answer, len(asked))
+                for number, response in self._generate([prompts[i] for i in asked], [seeds[i] for i in asked]):
                     if asked[number] not in missing:
                         raise self._wrong(f"answered prompt {number} twice")
-                    missing.remove(asked[number])
+                    del missing[asked[number]]
                     yield asked[number], response
-                if missing:
-                    raise self._wrong(f"gave {len(asked) - len(missing)} answers to {len(asked)} prompts")
-                return
+                if unanswered := sum(index in missing for index in asked):
+                    raise self._wrong(f"gave {len(asked) - unanswered} answers to {len(asked)} prompts")
+                continue
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or generator.batch_size == 1:
+                together = min(self.most_at_once, self.generator.batch_size)
+                if not _is_out_of_memory(error) or together == 1:
                     raise
-                generator.batch_size //= 2
+                self.most_at_once = together // 2
                 why = str(error).partition("\n")[0][:120] or type(error).__name__
             # outside of the handler, whose traceback holds on to the memory
             torch.cuda.empty_cache()
-            say(f"note: out of memory in generation ({why}); going on with batch_size {generator.batch_size}")
+            say(f"note: out of memory in generation ({why}); going on with {self.most_at_once} prompts at a time")
+
+    def _generate(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Response]]:
+        """What the generator yields, each response checked."""
+        ends = self.encoder.end_ids
+        answers = self.generator.generate(prompts, seeds, ends[0] if len(ends) == 1 else ends, self.encoder.pad_id)
+        if not isinstance(answers, Iterable):
+            raise self._wrong(f"gave {type(answers).__name__} instead of answers one by one")
+        for answer in answers:
+            yield self._checked(answer, len(prompts))
 
     def _checked(self, answer: Any, num_asked: int) -> tuple[int, Response]:
         """What a generator yielded, if it is what it has to be.
@@ -256,12 +260,14 @@ class PairMaker:
     def _score(self, player: str, model: nn.Module, rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> None:
         """Add a player's log-probs to the rows: each prompt once, however many answers it has."""
         device = next(model.parameters()).device
-        for indices, batch, places in pack_rows(rows, [f"{side}_ids" for side in sides], self.micro_batch_tokens):
-            self.poll()
-            values = response_log_probs(model, move_data_to_device(batch, device)).tolist()
-            for index, place in zip(indices, places.tolist(), strict=True):
-                for side, response in zip(sides, place, strict=True):
-                    rows[index][f"{player}_{side}_log_prob"] = values[response]
+        with progress("scoring", len(rows), "pairs") as phase:
+            for indices, batch, places in pack_rows(rows, [f"{side}_ids" for side in sides], self.micro_batch_tokens):
+                self.poll()
+                values = response_log_probs(model, move_data_to_device(batch, device)).tolist()
+                for index, place in zip(indices, places.tolist(), strict=True):
+                    for side, response in zip(sides, place, strict=True):
+                        rows[index][f"{player}_{side}_log_prob"] = values[response]
+                phase.advance(len(indices), tokens=len(batch.input_ids))
 
     def _first_answers(
         self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore]

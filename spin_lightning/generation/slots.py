@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
 from spin_lightning.generation.packed_linear import decoding_with, packed_forwards
+from spin_lightning.models.cache import cache_argument
 from spin_lightning.models.cpu_memory import keep_freed_memory, round_up
 from spin_lightning.models.rope import limit_of
 
@@ -45,6 +46,7 @@ class SlotCache(Cache):
         is_blockwise = self.device.type == "cpu" and self.config._attn_implementation.split("+")[0] == "sdpa"
         self.block_rows = BLOCK_ROWS if is_blockwise else None
         self.forwards = packed_forwards(model, slots)
+        self.argument_name = cache_argument(model)
         self.most_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -94,7 +96,7 @@ class SlotCache(Cache):
             blocks = [slice(row, row + self.block_rows) for row in range(0, len(self.widths), self.block_rows)]
             inputs["blocks"] = [(block, max(self.widths[block]) + 1) for block in blocks]
         with _attention(self.config, attention), decoding_with(self.forwards):
-            logits = self.model(**inputs, past_key_values=self, use_cache=True).logits[:, -1]
+            logits = self.model(**inputs, **{self.argument_name: self}, use_cache=True).logits[:, -1]
         self.end += 1
         self.widths = [width + 1 for width in self.widths]
         return logits
@@ -115,7 +117,7 @@ class SlotCache(Cache):
             most = int(min(self.most_positions, limit_of(self.model, longest)))
             padded = round_up(padded, dim=1)[:, : max(longest, most)]
             cache, no_logits = DynamicCache(), torch.arange(0, device=self.device)
-            self.model(input_ids=padded, past_key_values=cache, use_cache=True, logits_to_keep=no_logits)
+            self.model(input_ids=padded, **{self.argument_name: cache}, use_cache=True, logits_to_keep=no_logits)
             for layer_idx, layer in enumerate(cache.layers):
                 new: tuple[Any, Any] = layer.keys, layer.values
                 for buffer, rows in zip(self._layer(layer_idx, *new), new, strict=True):

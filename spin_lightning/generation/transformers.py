@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from spin_lightning.generation.base import ResponseGenerator, as_set
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.models import rope
-from spin_lightning.models.log_probs import compute_dtype
+from spin_lightning.models.modes import compute_dtype
 from spin_lightning.terminal import say
 from spin_lightning.types import Response, UserError
 
@@ -54,13 +54,12 @@ class TransformersGenerator(ResponseGenerator):
     @torch.no_grad()
     def generate(
         self,
-        model: Any,
         prompts: Sequence[list[int]],
         seeds: Sequence[int],
         terminator_ids: int | Collection[int],
         pad_id: int,
     ) -> Iterator[tuple[int, Response]]:
-        ends = as_set(terminator_ids)
+        model, ends = self.opponent.model, as_set(terminator_ids)
         device = next(model.parameters()).device
         rope.refuse_crossing(model, [len(prompt) for prompt in prompts], self.max_new_tokens)
         if not prompts:

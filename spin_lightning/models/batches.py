@@ -1,13 +1,14 @@
 """Batches by tokens: prompts with all their responses laid end to end, cut into passes of about equal size.
 
 Pairs that share a prompt share its tokens, and those of every response they have in common. The order of a batch's
-rows decides nothing but the order of its sums.
+rows decides nothing but the order of its sums. Where a response token is predicted, one place before it, is said here
+and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -32,34 +33,63 @@ def pack(groups: Sequence[tuple[Ids, Sequence[Ids]]]) -> ResponseBatch:
     """
     input_ids: list[int] = []
     position_ids: list[int] = []
-    scored: list[int] = []
-    predictors: list[int] = []
-    response_index: list[int] = []
-    response_lengths: list[int] = []
     for prompt, responses in groups:
         input_ids += prompt
         position_ids += range(len(prompt))
-        last_of_prompt = len(input_ids) - 1
         for response in responses:
-            start = len(input_ids)
             input_ids += response
             position_ids += range(len(prompt), len(prompt) + len(response))
-            places = range(start, len(input_ids))
-            before = [last_of_prompt, *places[:-1]][: len(places)]
-            skip = 0 if prompt else 1
-            scored += places[skip:]
-            predictors += before[skip:]
-            response_index += [len(response_lengths)] * len(places[skip:])
-            response_lengths.append(len(response))
+    lengths = tuple((len(prompt), *map(len, responses)) for prompt, responses in groups)
+    scored: list[int] = []
+    predictors: list[int] = []
+    response_index: list[int] = []
+    for index, (prompt_length, places) in enumerate(sequences(lengths)):
+        predicting, predicted = shifted(prompt_length, places)
+        predictors += predicting
+        scored += predicted
+        response_index += [index] * len(predicted)
     return ResponseBatch(
         torch.tensor(input_ids),
         torch.tensor(position_ids),
         torch.tensor(scored, dtype=torch.long),
         torch.tensor(predictors, dtype=torch.long),
         torch.tensor(response_index, dtype=torch.long),
-        torch.tensor(response_lengths),
-        tuple((len(prompt), *map(len, responses)) for prompt, responses in groups),
+        torch.tensor([length for _, *of_responses in lengths for length in of_responses]),
+        lengths,
     )
+
+
+def shifted(prompt_length: int, places: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """The one-token shift: where the response tokens of a sequence are predicted, and where they stand.
+
+    A token is predicted at the place before it in its own sequence. Nothing predicts the first token of a sequence, so
+    it is not scored where there is no prompt.
+
+    Args:
+        prompt_length: Tokens of the prompt.
+        places: Where the tokens of the prompt and of its response stand, in any layout.
+
+    Example:
+        >>> shifted(2, [0, 1, 4, 5]), shifted(0, range(3))
+        (([1, 4], [4, 5]), (range(0, 2), range(1, 3)))
+    """
+    first = max(prompt_length, 1)
+    return places[first - 1 : -1], places[first:]
+
+
+def sequences(lengths: Iterable[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+    """For each response of a layout the length of its prompt, and the places of its prompt's tokens and its own.
+
+    Args:
+        lengths: For each prompt its length and then those of its responses, as ``ResponseBatch.lengths`` has them.
+    """
+    start = 0
+    for prompt_length, *of_responses in lengths:
+        prompt = range(start, start + prompt_length)
+        start += prompt_length
+        for length in of_responses:
+            yield prompt_length, [*prompt, *range(start, start + length)]
+            start += length
 
 
 def pack_rows(

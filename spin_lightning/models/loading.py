@@ -1,15 +1,15 @@
-"""Models and tokenizers: from a hub name, a local folder or a ``.gguf`` file, to a hash of their weights.
+"""Models and tokenizers, from a hub name, a local folder or a ``.gguf`` file.
 
-The only place that calls ``from_pretrained`` and ``save_pretrained``. Nothing here knows what a game is.
+Nothing here knows what a game is. ``saving`` writes what was trained.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from spin_lightning.models import hub
-from spin_lightning.runs.checkpoints import refuse_non_finite
-from spin_lightning.runs.files import explaining_storage_errors, sync
+from spin_lightning.progress import progress
 from spin_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -162,6 +161,23 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
         raise _not_loaded("config", name_or_path, error) from error
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars of transformers for weights that are read or written. Downloads, which the hub's package does, keep theirs."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils.logging import set_tqdm_hook
+
+    bar_of_gguf = getattr(gguf, "tqdm", None)  # which the hook does not reach
+    before = set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    gguf.tqdm = partial(bar_of_gguf, disable=True) if bar_of_gguf else None
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+        gguf.tqdm = bar_of_gguf
+
+
+@without_bars()
 def load_policy(
     name_or_path: str,
     *,
@@ -187,13 +203,15 @@ def load_policy(
             where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
         else:
             where["use_safetensors"] = True  # a pytorch_model.bin is a pickle, and is not opened
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **where,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
+        is_here = Path(where["pretrained_model_name_or_path"]).is_dir()  # else the bar of a download is shown
+        with progress("loading the model") if is_here else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **where,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise UserError(
@@ -389,83 +407,8 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all weights: two models agree if and only if they answer alike."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    card: str,
-    eos_ids: int | Sequence[int],
-    trust_remote_code: bool = False,
-) -> None:
-    """Write a Hugging Face folder, reload it, and only then give it its name.
-
-    The folder holds safetensors, tokenizer with chat template, generation config (which stops at ``eos_ids``) and a model card. For the check
-    the model is in memory twice for a moment. An older folder of the same name is replaced.
-
-    Raises:
-        NonFiniteError: A weight is infinite or not a number.
-        RuntimeError: The reloaded weights differ from those in memory.
-        StorageError: There is no room, or the folder cannot be written to.
-    """
-    refuse_non_finite(model)
-    partial = folder.with_name(folder.name + ".partial")
-    with explaining_storage_errors(folder):
-        try:
-            _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        sync(folder.parent)
-
-
-def _save_verified(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    partial: Path,
-    card: str,
-    eos_ids: int | Sequence[int],
-    trust_remote_code: bool,
-) -> None:
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    shutil.rmtree(partial, ignore_errors=True)
-    served = GenerationConfig(do_sample=True, eos_token_id=_one_or_list(eos_ids), pad_token_id=tokenizer.pad_token_id)
-    # not written over afterwards: the base model's own may be one that transformers refuses to save
-    own_settings, model.generation_config = model.generation_config, served
-    try:
-        model.save_pretrained(partial)
-    finally:
-        model.generation_config = own_settings
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, trust_remote_code=trust_remote_code)
-    if weights_hash(reloaded) != weights_hash(model):
-        raise RuntimeError(
-            f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was replaced."
-        )
-    for path in (*partial.iterdir(), partial):
-        sync(path)
-
-
 def _as_list(ids: Any) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
-def _one_or_list(ids: int | Sequence[int]) -> int | list[int]:
-    """How ``generation_config.json`` has the ids that end an answer."""
-    listed = _as_list(ids)
-    return listed[0] if len(listed) == 1 else listed
 
 
 def _reachable(name_or_path: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        # up to torch 2.10, weights that autocast cast without gradients would be kept, and get none in the next pass
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()
@@ -48,3 +50,10 @@ def calm(model: nn.Module) -> None:
     """Train in evaluation mode, but for the modules that recompute activations, which they do in training mode only."""
     for module in model.modules():
         module.training = bool(getattr(module, "gradient_checkpointing", False))
+
+
+def compute_dtype(device: torch.device, model: nn.Module) -> torch.dtype:
+    """The dtype the matrix products of a model run in, here and now."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return next(model.parameters()).dtype

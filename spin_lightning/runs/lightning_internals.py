@@ -1,8 +1,39 @@
-"""Two questions about a trainer that several callbacks ask."""
+"""Every use of what Lightning does not document, one function each.
+
+``tests/runs/test_lightning_internals.py`` has a test for each of them, which tells what a new version of Lightning broke.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
+
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+
+
+def epoch_to_begin(trainer: Any) -> int:
+    """The number of the epoch that begins next, also where ``current_epoch`` is one behind: after resuming at an epoch's end."""
+    return int(trainer.fit_loop.epoch_progress.current.processed)
+
+
+def resumes_inside_epoch(trainer: Any) -> bool:
+    """Whether a fit continues from a checkpoint that was saved after some batches of an epoch, and before its end."""
+    loop = trainer.fit_loop
+    return bool(loop.restarting and loop.epoch_loop.batch_progress.current.ready > 0)
+
+
+def end_finished_epoch(checkpoint: dict[str, Any]) -> None:
+    """Rewrite a checkpoint that was saved after an epoch's last batch but before its end, as one saved at the epoch's end.
+
+    Lightning would resume inside of the finished epoch, and skip the start of the next.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    if batch["is_last_batch"] and epoch["current"]["processed"] == epoch["current"]["started"] - 1:
+        for scope in ("current", "total"):
+            epoch[scope]["processed"] += 1
+            batch[scope]["completed"] = batch[scope]["processed"]
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
 
 
 def was_cut_short(trainer: Any) -> bool:
@@ -10,12 +41,76 @@ def was_cut_short(trainer: Any) -> bool:
     return bool(trainer.should_stop and not trainer.is_last_batch)
 
 
-def starting_metrics(trainer: Any) -> dict[str, float]:
-    """Held-out metrics of the model a run starts from, after the sanity check.
+def remake_optimizers(trainer: Any) -> None:
+    """Call ``configure_optimizers`` again: new optimisers, new schedules."""
+    trainer.strategy.setup_optimizers(trainer)
 
-    Empty where there are none to compare with: on a resume, or if the check did not go over all held-out rows.
+
+def received_sigterm(trainer: Any) -> bool:
+    """Whether Lightning's own signal handler noted a SIGTERM, which Lightning itself looks at only after a training batch."""
+    return bool(trainer.received_sigterm)
+
+
+def starts_processes(trainer: Any) -> bool:
+    """Whether a fit starts processes of its own, even if it is one, as ``ddp_spawn`` does."""
+    return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
+
+
+def attach(trainer: Any, module: Any, data: Any) -> None:
+    """Let data be read before a fit as in one: the data module knows the trainer, and that the module."""
+    data.trainer = trainer
+    trainer.strategy.connect(module)
+
+
+def trainer_of(module: Any) -> Any | None:
+    """The trainer that a module is attached to, or None. Its ``trainer`` raises an error instead."""
+    return module._trainer
+
+
+def forward_context(trainer: Any) -> AbstractContextManager[Any]:
+    """The numerics of a training step, for passes outside of one."""
+    context: AbstractContextManager[Any] = trainer.precision_plugin.forward_context()
+    return context
+
+
+def keep_weights_as_loaded(trainer: Any) -> None:
+    """Of ``bf16-true`` and the like: a model is loaded in that dtype, but for what it keeps in float32, as routers are."""
+    plugin: Any = trainer.precision_plugin
+    if isinstance(plugin, HalfPrecision | DoublePrecision):
+        plugin.convert_module = _as_it_is  # type: ignore[method-assign, assignment]
+
+
+def keep_batches_as_collated(trainer: Any) -> None:
+    """``bf16-true`` rounds every float of a batch to 8 bits; ours are stored log-probs, and off by up to half a nat then."""
+    trainer.precision_plugin.convert_input = _as_it_is
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+class FlagsWin:
+    """For a LightningCLI: what ``--ckpt_path`` names is left unread, whatever hyper-parameters it holds.
+
+    Lightning sets the model's settings from a checkpoint's hyper-parameters, silently and over the flags.
     """
-    data = trainer.datamodule
-    if trainer.global_step or trainer.num_sanity_val_steps * data.batch_size < len(data.val_prompts):
-        return {}
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+    def _parse_ckpt_path(self) -> None:
+        """In place of Lightning's own, which loads the whole file."""
+
+
+def parsers_of(cli: Any) -> dict[str, Any]:
+    """The parser of each subcommand."""
+    return dict(cli._subcommand_parsers)
+
+
+def made_for_trainer(cli: Any, name: str) -> list[Any]:
+    """The objects that were made of a setting of the trainer, such as ``plugins``, which is about to be made itself.
+
+    Later the trainer adds callbacks of its own to the same list.
+    """
+    made = cli.config_init[cli.subcommand]["trainer"].get(name)
+    return list(made) if isinstance(made, list) else [] if made is None else [made]

@@ -11,8 +11,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from spin_lightning.runs import signals
-from spin_lightning.runs.lightning_internals import was_cut_short
-from spin_lightning.runs.settings import SETTINGS, check_settings
 from spin_lightning.runs.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_folder,
@@ -21,6 +19,8 @@ from spin_lightning.runs.checkpoints import (
     refuse_non_finite,
 )
 from spin_lightning.runs.files import hold, need_space, run_folder
+from spin_lightning.runs.lightning_internals import was_cut_short
+from spin_lightning.runs.settings import SETTINGS, check_settings
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -28,7 +28,33 @@ from spin_lightning.types import UserError
 KEPT = 2
 
 
-class RunCheckpoint(Checkpoint):
+class HoldsFolder(L.Callback):
+    """A callback that works in a folder alone: no second process gets it while a fit lasts."""
+
+    _lock: FileLock | None = None
+
+    def hold(self, folder: Path) -> None:
+        """Take the folder.
+
+        Raises:
+            UserError: Another process has it, or something in it is a link.
+        """
+        self._lock = hold(folder)
+
+    def let_go(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.let_go()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.let_go()
+
+
+class RunCheckpoint(HoldsFolder, Checkpoint):
     """Keeps a run's checkpoints, from which the same command continues, and guards what continuing rests on.
 
     The newest two are kept. A second process in the same folder is refused, and so is a resume with other settings. The
@@ -51,7 +77,6 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.allow_changes = allow_changes or []
         self.last_saved = self._step_before = self._resumed_from = -1
-        self._lock: FileLock | None = None
 
     @property
     def folder(self) -> Path:
@@ -70,7 +95,7 @@ class RunCheckpoint(Checkpoint):
             return
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        self._lock = hold(self.folder)
+        self.hold(self.folder)
         for left_over in self.folder.glob(".*.tmp"):  # by a kill in the middle of a save
             left_over.unlink()
 
@@ -123,11 +148,10 @@ class RunCheckpoint(Checkpoint):
         self._save(trainer)
         signals.end_if_asked()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._let_go()
+    def let_go(self) -> None:
+        """Give the folder and the signals back."""
+        signals.stop_listening()
+        super().let_go()
 
     def _set_aside(self) -> None:
         """Checkpoints beyond the one that is continued from are damaged, or of a future that will be another."""
@@ -141,12 +165,6 @@ class RunCheckpoint(Checkpoint):
     def _listen(self) -> None:
         if self._lock is not None:
             signals.listen()
-
-    def _let_go(self) -> None:
-        signals.stop_listening()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
     def _save(self, trainer: L.Trainer) -> None:
         """Save, and only then remove what is older than the two newest."""

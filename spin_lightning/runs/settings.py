@@ -1,7 +1,7 @@
 """The settings a run began with, kept in its folder: a resume with others is refused, setting by setting.
 
-Recorded is whatever a constructor takes, except what cannot change the results; a new setting is therefore guarded
-without being named here.
+Recorded is whatever a constructor takes, also what it hands on to those of its bases, except what cannot change the
+results; a new setting is therefore guarded without being named here.
 """
 
 from __future__ import annotations
@@ -58,9 +58,12 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
     found = {
         "model.optimizer.class": type(optimizer).__qualname__,
         **{f"model.optimizer.{key}": _plain(value) for key, value in optimizer.defaults.items() if key != "lr"},
-        **{f"data.generator.{key}": value for key, value in data.generator.sampling.items()},
         **{f"trainer.{name}": _plain(getattr(trainer, name)) for name in _OF_TRAINER},
         **{f"trainer.{name}": repr(getattr(trainer, name)) for name in _LIMITS},  # 1 batch is not 1.0, all of them
+    }
+    generator = getattr(data, "generator", None)  # a stage without sampling has none
+    found |= {
+        f"data.generator.{key}": value for key, value in (generator.sampling if generator is not None else {}).items()
     }
     if data.prompts:
         hashes = (data.prompts_hash, data.held_out_hash, data.encoder.fingerprint)
@@ -68,6 +71,8 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
     parts = _parts_of(trainer, module, data)
     for prefix, part in parts.items():
         found |= _arguments_of(part, prefix)
+    if generator is not None:
+        found.pop("data.max_response_tokens", None)  # the generator's max_new_tokens
     if "self_play" not in parts:
         found["trainer.max_epochs"] = trainer.max_epochs
     return redacted({key: value for key, value in sorted(found.items()) if key not in HARMLESS})
@@ -82,15 +87,44 @@ def _parts_of(trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
     return parts
 
 
+def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
+    """What a class takes, by name; where its constructor hands on ``**kwargs``, with what those of its bases take."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+            named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            found |= {p.name: p for p in named if p.name not in ("self", *found)}
+            if len(named) == len(parameters):
+                break
+    return found
+
+
 def _completed(record: dict[str, Any], trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
-    """The settings of a record; arguments that its version did not know yet had their defaults."""
-    defaults = {
-        f"{prefix}.{name}": _plain(parameter.default)
-        for prefix, part in _parts_of(trainer, module, data).items()
-        for name, parameter in inspect.signature(type(part).__init__).parameters.items()
-        if hasattr(part, name) and f"{prefix}.{name}" not in HARMLESS
-    }
-    return {**defaults, **record["settings"]}
+    """The settings of a record, with those that its version did not keep."""
+    old = dict(record["settings"])
+    for prefix, part in _parts_of(trainer, module, data).items():
+        for name in parameters_of(type(part)):
+            key, value = f"{prefix}.{name}", getattr(part, name, None)
+            kept = old.get(key)
+            if isinstance(kept, dict) and kept.get("class") == type(value).__qualname__:
+                old[key] = {**_missing(kept, value, ""), **kept}
+        old = {**_missing(old, part, prefix), **old}
+    return old
+
+
+def _missing(old: dict[str, Any], thing: Any, prefix: str) -> dict[str, Any]:
+    """The arguments of a thing that a record may lack, as they were when it was made.
+
+    One that the record's version did not know yet had its default. A record with none of those that a class hands on to
+    its bases is of a version that did not read them: they are taken to be what they are now.
+    """
+    now = {key: value for key, value in _arguments_of(thing, prefix).items() if key not in HARMLESS}
+    defaults = {f"{prefix}.{name}": _plain(p.default) for name, p in parameters_of(type(thing)).items()}
+    handed_on = now.keys() - {f"{prefix}.{name}" for name in inspect.signature(type(thing).__init__).parameters}
+    if handed_on.isdisjoint(old):
+        defaults |= {key: now[key] for key in handed_on}
+    return {key: defaults[key] for key in now}
 
 
 def check_finished(trainer: L.Trainer, module: Any, data: Any, path: Path, allow_changes: list[str]) -> None:
@@ -161,7 +195,7 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
 
 
 def _arguments_of(thing: Any, prefix: str) -> dict[str, Any]:
-    names = [name for name in inspect.signature(type(thing).__init__).parameters if hasattr(thing, name)]
+    names = [name for name in parameters_of(type(thing)) if hasattr(thing, name)]
     return {f"{prefix}.{name}": _plain(getattr(thing, name)) for name in names}
 
 

@@ -10,6 +10,7 @@ import signal
 import threading
 from types import FrameType
 
+from spin_lightning.progress import display
 from spin_lightning.types import Interrupted
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -57,6 +58,8 @@ def _keep(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     name = signal.Signals(number).name
     # not print: a handler may interrupt another print
+    above = "\r\x1b[2K" if display.is_drawn else "\n"
     os.write(
-        2, f"\n{name} received: ending at the next point that can be continued from. Once more ends at once.\n".encode()
+        2,
+        f"{above}{name} received: ending at the next point that can be continued from. Once more ends at once.\n".encode(),
     )

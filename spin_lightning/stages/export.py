@@ -1,18 +1,34 @@
-"""Exports the policy of a stage without a game, with a summary beside it."""
+"""Exports a policy: a Hugging Face folder, verified by reloading it, with a summary beside it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from spin_lightning.models.loading import dtype_name, save_model
+from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import how_to_cast
+from spin_lightning.models.saving import save_model
 from spin_lightning.runs.files import refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import was_cut_short
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
+
+
+def export_policy(
+    model: Any, encoder: Any, folder: Path, card: str, summary: Mapping[str, Any], trust_remote_code: bool = False
+) -> None:
+    """Write ``policy/`` and ``summary.json`` into a folder. The summary comes last: where it is, the policy is whole.
+
+    Raises:
+        NonFiniteError: A weight is NaN or infinite.
+        StorageError: There is no room, or the folder cannot be written to.
+    """
+    save_model(model, encoder.tokenizer, folder / "policy", card, encoder.end_ids, trust_remote_code=trust_remote_code)
+    write_json(folder / "summary.json", summary)
 
 
 class ExportPolicy(L.Callback):
@@ -77,15 +93,7 @@ class ExportPolicy(L.Callback):
             + "\n".join(f"- {name}: {value}" for name, value in summary.items())
             + f"\n\n{how_to_cast(summary)}"
         )
-        save_model(
-            module.policy,
-            data.encoder.tokenizer,
-            self.output_dir / "policy",
-            card,
-            data.encoder.end_ids,
-            trust_remote_code=module.trust_remote_code,
-        )
-        write_json(self.output_dir / "summary.json", summary)
+        export_policy(module.policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
         say(f"the model is in {self.output_dir}/policy")
 
     def _seconds(self) -> float:

@@ -9,7 +9,7 @@ import lightning as L
 
 from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.losses import PairLoss, SpinLoss
-from spin_lightning.runs.lightning_internals import starting_metrics
+from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -52,6 +52,8 @@ class Health(L.Callback):
     def on_generation_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]
     ) -> None:
+        if "identical_share" not in report:  # of a stage without pairs
+            return
         identical, clipped = report["identical_share"], report["generated_clipped_share"]
         if identical >= EQUILIBRIUM_SHARE:
             self._say(
@@ -84,7 +86,24 @@ class Health(L.Callback):
     def on_iteration_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, summary: dict[str, Any]
     ) -> None:
-        metrics, nll, loss = summary["epoch_metrics"], summary["val_nll"], _loss_of(module)
+        if "epoch_metrics" in summary:
+            self._judge_rewards(iteration, summary["epoch_metrics"], _loss_of(module))
+        if (nll := summary["val_nll"]) is None:
+            return
+        first = self.nll[0] if self.nll else math.nan
+        # NaN must not pass, so the condition asks for what is right
+        if not (math.isfinite(nll) and not nll > first * (1 + HARM_SHARE)):
+            worse = "worse than" if math.isfinite(nll) else "which is NaN or infinite, after"
+            self._say(iteration, f"held-out NLL is {nll:.3f}, {worse} the {first:.3f} measured first")
+            if self.stop == "harm":
+                trainer.datamodule.game.stop(f"harm: held-out NLL {nll:.3f} against {first:.3f} at the start")  # type: ignore[attr-defined]
+        elif self.nll and nll > self.nll[-1]:
+            self._say(iteration, f"held-out NLL rose from {self.nll[-1]:.3f} to {nll:.3f} in this iteration")
+        elif self.nll:
+            self._say(iteration, f"held-out NLL went from {self.nll[-1]:.3f} to {nll:.3f}")
+        self.nll.append(nll)
+
+    def _judge_rewards(self, iteration: int, metrics: dict[str, float], loss: PairLoss) -> None:
         reward, accuracy = metrics["rewards/real"], metrics["rewards/accuracies"]
         if loss.reference is not None and reward < 0:
             self._say(
@@ -96,20 +115,6 @@ class Health(L.Callback):
             if loss.reference is None:
                 why = "this loss has no reference to compare with, so shorter answers are enough for that"
             self._say(iteration, f"the policy tells {accuracy:.0%} of the pairs apart: {why}")
-        if nll is None:
-            return
-        first = self.nll[0] if self.nll else math.nan
-        # NaN must not pass, so the condition asks for what is right
-        if not (math.isfinite(nll) and not nll > first * (1 + HARM_SHARE)):
-            worse = "worse than" if math.isfinite(nll) else "which is no number, after"
-            self._say(iteration, f"held-out NLL is {nll:.3f}, {worse} the {first:.3f} measured first")
-            if self.stop == "harm":
-                trainer.datamodule.game.stop(f"harm: held-out NLL {nll:.3f} against {first:.3f} at the start")  # type: ignore[attr-defined]
-        elif self.nll and nll > self.nll[-1]:
-            self._say(iteration, f"held-out NLL rose from {self.nll[-1]:.3f} to {nll:.3f} in this iteration")
-        elif self.nll:
-            self._say(iteration, f"held-out NLL went from {self.nll[-1]:.3f} to {nll:.3f}")
-        self.nll.append(nll)
 
     def _say(self, iteration: int, sentence: str) -> None:
         self.remarks.append((iteration, sentence))

@@ -103,3 +103,14 @@ class PairMetrics(nn.Module):
 def with_aliases(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values, also under TRL's names."""
     return {**values, **{ALIASES[name]: value for name, value in values.items() if name in ALIASES}}
+
+
+def starting_metrics(trainer: Any) -> dict[str, float]:
+    """Held-out metrics of the model a run starts from, after the sanity check.
+
+    Empty where there are none to compare with: on a resume, or if the check did not go over all held-out rows.
+    """
+    data = trainer.datamodule
+    if trainer.global_step or trainer.num_sanity_val_steps * data.batch_size < len(data.val_prompts):
+        return {}
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -1,6 +1,6 @@
 """The opponent as a player: something that knows the log-probs of both responses of a batch.
 
-Two forms, one method. ``StoredOpponent`` reads what was computed once at the iteration's start and kept with
+Two forms. ``StoredOpponent`` reads what was computed once at the iteration's start and kept with
 the pairs: no second model in memory. ``ResidentOpponent`` holds a frozen copy and computes at every step. A third
 form, such as a frozen adapter, has its place here.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from spin_lightning.types import PairBatch, PairLogProbs
 
 
 class Opponent(nn.Module):
-    """The frozen player of an iteration."""
+    """The frozen player of an iteration. Subclass it to bring another form; turn it on by class path."""
 
-    #: Whether resuming in the middle of an iteration needs the opponent's weights.
+    #: Whether it needs weights in memory, so that ``restore`` has to be able to load those of the start, too.
     holds_weights = False
 
     def become(self, policy: nn.Module) -> None:
         """Take over the policy's weights as they are now, at the start of an iteration."""
+
+    def restore(self, load: Callable[[], nn.Module]) -> None:
+        """Be who it was, where an iteration continues in its middle. ``load`` gives its model, checked by its hash."""
 
     @abstractmethod
     def log_probs(self, batch: PairBatch) -> PairLogProbs:
@@ -61,10 +65,17 @@ class ResidentOpponent(Opponent):
             self.model.load_state_dict(policy.state_dict())
         self.model.requires_grad_(False).eval()
 
+    def restore(self, load: Callable[[], nn.Module]) -> None:
+        self.become(load())
+
     @torch.no_grad()
     def log_probs(self, batch: PairBatch) -> PairLogProbs:
         assert self.model is not None, "become() comes first"
         return pair_log_probs(self.model, batch)
+
+
+#: The words that stand for these two in a config.
+OPPONENTS: dict[str, type[Opponent]] = {"stored": StoredOpponent, "resident": ResidentOpponent}
 
 
 def _drop_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
@@ -36,6 +35,12 @@ from spin_lightning.models.loading import (
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import calm, is_random
 from spin_lightning.runs.checkpoints import newest_checkpoint
+from spin_lightning.runs.lightning_internals import (
+    forward_context,
+    keep_batches_as_collated,
+    keep_weights_as_loaded,
+    trainer_of,
+)
 from spin_lightning.schedule import at_iteration
 from spin_lightning.stages.optim import Float32Master, fused, refuse_unusable, sum_in_passes
 from spin_lightning.terminal import say
@@ -68,6 +73,26 @@ class PolicyModule(L.LightningModule):
     Given a model object instead of a name, it trains that object, in place; where self-play needs the weights it started with
     again (the resident opponent, alpha-SPIN), a copy of them is kept on the CPU.
 
+    Its settings are those of every stage, declared here alone: a subclass takes ``**policy`` and hands it on.
+
+    Args:
+        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
+            a model of ``transformers``, which is then trained in place.
+        learning_rate: Peak of the schedule.
+        optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
+        lr_schedule: Shape of the decay after the warm-up; in self-play restarted each iteration.
+        warmup_ratio: Share of the steps (in self-play: of an iteration's steps) that warm up.
+        dropout: Keep the model's dropout on. Self-play wants it off, because policy and opponent must agree at the start.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
+        revision: Commit or tag of a hub model. Pin it for results that last.
+        trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
+        on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows; ``skip`` the update; or
+            ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in any case.
+
+    Raises:
+        UserError: A setting is outside its range.
+
     Attributes:
         update_loss: The loss of the update in progress: the mean over its batches so far.
         update_is_complete: Whether the batch in progress, or else the last one, is its update's last.
@@ -80,16 +105,16 @@ class PolicyModule(L.LightningModule):
     def __init__(
         self,
         model_name_or_path: ModelOrName,
-        learning_rate: float | list[float],
-        optimizer: OptimizerCallable,
-        lr_schedule: Literal["linear", "cosine", "constant"],
-        warmup_ratio: float,
-        dropout: bool,
-        gradient_checkpointing: bool,
-        attn_implementation: str | None,
-        revision: str | None,
-        trust_remote_code: bool,
-        on_non_finite: Literal["stop", "skip", "rollback"],
+        learning_rate: float | list[float] = 2e-5,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_ratio: float = 0.1,
+        dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
     ) -> None:
         super().__init__()
         for rate in learning_rate if isinstance(learning_rate, list) else [learning_rate]:
@@ -135,9 +160,8 @@ class PolicyModule(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # validate, or a second fit
             return
-        if self._trainer is not None and isinstance(self.trainer.precision_plugin, HalfPrecision | DoublePrecision):
-            # it is loaded in that dtype, but for what a model keeps in float32, as routers are
-            self.trainer.precision_plugin.convert_module = lambda module: module  # type: ignore[method-assign]
+        if trainer_of(self) is not None:
+            keep_weights_as_loaded(self.trainer)
         dtype = torch.get_default_dtype()  # which trainer.precision bf16-true sets to bfloat16 around this hook
         if self._given:
             (model,) = self._given
@@ -183,8 +207,7 @@ class PolicyModule(L.LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        # a precision of bf16-true rounds every float of a batch to 8 bits; ours are stored log-probs, and off by up to half a nat then
-        self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign, assignment]
+        keep_batches_as_collated(self.trainer)
         self._refuse_other_vocabulary()
         self._measure_in_float32()
         if not self.dropout:
@@ -223,7 +246,7 @@ class PolicyModule(L.LightningModule):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype the matrix products run in, which bounds how closely two passes can agree."""
-        precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
+        precision = str(self.trainer.precision) if trainer_of(self) is not None else "32-true"
         for name, dtype in (("bf16", torch.bfloat16), ("16", torch.float16), ("64", torch.float64)):
             if precision.startswith(name):
                 return dtype
@@ -231,7 +254,7 @@ class PolicyModule(L.LightningModule):
 
     def precision_context(self) -> AbstractContextManager[Any]:
         """The numerics of a training step, for passes outside of one: scoring and generation."""
-        return self.trainer.precision_plugin.forward_context()
+        return forward_context(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """One optimiser and one warm-up-and-decay schedule for one iteration."""
@@ -418,7 +441,3 @@ def _checked(model: Any, attn_implementation: str | None, revision: str | None) 
                 f"{name} {value!r} says how a model is loaded, but this {type(model).__name__} is loaded already. Load it so."
             )
     return model
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

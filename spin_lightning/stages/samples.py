@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from typing import Any
 
@@ -17,7 +18,7 @@ class ShowAnswers(L.Callback):
 
     Args:
         num_prompts: How many pairs to show. 0 shows none.
-        width: Characters of a line, at least 40.
+        width: Characters of a line, at least 40. A narrower terminal has shorter ones.
     """
 
     def __init__(self, num_prompts: int = 3, width: int = 100) -> None:
@@ -31,9 +32,11 @@ class ShowAnswers(L.Callback):
     def on_generation_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]
     ) -> None:
+        if not isinstance(store, PairStore):  # of a stage without pairs
+            return
         columns = ["iteration", "prompt", "chosen", "rejected"]
-        assert store.manifest is not None
         first = store.read_shard(store.manifest["shards"][0]["file"], columns).slice(0, self.num_prompts)
+        width = max(40, min(self.width, shutil.get_terminal_size((self.width, 24)).columns))
         for row in first.to_pylist():
             say(
                 side_by_side(
@@ -42,7 +45,7 @@ class ShowAnswers(L.Callback):
                         "real": row["chosen"][0]["content"],
                         f"iteration {iteration}": row["rejected"][0]["content"],
                     },
-                    self.width,
+                    width,
                 )
             )
 

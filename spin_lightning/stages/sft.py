@@ -5,68 +5,43 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from spin_lightning.models.loading import ModelOrName
 from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.runs.lightning_internals import remake_optimizers
 from spin_lightning.stages.policy import PolicyModule
+from spin_lightning.stages.stage import Stage
 from spin_lightning.types import ResponseBatch, UserError
 
 
 class SftLightningModule(PolicyModule):
     """Maximum likelihood on the real responses; the prompt is not scored.
 
+    Takes every setting of ``PolicyModule`` too.
+
     Args:
         model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
             a model of ``transformers``, which is then trained in place.
         learning_rate: Peak of the schedule.
-        optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
         average: ``token`` divides an update's NLL by its number of response tokens, as SFT does elsewhere;
             ``response`` by its number of responses, the scale of the gradient self-play has at beta = 2.
         max_updates: End after this many optimiser steps, which the schedule then spans. Unlike ``trainer.max_steps``, which
             Lightning does not resume exactly at an epoch's end. None: ``trainer.max_epochs`` decides.
-        lr_schedule: Shape of the decay after the warm-up.
-        warmup_ratio: Share of the steps that warm up.
-        dropout: Keep the model's dropout on.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
-        revision: Commit or tag of a hub model.
-        trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
-        on_non_finite: What to do when a gradient is not a number: ``stop`` and name the rows; ``skip`` the update; or ``rollback`` to
-            the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in any case.
+
+    Raises:
+        UserError: A setting is outside its range.
     """
 
     def __init__(
         self,
         model_name_or_path: ModelOrName,
         learning_rate: float = 2e-5,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
         average: Literal["token", "response"] = "token",
         max_updates: int | None = None,
-        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
-        warmup_ratio: float = 0.1,
-        dropout: bool = False,
-        gradient_checkpointing: bool = False,
-        attn_implementation: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
+        **policy: Any,
     ) -> None:
-        super().__init__(
-            model_name_or_path,
-            learning_rate,
-            optimizer,
-            lr_schedule,
-            warmup_ratio,
-            dropout,
-            gradient_checkpointing,
-            attn_implementation,
-            revision,
-            trust_remote_code,
-            on_non_finite,
-        )
+        super().__init__(model_name_or_path, learning_rate=learning_rate, **policy)
         if average not in ("token", "response"):
             raise UserError(f"model.average must be token or response, got {average!r}.")
         if max_updates is not None and max_updates < 1:
@@ -96,10 +71,33 @@ class SftLightningModule(PolicyModule):
         self._stop_after_max_updates()  # a kill may have left a run whose last step is done
         # the schedule that was made before the loader knew no length, and would waste the first step
         if self.trainer.global_step == 0:
-            self.trainer.strategy.setup_optimizers(self.trainer)
+            remake_optimizers(self.trainer)
 
     def training_step(self, batch: list[ResponseBatch], batch_idx: int) -> Tensor:
         """Negative log-likelihood of the real responses."""
         by_token = self.average == "token"
         count = sum(int(part.response_lengths.sum()) if by_token else len(part) for part in batch)
         return self.mean_of_update(lambda part: -response_log_probs(self.policy, part).sum(), batch, count)
+
+
+def _refuse_no_end(settings: Any) -> None:
+    limits = [settings.model.get("max_updates"), settings.trainer.max_time, settings.trainer.max_steps != -1 or None]
+    if settings.trainer.max_epochs == -1 and not any(limits):
+        raise UserError(
+            "trainer.max_epochs -1 has no end. Give a number, or an end: model.max_updates or trainer.max_time."
+        )
+    if 0 in (settings.trainer.max_epochs, settings.trainer.max_steps):
+        raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
+
+
+#: ``spin-lightning sft``.
+STAGE = Stage(
+    module="spin_lightning.stages.sft.SftLightningModule",
+    data="spin_lightning.generation.synthetic_data.SyntheticDataModule",
+    callbacks={"export": "spin_lightning.stages.export.ExportPolicy"},
+    folder="export",
+    over_file="summary.json",
+    mark="model.average",
+    defaults={"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}, "trainer.max_epochs": 1},
+    refuse=_refuse_no_end,
+)

@@ -6,32 +6,33 @@ sets, templates and sampling are not known here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from spin_lightning.losses import PairLoss, SpinLoss
+from spin_lightning.models.forward_paths import rounding_of
 from spin_lightning.models.loading import ModelOrName
-from spin_lightning.models.log_probs import pair_log_probs, rounding_of
+from spin_lightning.models.log_probs import pair_log_probs
 from spin_lightning.models.modes import evaluating
 from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.stages.gate import check_gate
+from spin_lightning.stages.iteration import Run, SpinIteration
+from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import PairMetrics
-from spin_lightning.stages.opponent import Opponent, ResidentOpponent, StoredOpponent
-from spin_lightning.stages.policy import PolicyModule
+from spin_lightning.stages.opponent import OPPONENTS, Opponent
+from spin_lightning.stages.stage import Stage
 from spin_lightning.types import PairBatch, PairLogProbs, UserError
 
-OPPONENTS: dict[str, type[Opponent]] = {"stored": StoredOpponent, "resident": ResidentOpponent}
 
-
-class SpinLightningModule(PolicyModule):
+class SpinLightningModule(IterativeModule):
     """Self-play fine-tuning of one language model (Chen et al. 2024, arXiv:2401.01335).
 
-    Settings that may change over the game take one value, or a list with one value an iteration.
+    Settings that may change over the game take one value, or a list with one value an iteration. Takes every setting of
+    ``PolicyModule`` too.
 
     Args:
         model_name_or_path: The SFT model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
@@ -40,17 +41,8 @@ class SpinLightningModule(PolicyModule):
             and diverge. The paper ran 0.1, with few and small steps.
         loss: The pair loss, as a class path with its settings.
         learning_rate: Peak of the schedule. The paper used 5e-7, later 1e-7, for 7B; small models want more (1e-5).
-        optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
-        opponent: ``stored`` computes its log-probs once an iteration; ``resident`` keeps a frozen copy in memory.
-        lr_schedule: Shape of the decay after the warm-up, restarted each iteration.
-        warmup_ratio: Share of an iteration's steps that warm up.
-        dropout: Keep the model's dropout on. Off, because policy and opponent must agree at the start.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
-        revision: Commit or tag of a hub model. Pin it for results that last.
-        trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
-        on_non_finite: What to do when a gradient is not a number: ``stop`` and name the rows; ``skip`` the update; or ``rollback`` to
-            the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in any case.
+        opponent: ``stored`` computes its log-probs once an iteration; ``resident`` keeps a frozen copy in memory; or an ``Opponent`` of
+            your own by its class path.
 
     Raises:
         UserError: A setting is outside its range.
@@ -65,67 +57,47 @@ class SpinLightningModule(PolicyModule):
         beta: float | list[float] = 1.0,
         loss: PairLoss | None = None,
         learning_rate: float | list[float] = 5e-7,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        opponent: Literal["stored", "resident"] = "stored",
-        lr_schedule: Literal["linear", "cosine", "constant"] = "linear",
-        warmup_ratio: float = 0.1,
-        dropout: bool = False,
-        gradient_checkpointing: bool = False,
-        attn_implementation: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
+        opponent: Opponent | Literal["stored", "resident"] = "stored",
+        **policy: Any,
     ) -> None:
-        super().__init__(
-            model_name_or_path,
-            learning_rate,
-            optimizer,
-            lr_schedule,
-            warmup_ratio,
-            dropout,
-            gradient_checkpointing,
-            attn_implementation,
-            revision,
-            trust_remote_code,
-            on_non_finite,
-        )
+        super().__init__(model_name_or_path, learning_rate=learning_rate, **policy)
         for value in beta if isinstance(beta, list) else [beta]:
             if not value > 0:
                 raise UserError(
                     f"model.beta must be positive, got {value!r}: at 0 every margin is 0 and nothing is learned."
                 )
-        if opponent not in OPPONENTS:
-            raise UserError(f"model.opponent must be one of {sorted(OPPONENTS)}, got {opponent!r}.")
+        if not isinstance(opponent, Opponent) and opponent not in OPPONENTS:
+            raise UserError(f"model.opponent must be one of {sorted(OPPONENTS)} or an Opponent, got {opponent!r}.")
         if loss is not None and not isinstance(loss, PairLoss):
             raise UserError(
                 f"model.loss must be a PairLoss, got {type(loss).__name__}. Derive it from spin_lightning.PairLoss."
             )
         self.beta = beta
         self.loss = loss if loss is not None else SpinLoss()
-        self.opponent = OPPONENTS[opponent]()
+        self.opponent = opponent if isinstance(opponent, Opponent) else OPPONENTS[opponent]()
         self.metrics = PairMetrics()
         self._gate_is_due = False
 
     def check_schedules(self, iterations: int) -> None:
-        """Refuse lists that do not fit the number of iterations, before anything is loaded.
-
-        Raises:
-            UserError: A list is too short or too long, or a setting does not suit the loss.
-        """
+        super().check_schedules(iterations)
         check_schedule("model.beta", self.beta, iterations)
-        check_schedule("model.learning_rate", self.learning_rate, iterations)
         self.loss.check(self.beta, iterations)
+
+    def make_iteration(self, number: int, run: Run) -> SpinIteration:
+        return SpinIteration(number, run, self.policy_for_iteration, self.opponent, self.loss)
 
     @property
     def needs_start(self) -> bool:
         return self.loss.needs_initial_log_probs or self.opponent.holds_weights
 
     def start_iteration(self, iteration: int, epochs: int, *, is_fresh: bool) -> None:
-        """Move every schedule to this iteration. ``is_fresh`` is False when it resumes after steps were taken."""
-        self.iteration = self.loss.iteration = iteration
-        self.epochs_in_iteration = epochs
+        super().start_iteration(iteration, epochs, is_fresh=is_fresh)
+        self.loss.iteration = iteration
         self._gate_is_due = is_fresh
-        self.first_step = self.trainer.global_step if is_fresh else -1
+
+    def describe_iteration(self) -> dict[str, Any]:
+        metrics = {name: float(value) for name, value in self.metrics.compute().items()}
+        return {"beta": at_iteration(self.beta, self.iteration), "epoch_metrics": metrics}
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -174,3 +146,38 @@ class SpinLightningModule(PolicyModule):
                 return self.pair_log_probs(batch)
 
         return recompute
+
+
+def _count_epochs(iterations: int, epochs: int | list[int]) -> int:
+    return sum(epochs) if isinstance(epochs, list) else iterations * epochs
+
+
+def _is_over(game: dict[str, Any], settings: Any) -> bool:
+    """A game that played all its iterations may be given more of them; one that ended earlier had its reason."""
+    return not game["ended_because"].startswith("all ") or len(game["iterations"]) >= settings.self_play.iterations
+
+
+def _check_schedules(module: SpinLightningModule, callbacks: Mapping[str, Any]) -> None:
+    module.check_schedules(callbacks["self_play"].iterations)
+
+
+#: ``spin-lightning fit``.
+STAGE = Stage(
+    module="spin_lightning.stages.spin.SpinLightningModule",
+    data="spin_lightning.generation.synthetic_data.SyntheticDataModule",
+    callbacks={
+        "self_play": "spin_lightning.stages.clock.SelfPlay",
+        "health": "spin_lightning.stages.health.Health",
+        "samples": "spin_lightning.stages.samples.ShowAnswers",
+    },
+    folder="self_play",
+    over_file="game.json",
+    mark="self_play.",
+    defaults={
+        "data.generator": {"class_path": "spin_lightning.ContinuousGenerator"},
+        "model.loss": {"class_path": "spin_lightning.SpinLoss"},
+    },
+    links={"trainer.max_epochs": (("self_play.iterations", "self_play.epochs"), _count_epochs)},
+    is_over=_is_over,
+    check=_check_schedules,
+)

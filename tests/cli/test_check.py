@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from spin_lightning.cli import check
 from spin_lightning.cli import commands as cli
 from spin_lightning.cli.commands import config_folder
-from spin_lightning.generation.synthetic_data import COUNTED
+from spin_lightning.data.report import COUNTED
 from spin_lightning.types import UserError
 
 PROMPT = r"<|im_start|> u s e r \n 0 + 1 ? <|im_end|> \n <|im_start|> a s s i s t a n t \n"
@@ -217,10 +217,11 @@ def test_a_run_that_could_not_begin_is_refused_with_exit_code_2(flags, refusal, 
 
 
 def test_help_teaches(capsys):
-    printed = printed_by(["--help"], capsys)
+    cli.main(["check", "--help"])
+    printed = capsys.readouterr().out
     for words in (
         "usage: spin-lightning check",
-        "without loading the model's weights",
+        "without loading the model",
         "--data.on_bad_row drop",
         "NO_COLOR",
     ):

@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from spin_lightning import ResponseGenerator, SpinLoss, TransformersGenerator
-from spin_lightning.cli.check import _parse_as
-from spin_lightning.cli.stage_cli import SftCLI, SpinCLI
+from spin_lightning.cli.stage_cli import parse_settings
 
-STAGES = {"fit": SpinCLI, "sft": SftCLI}
 OPTIMIZERS = [
     name
     for name, kind in vars(torch.optim).items()
@@ -38,7 +36,7 @@ class PinnedLoss(SpinLoss):
 
 def parsed(stage: str, key: str, *flags: str) -> tuple[str, dict[str, Any]]:
     """Class and settings of one setting of the model or the data."""
-    value: Any = _parse_as(STAGES[stage], ["--model.model_name_or_path=a/b", "--data.train_data=c", *flags])
+    value: Any = parse_settings(stage, ["--model.model_name_or_path=a/b", "--data.train_data=c", *flags])
     for name in key.split("."):
         value = value[name]
     return value.class_path.rpartition(".")[2], vars(value.init_args)

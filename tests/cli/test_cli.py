@@ -11,7 +11,7 @@ import torch
 from helpers import args_of, write_rows
 
 from spin_lightning.cli.commands import config_folder, main, run
-from spin_lightning.cli.stage_cli import SftCLI, SpinCLI
+from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.types import UserError
 
 CONFIGS = sorted(config_folder().glob("*.yaml"))
@@ -231,9 +231,12 @@ def test_an_unknown_command_is_named(refusal):
     assert "play" in refusal(["play"])
 
 
-def test_demo_and_lab_answer_a_wrong_call_with_their_usage(refusal):
+def test_demo_and_lab_answer_a_wrong_call_with_their_usage(refusal, capsys):
     assert "usage: spin-lightning lab [FOLDER]" in refusal(["lab", "a", "b"])
     assert "usage: spin-lightning demo" in refusal(["demo", "--folder", "a"])
+    for word, shown in (("demo", "usage: spin-lightning demo [FOLDER [MODEL"), ("lab", "The game on a known language")):
+        main([word, "--help"])
+        assert shown in capsys.readouterr().out
 
 
 def test_a_missing_model_name_is_asked_for(refusal):
@@ -260,15 +263,13 @@ def test_a_hub_that_cannot_be_reached_is_explained(fit, refusal, monkeypatch):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_parses(config, tmp_path, model):
-    stage = SftCLI if "sft" in config.stem else SpinCLI
-    parsed = parse(
-        stage, ["fit", f"--config={config}", "--model.model_name_or_path=x/y", "--data.train_data=rows.jsonl"]
-    )
-    assert parsed["fit"]["model"]["model_name_or_path"] == "x/y"
+    flags = [f"--config={config}", "--model.model_name_or_path=x/y", "--data.train_data=rows.jsonl"]
+    parsed = parse_settings("sft" if "sft" in config.stem else "fit", flags)
+    assert parsed.model.model_name_or_path == "x/y"
 
 
 def test_the_paper_s_config_holds_the_paper_s_numbers():
-    fit = parse(SpinCLI, ["fit", f"--config={config_folder() / 'paper.yaml'}"])["fit"]
+    fit = parse_settings("fit", [f"--config={config_folder() / 'paper.yaml'}"])
     assert fit.model.model_name_or_path == "alignment-handbook/zephyr-7b-sft-full"
     assert fit.model.revision == "ac6e600eefcce74f5e8bae1035d4f66019e93190"
     assert fit.model.beta == [0.1, 0.1, 0.1, 5.0]
@@ -284,6 +285,7 @@ def test_the_tiny_configs_run(name, tmp_path, model):
     word, *flags = args_of("sft" if name == "demo_sft" else "fit", model, rows, tmp_path / "run")
     config = f"--config={config_folder() / name}.yaml"  # flags behind it go over it
     assert run([word, config, *flags, "--trainer.enable_progress_bar=false"]) is not None
+    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_print_config_shows_every_setting(capsys, fit):
@@ -293,22 +295,6 @@ def test_print_config_shows_every_setting(capsys, fit):
     printed = capsys.readouterr().out
     for key in ("beta:", "history:", "iterations:", "max_new_tokens:"):
         assert key in printed
-
-
-def parse(stage, args):
-    """What a stage would run with, without making anything of it."""
-
-    class ParseOnly(stage):
-        def before_instantiate_classes(self):
-            raise KeyboardInterrupt  # everything is parsed and linked; nothing is made yet
-
-        def parse_arguments(self, parser, args):
-            super().parse_arguments(parser, args)
-            ParseOnly.parsed = self.config
-
-    with pytest.raises(KeyboardInterrupt):
-        ParseOnly(args=args)
-    return ParseOnly.parsed
 
 
 def test_the_demo_says_what_it_measured(tmp_path, model, capsys):

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from spin_lightning import SyntheticDataModule, TransformersGenerator
 from spin_lightning.data import formats, rows, sources
-from spin_lightning.generation.synthetic_data import COUNTED
+from spin_lightning.data.report import COUNTED
 from spin_lightning.types import UserError
 
 

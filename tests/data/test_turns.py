@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from spin_lightning import ContinuousGenerator, SyntheticDataModule, TransformersGenerator
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation import ResponseGenerator
+from spin_lightning.generation.base import Player
 from spin_lightning.generation.pair_maker import PairMaker
-from spin_lightning.models.loading import end_ids, end_ids_of, save_model
+from spin_lightning.models.loading import end_ids, end_ids_of
+from spin_lightning.models.saving import save_model
 from spin_lightning.types import Response, Row, UserError
 
 # --- Where an answer ends -------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class _Yields(ResponseGenerator):
         super().__init__(max_new_tokens=4)
         self.rule = rule
 
-    def generate(self, model: Any, prompts: Any, *args: Any) -> Any:
+    def generate(self, prompts: Any, *args: Any) -> Any:
         return self.rule(len(prompts))
 
 
@@ -125,7 +127,7 @@ def pair_maker(
     encoder = Encoder(byte_tokenizer())
     rows = rows or [Row(({"role": "user", "content": text},), "x") for text in "abc"]
     return PairMaker(
-        model=model or tiny_model(259).eval(),
+        opponent=Player(model or tiny_model(259).eval()),
         encoder=encoder,
         generator=generator,
         prompts=[encoder.encode(number, row, 4) for number, row in enumerate(rows)],
@@ -140,10 +142,10 @@ def pair_maker(
 
 
 def new_pairs(maker: PairMaker) -> list[dict[str, Any]]:
-    from tqdm.auto import tqdm
+    from spin_lightning.progress import progress
 
-    with torch.no_grad(), tqdm(disable=True) as progress:
-        return maker._new_pairs(maker.prompts, {}, progress)
+    with torch.no_grad(), progress("answering", 1, "responses") as phase:
+        return maker._new_pairs(maker.prompts, {}, phase)
 
 
 @pytest.mark.parametrize(

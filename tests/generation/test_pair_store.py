@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation import TransformersGenerator, seed_of
 from spin_lightning.generation import pair_maker as pairs_module
+from spin_lightning.generation.base import Player
 from spin_lightning.generation.pair_maker import PairMaker, own_pairs
 from spin_lightning.generation.pair_store import SCHEMA, TRAINING_COLUMNS, PairStore, describe_pairs, identical
 from spin_lightning.models.batches import pack
@@ -148,7 +149,7 @@ def test_crash_while_writing_leaves_the_old_file_and_no_other(tmp_path: Path, mo
         path.write_bytes(b"PAR1 and no more")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("spin_lightning.generation.pair_store.pq.write_table", half)
+    monkeypatch.setattr("spin_lightning.runs.shards.pq.write_table", half)
     for name in ("a.parquet", "b.parquet"):
         with pytest.raises(OSError, match="no space"):
             store.write_shard(name, [pair(prompt_id=2)])
@@ -260,7 +261,9 @@ def maker(
         "numerics": contextlib.nullcontext,
         "poll": lambda: None,
     }
-    return PairMaker(model=model, encoder=encoder, prompts=prompts, iteration=iteration, **{**settings, **changes})
+    return PairMaker(
+        opponent=Player(model), encoder=encoder, prompts=prompts, iteration=iteration, **{**settings, **changes}
+    )
 
 
 def made(folder: Path, making: PairMaker, earlier: dict[int, PairStore] | None = None, history: int = 0) -> PairStore:

@@ -116,11 +116,12 @@ def test_a_loss_of_whole_numbers_or_of_none_is_named() -> None:
 
 @pytest.mark.parametrize("ids", [[5, 300], [-1, 5]])
 def test_a_generator_whose_ids_the_model_does_not_know_is_named(ids: list[int]) -> None:
+    from spin_lightning.generation.base import Player
     from spin_lightning.generation.pair_maker import PairMaker
     from spin_lightning.types import Response
 
     maker: Any = object.__new__(PairMaker)
-    maker.model, maker.generator = tiny_model(), type("Mine", (), {"max_new_tokens": 8})()
+    maker.opponent, maker.generator = Player(tiny_model()), type("Mine", (), {"max_new_tokens": 8})()
     maker.encoder = type("Encoder", (), {"end_ids": (2,)})
     with pytest.raises(
         UserError, match=f"Mine gave the ids {min(ids)} to {max(ids)}, and the model has rows for 0 to 263"

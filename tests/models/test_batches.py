@@ -11,9 +11,10 @@ import torch
 from helpers import tiny_model
 from torch import Tensor, nn
 
-from spin_lightning.generation.synthetic_data import ResumableSampler
+from spin_lightning.data.loader import ResumableSampler
 from spin_lightning.losses import SpinLoss
-from spin_lightning.models.batches import collate_pairs, collate_prompts, pack_rows
+from spin_lightning.models import forward_paths
+from spin_lightning.models.batches import collate_pairs, collate_prompts, pack, pack_rows
 from spin_lightning.models.log_probs import pair_log_probs, response_log_probs
 from spin_lightning.stages.optim import sum_in_passes
 from spin_lightning.types import Prompt, Row
@@ -54,6 +55,20 @@ def test_pairs_of_one_prompt_hold_it_and_their_real_response_once() -> None:
     assert batch.opponent.generated.tolist() == [-5.0, -6.0, -7.0, -8.0, -9.0, -10.0]
     assert batch.opponent.generated_lengths.tolist() == [len(pair["generated_ids"]) for pair in pairs]
     assert batch.initial is None and batch.initial_response is None and len(batch) == 6
+
+
+def test_in_every_layout_a_token_is_predicted_at_the_place_before_it() -> None:
+    """Worked out by hand: an empty prompt, an empty response, and two responses to one prompt among them."""
+    batch = pack([([5, 6], [[7, 2], [8]]), ([], [[9, 3]]), ([4], [[], [1]])])
+    assert batch.input_ids.tolist() == [5, 6, 7, 2, 8, 9, 3, 4, 1]
+    assert (batch.scored.tolist(), batch.predictors.tolist()) == ([2, 3, 4, 6, 8], [1, 2, 1, 5, 7])
+    assert (batch.response_index.tolist(), batch.response_lengths.tolist()) == ([0, 0, 1, 2, 4], [2, 1, 2, 0, 1])
+    places, predictors = forward_paths._end_to_end(batch)
+    assert batch.input_ids[places].tolist() == [5, 6, 7, 2, 5, 6, 8, 9, 3, 4, 4, 1]
+    assert predictors.tolist() == [1, 2, 5, 7, 10]
+    places, mask, predictors = forward_paths._in_rows(batch)  # 4 wide; none for the response without a token
+    assert batch.input_ids[places][mask.bool()].tolist() == [5, 6, 7, 2, 5, 6, 8, 9, 3, 4, 1]
+    assert predictors.tolist() == [1, 2, 5, 8, 12]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 50, 80, 10_000])

@@ -55,7 +55,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from spin_lightning.models import cpu_memory, head, log_probs, shared_prompt
+from spin_lightning.models import cpu_memory, forward_paths, head, shared_prompt
 from spin_lightning.models.batches import collate_pairs, pack
 from spin_lightning.models.log_probs import pair_log_probs, response_log_probs
 from spin_lightning.types import UserError
@@ -82,8 +82,17 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SHAPE, head_dim=8, sliding_window=4, use_sliding_window=True, layer_types=SLIDING)
     ),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=1.5, attn_logit_softcapping=1.0, sliding_window=4)
+    "gemma2": lambda: (
+        Gemma2ForCausalLM(  # eager attention, which alone has the softcap; older versions have another default
+            Gemma2Config(
+                **SHAPE,
+                head_dim=8,
+                final_logit_softcapping=1.5,
+                attn_logit_softcapping=1.0,
+                sliding_window=4,
+                attn_implementation="eager",
+            )
+        )
     ),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SHAPE, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, layer_types=SLIDING)
@@ -176,7 +185,7 @@ def gradients(value: Tensor, model: nn.Module) -> list[Tensor]:
 
 
 def is_shared(model: nn.Module) -> bool:
-    return log_probs.is_shared(log_probs.way_through(model))
+    return forward_paths.is_shared(forward_paths.forward_path_of(model))
 
 
 # --- The numbers, on every architecture -----------------------------------------------------------------------------
@@ -200,18 +209,21 @@ def test_gradient_equals_that_of_the_slow_sum(model: PreTrainedModel, reference:
     assert sum(float(gradient.abs().sum()) for gradient in slow) > 1
 
 
-def test_every_architecture_takes_the_way_it_should(name: str, model: PreTrainedModel) -> None:
+def test_every_architecture_takes_the_forward_path_it_should(name: str, model: PreTrainedModel) -> None:
     assert is_shared(model) == (name not in SEPARATE)
     assert head.is_linear(model) == (name not in SHAPED_HEAD)
 
 
-def test_every_way_gives_the_same_numbers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+def test_every_forward_path_gives_the_same_numbers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     expected = gradients(response_log_probs(model, pack(GROUPS)).sum(), model)
     batch = pack(GROUPS)
     reference = copy.deepcopy(reference).to(model.dtype)
-    for way in (log_probs._plain, lambda model, batch: log_probs._separate(model, batch, head.is_linear(model))):
-        values = way(reference, batch)
-        assert_close(values, log_probs.way_through(model)(model, batch), rounding(model))
+    for path in (
+        forward_paths._plain,
+        lambda model, batch: forward_paths._separate(model, batch, head.is_linear(model)),
+    ):
+        values = path(reference, batch)
+        assert_close(values, forward_paths.forward_path_of(model)(model, batch), rounding(model))
         assert_gradients_close(expected, gradients(values.sum(), reference), model)
 
 
@@ -291,7 +303,7 @@ def test_batches_of_about_the_same_lengths_ask_for_the_same_products() -> None:
     for prompt, first, second in ([300, 70, 90], [310, 69, 80], [300, 70, 150]):
         seen: set[Any] = set()
         batch = pack([([1] * prompt, [[3] * first, [4] * second])])
-        response_log_probs(model, batch)  # the choice of a way has shapes of its own
+        response_log_probs(model, batch)  # the choice of a path has shapes of its own
         with Shapes():
             response_log_probs(model, batch).sum().backward()
         sets.append(seen)
@@ -335,9 +347,12 @@ def test_empty_responses_give_zero_wherever_they_stand_and_no_gradient_that_is_n
             assert value.item() == 0
     (gradient,) = torch.autograd.grad(values.sum(), next(model.parameters()))
     assert gradient.isfinite().all()
-    for way in (log_probs._plain, lambda model, batch: log_probs._separate(model, batch, head.is_linear(model))):
+    for path in (
+        forward_paths._plain,
+        lambda model, batch: forward_paths._separate(model, batch, head.is_linear(model)),
+    ):
         if len(pack(groups).scored):
-            (gradient,) = torch.autograd.grad(way(model, pack(groups)).sum(), next(model.parameters()))
+            (gradient,) = torch.autograd.grad(path(model, pack(groups)).sum(), next(model.parameters()))
             assert gradient.isfinite().all()
 
 
@@ -369,14 +384,14 @@ def test_layers_that_are_not_attention_are_refused_before_they_are_tried(capsys:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_an_untrained_model_does_not_hide_a_wrong_way(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its next token hardly depends on the text, and so a wrong way is hardly off."""
+def test_an_untrained_model_does_not_hide_a_wrong_path(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its next token hardly depends on the text, and so a wrong path is hardly off."""
     torch.manual_seed(0)
     model = CountsTokens(LlamaConfig(**SHAPE, initializer_range=0.02)).eval()
     assert not is_shared(model)
     said = capsys.readouterr().out
     difference = float(said.partition("log-probs would differ by ")[2].split()[0])
-    assert 1e-5 < difference < log_probs.AGREEMENT[torch.float32]
+    assert 1e-5 < difference < forward_paths.AGREEMENT[torch.float32]
 
 
 class CountsTokens(LlamaForCausalLM):
@@ -393,7 +408,7 @@ class CountsTokens(LlamaForCausalLM):
         return args, kwargs
 
 
-def test_a_way_that_gives_other_numbers_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_forward_path_that_gives_other_numbers_is_not_taken(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = spread_out(CountsTokens(LlamaConfig(**SHAPE)))
     found = response_log_probs(model, pack(GROUPS))
@@ -459,7 +474,7 @@ def test_an_adapter_on_the_head_counts_and_learns() -> None:
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WINDOW: dict[str, Any] = {"sliding_window": 6}
-#: How each is made, and the way it takes.
+#: How each is made, and the forward path it takes.
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {
     "mixtral": (lambda: MixtralConfig(**SHAPE, **WINDOW, num_local_experts=4), "_shared"),
     # the two below have windows that their attention is told nothing of
@@ -528,7 +543,7 @@ LONG = [
 @pytest.mark.parametrize("name", KINDS)
 def test_numbers_and_gradients_are_those_of_each_response_alone(name: str) -> None:
     """Mixtures of experts, recurrences, and masks that are more than they look: in float32, as they come."""
-    make, way = KINDS[name]
+    make, path = KINDS[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(make()).eval()
     with torch.no_grad():
@@ -547,8 +562,8 @@ def test_numbers_and_gradients_are_those_of_each_response_alone(name: str) -> No
     slow = torch.autograd.grad(total, others, allow_unused=True, materialize_grads=True)
     off = sum((a - b).norm() ** 2 for a, b in zip(fast, slow, strict=True)) / sum(b.norm() ** 2 for b in slow)
     assert off < 1e-6
-    chosen = log_probs.way_through(model)
-    assert getattr(chosen, "func", chosen).__name__ == way
+    chosen = forward_paths.forward_path_of(model)
+    assert getattr(chosen, "func", chosen).__name__ == path
 
 
 def test_a_window_that_only_the_mask_knows_is_at_work() -> None:
@@ -614,7 +629,10 @@ def test_whatever_a_probe_raises_leads_to_the_next_way(capsys: pytest.CaptureFix
     assert_close(response_log_probs(model, pack(GROUPS)), expected, 1e-4)
     said = capsys.readouterr().out
     assert said.count("note: ") == 1 and "Temperamental cannot share a prompt" in said
-    assert "the longer way: the logits of all tokens of each response behind a prompt of its own." in said
+    assert (
+        "its log-probs take a longer forward path: the logits of all tokens of each response behind a prompt of its own."
+        in said
+    )
 
 
 def encoder() -> PreTrainedModel:
@@ -717,15 +735,15 @@ def test_bfloat16_is_as_close_to_float64_as_separate_rows_in_bfloat16_are(name: 
     batch = pack(groups)
     expected = gradients(response_log_probs(exact, batch).sum(), exact)
 
-    def error(way: Callable[..., Tensor]) -> float:
-        found = gradients(way(rounded, batch).sum(), rounded)
+    def error(path: Callable[..., Tensor]) -> float:
+        found = gradients(path(rounded, batch).sum(), rounded)
         return float(
             sum((a.double() - b).norm() ** 2 for a, b in zip(found, expected, strict=True))
             / sum(b.norm() ** 2 for b in expected)
         )
 
     assert is_shared(rounded)
-    assert error(log_probs.way_through(rounded)) <= 2 * error(log_probs._plain) + 1e-6
+    assert error(forward_paths.forward_path_of(rounded)) <= 2 * error(forward_paths._plain) + 1e-6
 
 
 def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
@@ -789,12 +807,12 @@ def test_flash_attention_gets_sequences_end_to_end() -> None:
     """The layout its variable-length kernel takes, run here through torch's own attention, which knows it too."""
     model = spread_out(MODELS["llama"]()).double().eval()
     batch = pack(GROUPS)
-    places, predictors = log_probs._end_to_end(batch)
+    places, predictors = forward_paths._end_to_end(batch)
     output = model(
         input_ids=batch.input_ids[places][None], position_ids=batch.position_ids[places][None], use_cache=False
     )
     values = output.logits[0, predictors].log_softmax(-1).gather(1, batch.input_ids[batch.scored][:, None]).squeeze(1)
-    assert_close(values, log_probs._plain(model, batch))
+    assert_close(values, forward_paths._plain(model, batch))
 
 
 # --- By hand --------------------------------------------------------------------------------------------------------
@@ -912,6 +930,6 @@ def test_prompts_are_shared_in_bf16_true_too() -> None:
     model = tiny_model(max_position_embeddings=512).to(torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert log_probs.is_shared(log_probs.way_through(model))
+        assert forward_paths.is_shared(forward_paths.forward_path_of(model))
     finally:
         torch.set_default_dtype(torch.float32)

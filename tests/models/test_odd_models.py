@@ -98,7 +98,8 @@ def test_a_router_that_is_kept_in_float32_stays_so_in_bfloat16_and_is_exported(b
     ).play()  # fmt: skip
     dtypes = {name: tensor.dtype for name, tensor in game.module.policy.state_dict().items()}
     kept = {name for name, dtype in dtypes.items() if dtype is torch.float32}
-    assert kept == {name for name in dtypes if "gate.weight" in name or "e_score_correction_bias" in name} != set()
+    in_float32 = DeepseekV3ForCausalLM._keep_in_fp32_modules_strict  # older versions of transformers have fewer
+    assert kept == {name for name in dtypes if any(part in name for part in in_float32)} != set()
     assert (tmp_path / "run/iteration_0/policy").is_dir()
 
 

@@ -9,23 +9,25 @@ import torch
 from helpers import scored_batch, tiny_model
 from torch import Tensor, nn
 
-from spin_lightning.models import log_probs
+from spin_lightning.models import forward_paths
 from spin_lightning.models.batches import pack
-from spin_lightning.models.log_probs import rounding_of
+from spin_lightning.models.forward_paths import rounding_of
 
 
-def test_rounding_is_the_distance_a_token_of_two_ways_through_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_is_the_distance_a_token_of_two_forward_paths_through_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model().to(torch.bfloat16).train()
     batch = pack([([5, 6, 7], [[8, 9], [10]]), ([11], [[12, 13]])])
     seen = []
 
     def rows(model: nn.Module, batch: Any, is_linear: bool) -> Tensor:
         seen.append(batch.lengths)
-        return log_probs._shared(model, batch, is_linear) + torch.tensor(
+        return forward_paths._shared(model, batch, is_linear) + torch.tensor(
             [0.02, -0.02, 0.1, 0.0, 0.06, -0.04, 0.0, 0.1, 0.1]
         )
 
-    monkeypatch.setattr(log_probs, "_separate", rows)
+    monkeypatch.setattr(forward_paths, "_separate", rows)
     # whole sequences: prompts make more numbers; the responses alone are no further off
     assert rounding_of(model, batch) == pytest.approx(
         ((2 * 0.02**2 + 3 * 0.1**2 + 0.06**2 + 0.04**2) / 9) ** 0.5, rel=0.01

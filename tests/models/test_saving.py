@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from spin_lightning.data.encoding import Encoder
-from spin_lightning.models.loading import load_policy, save_model, weights_hash
+from spin_lightning.models.loading import load_policy
+from spin_lightning.models.saving import save_model, weights_hash
 
 
 def test_weights_hash_sees_one_bit_a_name_and_a_dtype() -> None:

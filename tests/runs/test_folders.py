@@ -14,7 +14,6 @@ from spin_lightning import ExportPolicy, RunCheckpoint, SelfPlay, UserError, las
 from spin_lightning.cli.commands import main
 from spin_lightning.runs.files import hold, refuse_links, run_folder
 
-
 # --- names of folders -------------------------------------------------------------------------------------------------
 
 

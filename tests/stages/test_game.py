@@ -18,7 +18,7 @@ from spin_lightning import (
     TransformersGenerator,
     UserError,
 )
-from spin_lightning.models.loading import weights_hash
+from spin_lightning.models.saving import weights_hash
 
 
 def test_third_party_callbacks_are_told_of_each_iteration_in_order(plain: Game) -> None:

@@ -142,7 +142,7 @@ def test_a_held_out_nll_that_is_no_number_is_harm(stop: Any, start: list[float],
     health.nll = list(start)
     summary = {"epoch_metrics": {"rewards/real": 0.1, "rewards/accuracies": 0.8}, "val_nll": nll}
     health.on_iteration_end(FakeTrainer, None, 0, summary)  # type: ignore[arg-type]
-    assert f"held-out NLL is {nll}, which is no number, after" in health.remarks[0][1]
+    assert f"held-out NLL is {nll}, which is NaN or infinite, after" in health.remarks[0][1]
     first = "10.000" if start else "nan"
     assert reasons == ([f"harm: held-out NLL {nll} against {first} at the start"] if stop == "harm" else [])
 

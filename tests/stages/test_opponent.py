@@ -7,8 +7,8 @@ import torch
 from helpers import LOSSES, scored_batch, tiny_model
 from torch import nn
 
-from spin_lightning.models.loading import weights_hash
 from spin_lightning.models.log_probs import pair_log_probs
+from spin_lightning.models.saving import weights_hash
 from spin_lightning.stages.opponent import ResidentOpponent, StoredOpponent
 
 

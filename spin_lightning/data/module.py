@@ -1,0 +1,380 @@
+"""The rows of any stage: read, checked, held out, encoded and served, real responses alone.
+
+``RowDataModule`` knows nothing of losses, optimisers and sampling.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from spin_lightning.data.encoding import Encoder
+from spin_lightning.data.formats import Tally, prompt_key
+from spin_lightning.data.loader import ResumableLoader, ResumableSampler
+from spin_lightning.data.report import as_dicts, describe_source, refusal_of, say_noted, spread
+from spin_lightning.data.rows import load_rows
+from spin_lightning.models.batches import collate_prompts
+from spin_lightning.models.loading import end_ids, end_ids_of, load_tokenizer
+from spin_lightning.progress import track
+from spin_lightning.runs.files import read_json, sha256_of, write_json
+from spin_lightning.terminal import say
+from spin_lightning.types import Prompt, Row, UserError
+
+T = TypeVar("T")
+
+
+class RowDataModule(L.LightningDataModule):
+    """Prompts and real responses of an SFT data set.
+
+    Args:
+        train_data: A file (JSON, JSONL, CSV, TSV, Parquet; also .gz or .zst), a folder, or a hub name. Several: a map from each to
+            its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random half, 2 each row twice.
+        val_data: The same, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
+        val_fraction: Share of the rows held out where ``val_data`` is not given. 0 trains without a held-out NLL.
+        format: ``auto`` detects it and says so; else messages, prompt_completion, alpaca, sharegpt, real_generated or
+            chosen_rejected.
+        columns: Map from the format's column names to those of the data, such as ``{prompt: question}``. ``{system: ""}`` leaves a
+            column unread.
+        split: Which split of a hub data set or a saved folder.
+        data_revision: Commit or tag of a hub data set.
+        max_rows: Read no more than this many rows, of each source. None reads all.
+        on_bad_row: ``error`` refuses data with bad rows, and shows the first five; ``drop`` leaves them out, counted by kind in
+            ``data_report.json`` and on screen. Bad are rows without a real answer or a question, with a missing or wrong type, an
+            unknown role, an answer that is marked as not to be trained on or as undesirable, a NUL character, half a surrogate
+            pair, or more than a million characters; in JSONL also lines that are not JSON or not UTF-8.
+        prompt_template: None uses the tokenizer's chat template. Else ``alpaca``, ``spin``, ``chatml``, a text with ``{prompt}``,
+            a Jinja template, or a file with one.
+        max_prompt_tokens: Rows with longer prompts are left out, and counted.
+        max_response_tokens: Cap on the responses, terminator included: longer real ones are cut there, and counted.
+        batch_size: Pairs (in SFT: rows) in a batch.
+        micro_batch_tokens: Tokens in one forward and backward pass. A batch with more takes several passes whose gradients add up:
+            the same gradient in less memory. Raise it on a GPU until its memory is used.
+        num_workers: Processes that collate batches.
+        seed: Of the order of the batches, of the held-out rows and of the rows that a weight draws; in a game also of the
+            answers. Training has no other randomness, so ``seed_everything`` does not change it.
+        tokenizer_name_or_path: None takes the model's.
+
+    Raises:
+        UserError: A setting is outside its range; or, in ``setup``, the data cannot be used.
+
+    Example:
+        >>> data = RowDataModule("train.jsonl", columns={"prompt": "question", "completion": "answer"})
+    """
+
+    #: The setting that caps the responses.
+    cap_setting = "data.max_response_tokens"
+    #: What a prompt gives to train on.
+    examples_per_prompt = 1
+
+    def __init__(
+        self,
+        train_data: str | dict[str, float],
+        val_data: str | dict[str, float] | None = None,
+        val_fraction: float = 0.05,
+        format: str = "auto",
+        columns: dict[str, str] | None = None,
+        split: str = "train",
+        data_revision: str | None = None,
+        max_rows: int | None = None,
+        on_bad_row: Literal["error", "drop"] = "error",
+        prompt_template: str | None = None,
+        max_prompt_tokens: int = 512,
+        max_response_tokens: int = 256,
+        batch_size: int = 8,
+        micro_batch_tokens: int = 2048,
+        num_workers: int = 0,
+        seed: int = 0,
+        tokenizer_name_or_path: str | None = None,
+    ) -> None:
+        super().__init__()
+        refuse_below(1, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens)
+        refuse_below(1, max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
+        refuse_below(0, num_workers=num_workers)
+        if not 0 <= val_fraction < 1:
+            raise UserError(
+                f"data.val_fraction must be in [0, 1), got {val_fraction!r}. 0.05 holds out one row in twenty."
+            )
+        if not -(2**63) <= seed < 2**63 - 2**32:  # an epoch's number is added
+            raise UserError(f"data.seed must have less than 64 bits, got {seed!r}. Give a smaller one.")
+        self.train_data = train_data
+        self.val_data = val_data
+        self.val_fraction = val_fraction
+        self.format = format
+        self.columns = columns
+        self.split = split
+        self.data_revision = data_revision
+        self.max_rows = max_rows
+        self.on_bad_row = on_bad_row
+        self.prompt_template = prompt_template
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_response_tokens = max_response_tokens
+        self.batch_size = batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.num_workers = num_workers
+        self.seed = seed
+        self.tokenizer_name_or_path = tokenizer_name_or_path
+        #: Loaded in ``setup``, unless it is set before.
+        self.tokenizer: Any = None
+        #: The tokens that end an answer by the model's own settings. Looked up in ``setup``, unless they are set before.
+        self.end_ids: Sequence[int] | None = None
+        #: Encode no more rows than this, chosen by the seed. For a look at the data only.
+        self.sample: int | None = None
+        self.prompts: list[Prompt] = []
+        self.val_prompts: list[Prompt] = []
+        #: What was read, dropped, cut and found strange, in exact counts. Made in ``setup``.
+        self.report: dict[str, Any] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check and encode the rows: everything about the data that can fail, before a model is loaded."""
+        if not self.prompts:
+            self._read()
+        if stage == "fit":
+            self._refuse_less_than_a_batch()
+        if stage == "validate" and not self.val_prompts:
+            raise UserError(
+                "no row is held out, so there is nothing to measure. Give data.val_data or raise data.val_fraction."
+            )
+
+    def write_report(self, folder: Path) -> None:
+        """Write ``data_report.json`` into a run's folder."""
+        write_json(folder / "data_report.json", self.report)
+
+    def _read(self) -> None:
+        read = partial(
+            load_rows,
+            split=self.split,
+            format=self.format,
+            columns=self.columns,
+            revision=self.data_revision,
+            max_rows=self.max_rows,
+            on_bad_row=self.on_bad_row,
+            seed=self.seed,
+        )
+        train = read(self.train_data)
+        self.report = {"train_data": describe_source("data", self.train_data, train), "val_data": None}
+        rows = list(zip(train.places, train.rows, train.times, strict=True))
+        if self.val_data is not None:
+            val = read(self.val_data)
+            self.report["val_data"] = describe_source("held-out data", self.val_data, val)
+            val_rows = list(zip(val.places, val.rows, val.times, strict=True))
+        else:  # before rows are repeated: all copies of a row are on one side
+            rows, val_rows = self._hold_out(rows)
+            val_rows = [(where, row, 1) for where, row, _ in val_rows]
+        tokenizer = self._load_tokenizer() if self.tokenizer is None else self.tokenizer
+        self.encoder = self._make_encoder(tokenizer)
+        self.prompts = self._encode(_repeated(rows), "train")
+        if not self.prompts:
+            raise UserError(
+                f"all {self.report['train']['rows']} prompts of {self.train_data} are longer than max_prompt_tokens={self.max_prompt_tokens}, "
+                "so nothing is left to train on. Raise data.max_prompt_tokens."
+            )
+        self.val_prompts = self._encode(_repeated(val_rows), "held_out")
+        self.report["prompts_sha256"] = self.prompts_hash
+        self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
+
+    def _refuse_less_than_a_batch(self) -> None:
+        num_prompts = self.report["train"].get("sample_of", len(self.prompts))
+        if num_prompts * self.examples_per_prompt < self.batch_size:
+            answers = f" with {self.examples_per_prompt} answers each" if self.examples_per_prompt > 1 else ""
+            train, num_rows = self.report["train"], self.report["train_data"]["rows_kept"]
+            refused = train["refused_rows"]["count"]
+            raise UserError(
+                f"{num_prompts} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of {num_rows} rows "
+                f"{num_rows - train['rows']} are held out and {train['long_prompts']['count']} have prompts that are too long"
+                f"{f', {refused} are refused by the chat template' if refused else ''}. "
+                "Lower data.batch_size, or give more rows."
+            )
+
+    def refuse_longer_than(self, limit: float, is_of_tokenizer: bool = False) -> None:
+        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens: the model's or the tokenizer's.
+
+        Raises:
+            UserError: The longest prompt and the longest answer do not fit.
+        """
+        longest = max(len(prompt.prompt_ids) for prompt in [*self.prompts, *self.val_prompts])
+        longest += self.max_response_tokens
+        if longest > limit:
+            takes, mend = f"the model takes {limit}", ""
+            if is_of_tokenizer:
+                takes = f"the tokenizer's model_max_length is {limit}"
+                mend = ", or if the model takes more, raise model_max_length in the tokenizer_config.json of its folder"
+            raise UserError(
+                f"the longest prompt and its answer need {longest} tokens, but {takes}. "
+                f"Lower data.max_prompt_tokens or {self.cap_setting}{mend}."
+            )
+
+    def _hold_out(self, rows: list[T]) -> tuple[list[T], list[T]]:
+        count = round(len(rows) * self.val_fraction)
+        if self.val_fraction and not count:
+            count = min(1, len(rows) - 1)
+        chosen = set(random.Random(f"held-out/{self.seed}").sample(range(len(rows)), count))
+        held_out = [row for index, row in enumerate(rows) if index in chosen]
+        return [row for index, row in enumerate(rows) if index not in chosen], held_out
+
+    def _load_tokenizer(self) -> Any:
+        if self.tokenizer_name_or_path is not None:
+            return load_tokenizer(self.tokenizer_name_or_path)
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if module is None:
+            raise UserError(
+                "data.tokenizer_name_or_path is needed outside of a Trainer. Give the model's name or folder."
+            )
+        if getattr(module, "has_no_name", False):
+            raise UserError(
+                f"the model was given as an object that knows no name, {module.model_name_or_path}, so its tokenizer has to be given "
+                "too: set data.tokenizer = ..., or data.tokenizer_name_or_path."
+            )
+        return load_tokenizer(
+            module.model_name_or_path, revision=module.revision, trust_remote_code=module.trust_remote_code
+        )
+
+    def _make_encoder(self, tokenizer: Any) -> Encoder:
+        """An encoder for the model's ends of answers. The date in its prompts stays that of the day the run began."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        began = None
+        for callback in self.trainer.callbacks if self.trainer is not None else []:  # type: ignore[attr-defined]
+            if isinstance(folder := getattr(callback, "output_dir", None), str | Path):
+                report = read_json(Path(folder) / "data_report.json") or {}
+                began = began or report.get("template_time")
+        encoder = Encoder(tokenizer, self.prompt_template, None if began is None else _time(began))
+        if self.end_ids is None and module is not None:
+            model = getattr(module, "policy", None) or module.given_model
+            settings = {"revision": module.revision, "trust_remote_code": module.trust_remote_code}
+            self.end_ids = (
+                end_ids_of(model) if model is not None else end_ids(module.model_name_or_path, tokenizer, **settings)
+            )
+        encoder.end_at(self.end_ids or ())
+        if encoder.time is not None:
+            self.report["template_time"] = encoder.time
+        return encoder
+
+    def _encode(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
+        """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
+        sample_of = {}
+        if self.sample is not None and self.sample < len(rows):
+            sample_of = {"sample_of": len(rows)}
+            chosen = sorted(random.Random(f"sample/{self.seed}").sample(range(len(rows)), self.sample))
+            say(f"note: of {len(rows)} rows {self.sample} are encoded and counted ({part}), a sample")
+            rows = [rows[index] for index in chosen]
+        noted = {
+            name: Tally()
+            for name in (
+                "refused_rows",
+                "long_prompts",
+                "cut_answers",
+                "empty_answers",
+                "control_tokens",
+                "template_text",
+                "encoded_apart",
+                "reasoning_left_out",
+                "no_reasoning",
+                "tools_left_out",
+                "turns_left_out",
+                "text_left_out",
+            )
+        }
+        noted |= {"also_trained_on": Tally()} if part == "held_out" else {}
+        trained_on = {prompt_key(prompt.row) for prompt in self.prompts} if rows and part == "held_out" else set()
+        prompts: list[Prompt] = []
+        encoded_rows = self.encoder.encode_rows((row for _, row in rows), self.max_response_tokens)
+        counted_rows = track(rows, "encoding held-out rows" if part == "held_out" else "encoding rows", len(rows))
+        for (where, row), encoded in zip(counted_rows, encoded_rows, strict=True):
+            if isinstance(encoded, UserError):
+                noted["refused_rows"].add(f"{where}: {encoded}")
+                continue
+            length = len(encoded.prompt_ids)
+            if length > self.max_prompt_tokens:
+                noted["long_prompts"].add(f"{where}: {length} tokens")
+                continue
+            prompts.append(Prompt(len(prompts), row, encoded.prompt_ids, encoded.real_ids, encoded.finish_reason))
+            for name, is_so in (
+                ("cut_answers", encoded.finish_reason == "length"),
+                ("empty_answers", len(encoded.real_ids) == 1 and encoded.real_ids[0] in self.encoder.end_ids),
+                ("control_tokens", self.encoder.has_control_tokens(row)),
+                ("template_text", self.encoder.has_template_text(row)),
+                ("also_trained_on", bool(trained_on) and prompt_key(row) in trained_on),
+                *((name, True) for name in encoded.noted),
+            ):
+                if is_so:
+                    noted[name].add(where)
+        refused = noted["refused_rows"]
+        if refused.count and (self.on_bad_row == "error" or not prompts):
+            raise UserError(refusal_of(refused, len(rows)))
+        say_noted(noted, " (held-out rows)" if part == "held_out" else "")
+        self.report[part] = {
+            "rows": len(rows),
+            **sample_of,
+            "prompts": len(prompts),
+            **as_dicts(noted),
+            "prompt_tokens": spread([len(prompt.prompt_ids) for prompt in prompts]),
+            "real_tokens": spread([len(prompt.real_ids) for prompt in prompts]),
+        }
+        return prompts
+
+    @property
+    def prompts_hash(self) -> str:
+        """Hash of all training prompts and real responses as token ids."""
+        return _hash_of(self.prompts)
+
+    @property
+    def held_out_hash(self) -> str:
+        """The same of what is held out."""
+        return _hash_of(self.val_prompts)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """The real responses."""
+        return self._loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
+
+    def val_dataloader(self) -> list[Any] | DataLoader[Prompt]:
+        if not self.val_prompts:
+            return []
+        collate = partial(collate_prompts, max_tokens=self.micro_batch_tokens)
+        return DataLoader(self.val_prompts, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+    def _loader(
+        self, rows: Any, prompt_ids: list[int], collate: Callable[..., Any], keeps_prompts_together: bool = False
+    ) -> ResumableLoader:
+        return ResumableLoader(
+            rows,
+            sampler=ResumableSampler(prompt_ids, self.seed, keeps_prompts_together),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=partial(collate, max_tokens=self.micro_batch_tokens),
+        )
+
+
+def refuse_below(least: int, **settings: int) -> None:
+    """Refuse settings of the data that are less than they may be.
+
+    Raises:
+        UserError: One is.
+    """
+    for name, value in settings.items():
+        if value < least:
+            raise UserError(f"data.{name} must be at least {least}, got {value!r}.")
+
+
+def _repeated(rows: list[tuple[str, Row, int]]) -> list[tuple[str, Row]]:
+    """Each row as often as its source's weight says."""
+    return [(where, row) for where, row, times in rows for _ in range(times)]
+
+
+def _time(text: Any) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"template_time in the run's data_report.json must be a time such as '2026-01-31T12:00:00', got {text!r}. "
+            "Restore the file from a copy, or use another output_dir."
+        ) from None
+
+
+def _hash_of(prompts: list[Prompt]) -> str:
+    return sha256_of([[prompt.prompt_ids, prompt.real_ids] for prompt in prompts])

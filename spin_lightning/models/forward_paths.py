@@ -1,0 +1,333 @@
+"""How a model computes the log-probs of a batch's response tokens: the fastest forward path that proves right on it.
+
+The fastest computes each prompt once for all its responses, and only the places that predict a response token reach the
+LM head. Whether a model can take it is tried on the model itself at its first batch, against plain forward passes over
+each response alone; one that cannot takes a longer path to the same numbers. A model that is not causal is refused there.
+
+Where a model's RoPE changes with the length of a pass, sequences on either side of such a boundary never share one: each
+has the number that it has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from torch import Tensor, nn
+
+from spin_lightning.models import head, rope, shared_prompt
+from spin_lightning.models.batches import pack, sequences, shifted
+from spin_lightning.models.cpu_memory import round_up
+from spin_lightning.models.modes import compute_dtype, evaluating
+from spin_lightning.models.rms_norm import fuse_rms_norms, unfuse_rms_norms
+from spin_lightning.terminal import say
+from spin_lightning.types import ResponseBatch, UserError
+
+#: How closely two forward paths through one model must agree, in nats a token on average over a response. A prompt that is not
+#: seen, or another response that is, costs about 2 on a real model; rounding a tenth of this. A model whose next token
+#: depends little on what came before, as an untrained one's, must agree more closely, in proportion.
+AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+#: Tokens of the longest sequence that forward paths are tried on, where a model takes so many.
+PROBE_TOKENS = 128
+
+
+ForwardPath = Callable[[nn.Module, ResponseBatch], Tensor]
+_chosen: WeakKeyDictionary[nn.Module, ForwardPath] = WeakKeyDictionary()
+
+
+def forward_path_of(model: nn.Module) -> ForwardPath:
+    """How a model computes the log-probs of a batch's response tokens: the fastest forward path that proves right on it.
+
+    The first call for a model tries each path on a few responses and compares with plain forward passes over each alone. A
+    printed note names a model that cannot take the fastest, and the path that it takes.
+
+    Raises:
+        UserError: It is not a causal language model.
+    """
+    if model not in _chosen:
+        _chosen[model] = _choose_forward_path(model, FORWARD_PATHS)
+    return _chosen[model]
+
+
+def is_shared(path: ForwardPath) -> bool:
+    """Whether a forward path computes each prompt once for all its responses."""
+    return isinstance(path, partial) and path.func is _shared
+
+
+def token_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
+    """Log-probability of each response token given all tokens before it, in nats, by the model's forward path.
+
+    Returns:
+        Shape ``(N,)``, as ``batch.scored`` has the tokens; float32 (float64 for a float64 model).
+
+    Raises:
+        UserError: The model is not a causal language model.
+    """
+    path = forward_path_of(model)
+    if not len(batch.scored):  # no token, and yet a gradient
+        nothing = next(model.parameters()).flatten()[:0]
+        return nothing.to(torch.promote_types(nothing.dtype, torch.float32))
+    try:
+        return _token_log_probs(path, model, batch)
+    except NotImplementedError:  # a mask that only passes longer than those it was tried on have
+        if not is_shared(path):
+            raise
+    failed = "share a prompt in passes as long as this one"
+    _chosen[model] = path = _choose_forward_path(model, FORWARD_PATHS[1:], failed)
+    return _token_log_probs(path, model, batch)
+
+
+def _token_log_probs(path: ForwardPath, model: nn.Module, batch: ResponseBatch) -> Tensor:
+    """What each scored token adds to its response's log-prob, shape ``(N,)``; no pass crosses a boundary of the RoPE."""
+    boundary = rope.boundary_of(model)
+    if boundary is None:
+        return path(model, batch)
+    places: list[int] = []
+    values: list[Tensor] = []
+    for some, part in _sides(batch, boundary):
+        boundary.settle()
+        places += some
+        values.append(path(model, part))
+    return torch.cat(values)[torch.tensor(places, device=batch.input_ids.device).argsort()]
+
+
+def _shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
+    """Each prompt once, responses side by side."""
+    hidden = shared_prompt.hidden_states(head.decoder_of(model), batch)
+    predictors, targets = round_up(batch.predictors), round_up(batch.input_ids[batch.scored])
+    values = head.token_log_probs(model, hidden.index_select(0, predictors), targets, is_linear=is_linear)
+    return values[: len(batch.scored)]
+
+
+def _separate(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
+    """Each response behind a prompt of its own: in padded rows, or end to end for FlashAttention, which wants no padding."""
+    decoder, targets = head.decoder_of(model), batch.input_ids[batch.scored]
+    if str(decoder.config._attn_implementation).startswith("flash_attention"):
+        places, predictors = _end_to_end(batch)
+        ids, positions = batch.input_ids[places], batch.position_ids[places]
+        hidden = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
+    else:
+        places, mask, predictors = _in_rows(batch)
+        output = decoder(input_ids=batch.input_ids[places], attention_mask=mask, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)
+    return head.token_log_probs(model, hidden.index_select(0, predictors), targets, is_linear=is_linear)
+
+
+def _plain(model: nn.Module, batch: ResponseBatch) -> Tensor:
+    """Rows, and the whole model as it comes: what the other paths are compared with."""
+    places, mask, predictors = _in_rows(batch)
+    output = model(input_ids=batch.input_ids[places], attention_mask=mask, use_cache=False)
+    logits = output.logits.flatten(0, 1)[predictors]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(1, batch.input_ids[batch.scored][:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def _end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
+    """Places in the batch of all sequences one after the other, and where in these each scored token is predicted."""
+    places: list[int] = []
+    predictors: list[int] = []
+    for prompt_length, sequence in sequences(batch.lengths):
+        predictors += shifted(prompt_length, range(len(places), len(places) + len(sequence)))[0]
+        places += sequence
+    device = batch.input_ids.device
+    return torch.tensor(places, device=device), torch.tensor(predictors, dtype=torch.long, device=device)
+
+
+def _in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in right padded rows ``(R, L)``, with their mask; predictors count through the flattened rows."""
+    # a row in which nothing is predicted could have no token at all, and attention over nothing is not a number
+    rows = [(length, places) for length, places in sequences(batch.lengths) if shifted(length, places)[1]]
+    longest = max(len(sequence) for _, sequence in rows)
+    places, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    predictors: list[int] = []
+    for row, (prompt_length, sequence) in enumerate(rows):
+        places[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+        predictors += shifted(prompt_length, range(row * longest, row * longest + len(sequence)))[0]
+    device = batch.input_ids.device
+    return places.to(device), mask.to(device), torch.tensor(predictors, dtype=torch.long, device=device)
+
+
+def _alone(model: nn.Module, batch: ResponseBatch) -> Tensor:
+    """Each response in a pass of its own, without padding or a mask: right by definition, and slow."""
+    boundary, pieces = rope.boundary_of(model), []
+    for prompt_length, sequence in sequences(batch.lengths):
+        predictors, scored = shifted(prompt_length, range(len(sequence)))
+        if scored:
+            if boundary is not None:
+                boundary.settle()
+            ids = batch.input_ids[sequence]
+            scores = model(input_ids=ids[None], use_cache=False).logits[0, list(predictors)]
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            pieces.append(scores.gather(1, ids[list(scored), None]).squeeze(1) - scores.logsumexp(1))
+    return torch.cat(pieces)
+
+
+def _sides(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list[int], ResponseBatch]]:
+    """The batch in parts whose sequences may share a pass, and which of its scored tokens each part has, in its order."""
+    ids, responses, scored = batch.input_ids.tolist(), [], 0
+    for prompt_length, sequence_places in sequences(batch.lengths):
+        sequence = [ids[place] for place in sequence_places]
+        count = len(shifted(prompt_length, sequence)[1])
+        responses.append((sequence[:prompt_length], sequence[prompt_length:], range(scored, scored + count)))
+        scored += count
+    sides: dict[int, dict[int, list[int]]] = {}
+    groups = (group for group, (_, *lengths) in enumerate(batch.lengths) for _ in lengths)
+    for number, group in enumerate(groups):
+        prompt, response, places = responses[number]
+        if places:
+            side = boundary.side(len(prompt) + len(response))
+            sides.setdefault(side, {}).setdefault(group, []).append(number)
+    for part in sides.values():
+        packed = pack([(responses[own[0]][0], [responses[number][1] for number in own]) for own in part.values()])
+        own_places = [place for own in part.values() for number in own for place in responses[number][2]]
+        yield own_places, move_data_to_device(packed, batch.input_ids.device)
+
+
+#: Forward paths, fastest first; what a model that is not up to one cannot do; and how its log-probs are computed by it.
+FORWARD_PATHS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
+    (_shared, "share a prompt between its responses", ""),
+    (_separate, "hand over its hidden states", "each response behind a prompt of its own"),
+    (_plain, "be computed in padded rows", "the logits of all tokens of each response behind a prompt of its own"),
+    (_alone, "be computed at all", "each response in a forward pass of its own"),
+)
+
+
+@torch.no_grad()
+def _choose_forward_path(
+    model: nn.Module, paths: Sequence[tuple[Callable[..., Tensor], str, str]], failed: str = ""
+) -> ForwardPath:
+    """The first of some paths that gives the log-probs of plain forward passes. A note says why it is not the fastest of all."""
+    if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
+        return _plain
+    config: Any = model.config
+    attention = config._attn_implementation.removesuffix(shared_prompt.SUFFIX)
+    failures, taken = [f"cannot {failed}"] if failed else [], ""
+    config._attn_implementation = attention
+    unfuse_rms_norms(model)
+    with evaluating(model):
+        probe, expected, allowed = _reference(model)
+        is_linear = head.is_linear(model)
+        for path, ability, description in paths:
+            chosen: ForwardPath = partial(path, is_linear=is_linear) if path in (_shared, _separate) else path
+            try:
+                if path is _shared:
+                    shared_prompt.share_prompts(model)
+                    fuse_rms_norms(model)
+                differences = (_token_log_probs(chosen, model, probe) - expected).abs()
+                totals = differences.new_zeros(len(probe)).index_add(0, probe.response_index, differences)
+                difference = float((totals / probe.response_lengths).max())
+            except Exception as error:  # whatever a model's code does when it is used otherwise than it expects
+                reason = _first_line(error)
+            else:
+                if path is _alone or difference <= allowed:
+                    taken = description
+                    break
+                reason = f"log-probs would differ by {difference:.1g} nats a token"
+            failures.append(f"cannot {ability} ({reason})")
+            config._attn_implementation = attention
+            unfuse_rms_norms(model)
+    if failures:
+        say(
+            f"note: {type(model).__name__} {', and '.join(failures)}; its log-probs take a longer forward path: {taken}."
+        )
+    return chosen
+
+
+@torch.no_grad()
+def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
+    """How far rounding moves the log-prob of one token, in nats (root mean square): the same sequences in passes of other
+    shapes. Each response alone with its prompt; and, over prompts too, the whole sequences by another forward path.
+
+    At most what two forward paths through a model may differ by.
+    """
+    if not len(batch.scored):
+        return 0.0
+    path, ids = forward_path_of(model), batch.input_ids.tolist()
+    rows = [([ids[place] for place in places], length) for length, places in sequences(batch.lengths)]
+    whole, *alone = (
+        move_data_to_device(pack(groups), batch.input_ids.device)
+        for groups in (
+            [([], [sequence]) for sequence, _ in rows],
+            *([(sequence[:length], [sequence[length:]])] for sequence, length in rows),
+        )
+    )
+    other: ForwardPath = partial(_separate, **path.keywords) if is_shared(path) else _alone  # type: ignore[attr-defined]
+    with evaluating(model):
+        one_by_one = torch.cat([_token_log_probs(path, model, part) for part in alone if len(part.scored)])
+        differences = (
+            _token_log_probs(path, model, batch) - one_by_one,
+            _token_log_probs(path, model, whole) - _token_log_probs(other, model, whole),
+        )
+    largest = max(float(difference.double().square().mean().sqrt()) for difference in differences)
+    # a response of few tokens among long ones hardly shows in the mean: a walk of one is taken for one of 2.5 times the usual
+    walks = differences[0].new_zeros(len(batch)).index_add(0, batch.response_index, differences[0]).abs()
+    largest = max(largest, float((walks / batch.response_lengths.clamp_min(1).sqrt()).max()) / 2.5)
+    return min(largest, AGREEMENT[compute_dtype(one_by_one.device, model)])
+
+
+def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
+    """What forward paths are tried on, the log-probs of its tokens by plain passes, and how closely a path must agree.
+
+    Raises:
+        UserError: The model is not causal, or does not predict tokens at all.
+    """
+    name = type(model).__name__
+    try:
+        probe = _probe(model)
+        expected = _alone(model, probe)
+        *_, (_, longest) = sequences(probe.lengths)
+        length = int(min(len(longest), rope.limit_of(model)))
+        future, beyond, past, spread = _influences(model, probe.input_ids[longest[:length]])
+    except Exception as error:
+        raise UserError(
+            f"{name} cannot be trained as a causal language model, which takes token ids and returns logits of the next: "
+            f"{_first_line(error)}. Use a decoder-only model (AutoModelForCausalLM)."
+        ) from error
+    dtype = compute_dtype(expected.device, model)
+    eps = torch.finfo(dtype).eps
+    # what rounding may do: little in passes of one shape, but that a mixture of experts may choose others
+    allowed = 2 * eps**0.5 * past + eps * spread
+    if future > allowed or beyond > allowed + 8 * eps * spread:
+        raise UserError(
+            f"{name} is not a causal language model: what it predicts after a token changes with the tokens that come later "
+            f"({max(future, beyond):.2g} nats, and {past:.2g} with those before). Such models (BERT, encoders, prefix masks) cannot "
+            "generate from left to right. Use a decoder-only model, or set is_decoder or is_causal in its config."
+        )
+    rounding = 64 * eps * (1 + spread)
+    return probe, expected, AGREEMENT[dtype] if past >= 1 else min(AGREEMENT[dtype], AGREEMENT[dtype] * past + rounding)
+
+
+def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float, float]:
+    """How far the log-probs in the middle of a sequence move when all later tokens change, when they go, and when all earlier
+    ones change, on average over the vocabulary, in nats; and the spread of the logits there."""
+    middle, others = len(ids) // 2, ids.roll(3)
+    place = torch.arange(len(ids), device=ids.device)
+    other_future, other_past = (torch.where(where, others, ids) for where in (place > middle, place < middle))
+    rows = [ids, other_future, ids[: middle + 1], other_past]
+    logits = torch.stack([model(input_ids=row[None], use_cache=False).logits[0, middle].float() for row in rows])
+    log_probs = logits.log_softmax(-1)
+    is_possible = log_probs.isfinite().all(0)
+    log_probs = log_probs[:, is_possible]
+    future, beyond, past = (log_probs[1:] - log_probs[0]).abs().mean(1).tolist()
+    return future, beyond, past, float(logits[0, is_possible].std(correction=0))
+
+
+def _probe(model: nn.Module) -> ResponseBatch:
+    """Two prompts and three responses of different lengths, over the whole vocabulary; the last sequence is the longest."""
+    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    most = getattr(model.config, "max_position_embeddings", None)
+    most = min(PROBE_TOKENS, most) if isinstance(most, int) and most > 0 else PROBE_TOKENS
+    a, b, c = most // 4, most // 2, most // 3
+    tokens = [(7919 * place + 13) % len(embeddings) for place in range(a + b + c + most)]
+    first, second, last = tokens[a : a + b], tokens[a + b : a + b + c], tokens[a + b + c :]
+    batch = pack([(tokens[:a], [first, second]), (last[:3], [last[3:]])])
+    return move_data_to_device(batch, embeddings.device)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,0 +1,98 @@
+"""A model as a Hugging Face folder: written, read back and compared before it gets its name; and the hash of its weights.
+
+The only place that calls ``save_pretrained``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from spin_lightning.models.loading import without_bars
+from spin_lightning.progress import progress
+from spin_lightning.runs.checkpoints import refuse_non_finite
+from spin_lightning.runs.files import explaining_storage_errors, sync
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes and bytes of all weights: two models agree if and only if they answer alike."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    eos_ids: int | Sequence[int],
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a Hugging Face folder, reload it, and only then give it its name.
+
+    The folder holds safetensors, tokenizer with chat template, generation config (which stops at ``eos_ids``) and a model card. For the check
+    the model is in memory twice for a moment. An older folder of the same name is replaced.
+
+    Raises:
+        NonFiniteError: A weight is infinite or not a number.
+        RuntimeError: The reloaded weights differ from those in memory.
+        StorageError: There is no room, or the folder cannot be written to.
+    """
+    refuse_non_finite(model)
+    partial = folder.with_name(folder.name + ".partial")
+    with explaining_storage_errors(folder), progress("saving the model"), without_bars():
+        try:
+            _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync(folder.parent)
+
+
+def _save_verified(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    partial: Path,
+    card: str,
+    eos_ids: int | Sequence[int],
+    trust_remote_code: bool,
+) -> None:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    shutil.rmtree(partial, ignore_errors=True)
+    served = GenerationConfig(do_sample=True, eos_token_id=_one_or_list(eos_ids), pad_token_id=tokenizer.pad_token_id)
+    # not written over afterwards: the base model's own may be one that transformers refuses to save
+    own_settings, model.generation_config = model.generation_config, served
+    try:
+        model.save_pretrained(partial)
+    finally:
+        model.generation_config = own_settings
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    if weights_hash(reloaded) != weights_hash(model):
+        raise RuntimeError(
+            f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was replaced."
+        )
+    for path in (*partial.iterdir(), partial):
+        sync(path)
+
+
+def _one_or_list(ids: int | Sequence[int]) -> int | list[int]:
+    """How ``generation_config.json`` has the ids that end an answer."""
+    listed = [ids] if isinstance(ids, int) else list(ids)
+    return listed[0] if len(listed) == 1 else listed

@@ -1,0 +1,295 @@
+"""What is done in an iteration: a table is opened, filled and read, and when it has been trained on, the policy is exported.
+
+``Iteration`` is what the clock runs, and all that it knows of a stage that plays. ``SpinIteration`` is that of self-play. Both
+are handed values: models, data and settings, and neither a trainer nor a module.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+
+from spin_lightning.generation.base import Player
+from spin_lightning.generation.pair_maker import PairMaker, own_pairs
+from spin_lightning.generation.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
+from spin_lightning.generation.synthetic_data import SyntheticDataModule, TrainingSet
+from spin_lightning.losses import PairLoss
+from spin_lightning.models.batches import collate_pairs
+from spin_lightning.models.model_card import render_model_card
+from spin_lightning.models.rope import refuse_crossing
+from spin_lightning.models.saving import weights_hash
+from spin_lightning.runs.files import need_space
+from spin_lightning.runs.settings import versions
+from spin_lightning.runs.shards import ShardStore, refuse_broken_chain, refuse_other_binding
+from spin_lightning.stages.export import export_policy
+from spin_lightning.stages.opponent import Opponent
+from spin_lightning.terminal import say
+from spin_lightning.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where an iteration is played, and with what.
+
+    Attributes:
+        folder: Of the run.
+        data: Prompts, encoder, generator and their settings.
+        shard_size: Prompts in one shard.
+        poll: Called between responses; raises to interrupt.
+    """
+
+    folder: Path
+    data: SyntheticDataModule
+    shard_size: int
+    poll: Callable[[], None]
+
+    def folder_of(self, iteration: int) -> Path:
+        """Where an iteration keeps what it made."""
+        return self.folder / f"iteration_{iteration}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model under training, as an iteration sees it.
+
+    Attributes:
+        model: Its weights as they are now.
+        name: The model that the run started from, as it was named.
+        dtype: Of its matrix products.
+        numerics: A context with the precision of a training step.
+        load: The policy exported in a folder, on the model's device; with None the model that the run started from.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+
+    model: PreTrainedModel
+    name: str
+    dtype: torch.dtype
+    numerics: Callable[[], AbstractContextManager[Any]]
+    load: Callable[[Path | None], PreTrainedModel]
+    trust_remote_code: bool = False
+
+
+class Iteration(ABC):
+    """One iteration of a stage that plays: made by the stage's module, run by the clock.
+
+    What it makes is kept in the run's folder, so that a run can be killed between any two of these calls and go on.
+
+    Args:
+        number: From 0.
+        run: Where it is played, and with what.
+        policy: The model under training.
+    """
+
+    def __init__(self, number: int, run: Run, policy: Policy) -> None:
+        self.number, self.run, self.policy = number, run, policy
+        self.folder = run.folder_of(number)
+
+    @abstractmethod
+    def open(self, known: str | None, is_fresh: bool) -> ShardStore:
+        """The table of this iteration, empty or as far as it was filled before.
+
+        Args:
+            known: The hash of the newest manifest that the run's checkpoint knows: if the iteration is fresh, that of the
+                iteration before; else that of this one.
+            is_fresh: Whether the iteration begins. Else it continues after training steps, and its table is complete.
+
+        Raises:
+            UserError: What is in the folder does not belong to this run.
+        """
+
+    @abstractmethod
+    def fill(self, store: Any) -> None:
+        """Make what is missing in the table, and finish it. Returns at once where nothing is."""
+
+    @abstractmethod
+    def training_set(self, store: Any) -> TrainingSet:
+        """What to train on."""
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Export the policy, a model people can use, with a summary beside it."""
+        policy, encoder = self.policy, self.run.data.encoder
+        export_policy(policy.model, encoder, self.folder, self.card(summary), summary, policy.trust_remote_code)
+
+    def card(self, summary: Mapping[str, Any]) -> str:
+        """The README of the exported policy."""
+        return f"# Policy after iteration {self.number}\n"
+
+
+#: Settings that decide how a store's shards are cut and which columns they have.
+_LAYOUT = ("answers_per_prompt", "shard_size", "initial_log_probs", "initial_responses")
+
+
+class SpinIteration(Iteration):
+    """The opponent answers every prompt of the data, and the pairs of real and generated responses are trained on.
+
+    Args:
+        opponent: Becomes the policy where the iteration begins.
+        loss: Says what has to be stored with the pairs, and which teach it anything.
+    """
+
+    def __init__(self, number: int, run: Run, policy: Policy, opponent: Opponent, loss: PairLoss) -> None:
+        super().__init__(number, run, policy)
+        self.opponent, self.loss = opponent, loss
+
+    def open(self, known: str | None, is_fresh: bool) -> PairStore:
+        if not is_fresh:
+            return self._reopen(known)
+        self.opponent.become(self.policy.model)
+        data, model, number = self.run.data, self.policy.model, self.number
+        data.refuse_longer_than(getattr(model.config, "max_position_embeddings", math.inf))
+        refuse_crossing(model, [len(prompt.prompt_ids) for prompt in data.prompts], data.generator.max_new_tokens)
+        depends_on = self._depends_on()
+        combined = set(range(max(0, number - data.history), number))
+        for k in combined | ({0} if self.loss.needs_initial_response and number else set()):
+            refuse_other_binding(self._pairs_of(k), depends_on, ("prompts_sha256", "encoding_sha256", *_LAYOUT))
+        refuse_broken_chain([self._pairs_of(k) for k in range(number - 1, -1, -1)], known)
+        binding = {
+            "iteration": number,
+            "opponent_sha256": weights_hash(model),
+            PairStore.chained_by: known if number else None,
+            **depends_on,
+        }
+        return PairStore(self.folder / "pairs", binding)
+
+    def _reopen(self, known: str | None) -> PairStore:
+        """Back in the middle of the iteration: the pairs and the opponent are those it began with."""
+        store = self._pairs_of(self.number)
+        if store.sha256 != known:
+            raise UserError(
+                f"the pairs in {store.folder} are not those that iteration {self.number} began with, so it cannot be continued. "
+                "Restore the folder, or use another self_play.output_dir."
+            )
+        keys = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *_LAYOUT)
+        refuse_other_binding(store, self._depends_on(), keys)
+        self.opponent.restore(lambda: self._load_opponent(store))
+        return store
+
+    def fill(self, store: PairStore) -> None:
+        if store.is_complete:
+            return
+        data, number, sampling = self.run.data, self.number, self.run.data.generator.sampling
+        say(
+            f"iteration {number}: the opponent answers {len(data.prompts)} prompts, {data.answers_per_prompt} each, "
+            f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}, at most {sampling['max_new_tokens']} tokens"
+        )
+        initial = None
+        if self.loss.needs_initial_log_probs:
+            initial = self._load_initial() if number else self.policy.model
+        self._need_space(sampling["max_new_tokens"])
+        maker = PairMaker(
+            opponent=Player(self.policy.model, self._opponent_folder),
+            encoder=data.encoder,
+            generator=data.generator,
+            prompts=data.prompts,
+            iteration=number,
+            answers_per_prompt=data.answers_per_prompt,
+            seed=data.seed,
+            micro_batch_tokens=data.micro_batch_tokens,
+            opponent_sha256=store.binding["opponent_sha256"],
+            numerics=self.policy.numerics,
+            poll=self.run.poll,
+            initial=initial,
+            initial_responses=self.loss.needs_initial_response,
+            shard_size=self.run.shard_size,
+        )
+        names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
+        columns = ["iteration", "real_ids", "generated_ids", "real_finish_reason", "generated_finish_reason"]
+        store.finish(
+            names,
+            opponent=self._opponent_name,
+            versions=versions(),
+            statistics=describe_pairs(own_pairs(store.read_shards(names, columns), number)),
+        )
+
+    def training_set(self, store: PairStore) -> TrainingSet:
+        """All pairs but those that cannot teach this loss anything."""
+        table = whole = store.read(TRAINING_COLUMNS)
+        if not self.loss.learns_from_identical:
+            table = table.filter(pa.array(~identical(table)))
+        statistics = store.manifest["statistics"]
+        dropped = whole.num_rows - table.num_rows
+        report = {**statistics, "training_pairs": table.num_rows, "training_pairs_dropped": dropped}
+        why = "every generated answer equals the real one: there is nothing left to tell apart"
+        if not report["pairs"]:
+            return TrainingSet(table, collate_pairs, report, if_empty=why)
+        metrics = {
+            "completions/mean_length": report["generated_mean_length"],
+            "completions/clipped_ratio": report["generated_clipped_share"],
+            "completions/identical_ratio": report["identical_share"],
+        }
+        sentence = (
+            f"iteration {self.number}: {table.num_rows} pairs to train on ({dropped} identical ones dropped); generated answers have "
+            f"{report['generated_mean_length']:.1f} tokens on average (real {report['real_mean_length']:.1f}), "
+            f"{report['generated_clipped_share']:.0%} hit the cap, {report['empty_share']:.0%} are empty, "
+            f"{report['identical_share']:.0%} equal the real one"
+        )
+        return TrainingSet(table, collate_pairs, report, metrics, sentence, why)
+
+    def card(self, summary: Mapping[str, Any]) -> str:
+        return render_model_card(dict(summary), self._pairs_of(self.number).manifest)
+
+    def _pairs_of(self, iteration: int) -> PairStore:
+        """The finished pairs of an iteration."""
+        return PairStore(self.run.folder_of(iteration) / "pairs")
+
+    def _depends_on(self) -> dict[str, Any]:
+        """What pairs depend on beside the opponent: the same in every iteration of a game. Hashes all prompts."""
+        data = self.run.data
+        return {
+            "prompts_sha256": data.prompts_hash,
+            "encoding_sha256": data.encoder.fingerprint,
+            "sampling": data.generator.sampling,
+            "answers_per_prompt": data.answers_per_prompt,
+            "history": data.history,
+            "seed": data.seed,
+            "shard_size": self.run.shard_size,
+            "dtype": str(self.policy.dtype),
+            "initial_log_probs": self.loss.needs_initial_log_probs,
+            "initial_responses": self.loss.needs_initial_response,
+        }
+
+    @property
+    def _opponent_folder(self) -> Path | None:
+        """Where the last iteration exported the opponent; None in iteration 0."""
+        return self.run.folder_of(self.number - 1) / "policy" if self.number else None
+
+    @property
+    def _opponent_name(self) -> str:
+        return f"iteration_{self.number - 1}/policy" if self.number else self.policy.name
+
+    def _load_opponent(self, store: PairStore) -> PreTrainedModel:
+        refusal = f"so iteration {self.number} cannot be continued. Restore it from a copy, or use another self_play.output_dir."
+        name = store.manifest["opponent"]
+        try:
+            opponent = self.policy.load(self._opponent_folder)
+        except UserError as error:
+            raise UserError(f"the opponent {name} cannot be read, {refusal} ({error})") from error
+        if weights_hash(opponent) != store.binding["opponent_sha256"]:
+            raise UserError(f"{name} does not hold the weights of the opponent that the pairs were made by, {refusal}")
+        return opponent
+
+    def _load_initial(self) -> PreTrainedModel:
+        initial = self.policy.load(None).eval()
+        if weights_hash(initial) != self._pairs_of(0).binding["opponent_sha256"]:
+            raise UserError(
+                f"{self.policy.name} does not hold the weights that this game began with, whose log-probs "
+                f"{type(self.loss).__name__} needs. Restore it, or use another self_play.output_dir."
+            )
+        return initial
+
+    def _need_space(self, max_new_tokens: int) -> None:
+        data = self.run.data
+        weights = sum(weight.numel() * weight.element_size() for weight in self.policy.model.parameters())
+        tokens = len(data.prompts) * data.answers_per_prompt * (data.max_prompt_tokens + 2 * max_new_tokens)
+        need_space(self.folder, weights + 8 * tokens * (1 + data.history), f"iteration {self.number}")

@@ -1,0 +1,44 @@
+"""The record by which the command line knows a stage: what it trains, with which parts, and how its run ends.
+
+A further stage is a file beside this one, with its module and its ``STAGE``, and one line in the table of commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What ``cli`` builds a command from.
+
+    Classes are named by import path, so that a record imports none of them. ``--help`` reads the texts, dicts and numbers of a
+    record from its source without importing anything: write them as literals.
+
+    Attributes:
+        module: The LightningModule that is trained: section ``model``.
+        data: The LightningDataModule: section ``data``.
+        callbacks: The stage's callbacks, by section.
+        folder: The section whose ``output_dir`` is the run's folder.
+        over_file: What is written last in the run's folder.
+        mark: A setting, or how its name begins, that every run of this stage records in ``run.json`` and no run of another stage.
+        defaults: Defaults that are not those of the classes, by setting.
+        links: Settings that follow from others: for each, from which, and the function of these that gives it.
+        is_over: Whether a run that wrote ``over_file`` is over, from its content and the settings of this command.
+        refuse: Raises a UserError where a run cannot be trained with these settings.
+        check: Raises a UserError where the module and the callbacks, by section, do not fit each other.
+    """
+
+    module: str
+    data: str
+    callbacks: Mapping[str, str]
+    folder: str
+    over_file: str
+    mark: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    links: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = field(default_factory=dict)
+    is_over: Callable[[Any, Any], bool] = lambda result, settings: True
+    refuse: Callable[[Any], None] = lambda settings: None
+    check: Callable[[Any, Mapping[str, Any]], None] = lambda module, callbacks: None
