@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from spin_lightning.cli.commands import main
 
 torch.set_num_threads(1)  # sums are added up in the same order on every machine
+torch.set_warn_always(True)  # not only the first time of a process: each test is told of what it does itself
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from transformers import modeling_gguf_pytorch_utils as gguf
 from spin_lightning import ShowProgress
 from spin_lightning import progress as module
 from spin_lightning.cli.commands import run
-from spin_lightning.models.loading import load_policy, load_tokenizer, save_model, without_bars
+from spin_lightning.models.loading import load_policy, load_tokenizer, without_bars
+from spin_lightning.models.saving import save_model
 from spin_lightning.progress import Display, Phase
 from spin_lightning.terminal import say
 

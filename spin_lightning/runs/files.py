@@ -95,13 +95,15 @@ def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
                 f"{entry.path} is a {is_one}, and a run has a {belongs} of that name. Remove it, or use another run folder."
             )
         if is_folder:
-            for inner in os.scandir(entry):
-                look(inner)
+            with os.scandir(entry) as entries:
+                for inner in entries:
+                    look(inner)
 
     if folder.is_dir():
-        for entry in os.scandir(folder):
-            if re.fullmatch(names, entry.name):
-                look(entry)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if re.fullmatch(names, entry.name):
+                    look(entry)
 
 
 @contextmanager

@@ -284,7 +284,7 @@ def test_the_paper_s_config_holds_the_paper_s_numbers():
 def test_the_tiny_configs_run(name, tmp_path, model):
     rows = write_rows(tmp_path / "rows.jsonl", 9)
     word, *flags = args_of("sft" if name == "demo_sft" else "fit", model, rows, tmp_path / "run")
-    config = f"--config={config_folder() / name}.yaml"
+    config = f"--config={config_folder() / name}.yaml"  # flags behind it go over it
     assert run([word, config, *flags, "--trainer.enable_progress_bar=false"]) is not None
     assert (tmp_path / "run" / "config.yaml").exists()
 

@@ -156,7 +156,7 @@ def test_answers_are_those_given_alone_whatever_a_model_makes_of_padding_neighbo
     assert_same(found, answers(model, prompts, seeds, batch_size=1))
     assert capsys.readouterr().out == ""
     for prompt, response in zip(prompts, found, strict=True):  # and that is what they were drawn from
-        scored = float(response_log_probs(model, pack([(prompt, [response.ids])])))
+        scored = response_log_probs(model, pack([(prompt, [response.ids])])).item()
         assert response.log_prob == pytest.approx(scored, abs=1e-3)
 
 

@@ -344,7 +344,7 @@ def test_empty_responses_give_zero_wherever_they_stand_and_no_gradient_that_is_n
             )
             assert_close(value[None], expected[None], rounding(model))
         else:
-            assert float(value) == 0
+            assert value.item() == 0
     (gradient,) = torch.autograd.grad(values.sum(), next(model.parameters()))
     assert gradient.isfinite().all()
     for path in (

@@ -168,8 +168,8 @@ def test_answers_are_those_given_alone(kind: type[TransformersGenerator]) -> Non
     found = answers(model, 5)
     assert [ids for ids, _ in found] == [ids for ids, _ in answers(longrope(), 1)]
     for prompt, (ids, log_prob) in zip(prompts, found, strict=True):
-        assert log_prob == pytest.approx(float(alone(model, prompt, ids)), abs=1e-3)
-        assert log_prob == pytest.approx(float(response_log_probs(model, pack([(prompt, [ids])]))), abs=1e-3)
+        assert log_prob == pytest.approx(alone(model, prompt, ids).item(), abs=1e-3)
+        assert log_prob == pytest.approx(response_log_probs(model, pack([(prompt, [ids])])).item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", [ContinuousGenerator, TransformersGenerator])

@@ -40,6 +40,12 @@ class IdleOfFlags(FlagsWin, Idle):
     """The same, as ours is."""
 
 
+@pytest.fixture(autouse=True)
+def no_command_line(monkeypatch):
+    """LightningCLI warns where it is given arguments and the process has some too."""
+    monkeypatch.setattr("sys.argv", ["spin-lightning"])
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     torch.save({"hyper_parameters": {"size": 5}}, tmp_path / "a.ckpt")

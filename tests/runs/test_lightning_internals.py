@@ -53,6 +53,7 @@ def test_the_epoch_to_begin_is_known_when_its_loader_is_made(tmp_path: Path) -> 
     assert seen == [(0, False), (1, False), (2, False)]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the callback that wrote it is not needed
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -69,6 +70,7 @@ def test_a_fit_that_continues_knows_where_it_stands(tmp_path: Path, settings: An
     assert seen == expected
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the callback that wrote it is not needed
 def test_a_checkpoint_between_last_batch_and_epoch_end_begins_with_the_next_epoch(tmp_path: Path) -> None:
     """Lightning alone resumes inside of the finished epoch and never says that the next one starts."""
 

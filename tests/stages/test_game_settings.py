@@ -55,7 +55,7 @@ def test_lists_give_each_iteration_its_own_settings(model: str, rows: str, tmp_p
     def watched(self: SpinLightningModule, batch: Any) -> Any:
         policy = original(self, batch)
         log_ratios.append(
-            float(((policy.real - batch.opponent.real) - (policy.generated - batch.opponent.generated)).mean())
+            ((policy.real - batch.opponent.real) - (policy.generated - batch.opponent.generated)).mean().item()
         )
         return policy
 
@@ -140,7 +140,7 @@ def test_what_does_not_fit_together_is_refused(model: str, rows: str, tmp_path: 
         trainer().fit(SpinLightningModule(model), data)
     with pytest.raises(UserError, match=r"SelfPlay plays with a SpinLightningModule, .* got SftLightningModule"):
         trainer(game).fit(SftLightningModule(model), data)
-    other.train_dataloader = lambda: []  # type: ignore[method-assign]
+    other.train_dataloader = other.val_dataloader = lambda: []  # type: ignore[method-assign]
     with pytest.raises(UserError, match="SelfPlay needs a SyntheticDataModule, got LightningDataModule"):
         trainer(game).fit(SpinLightningModule(model), other)
     with pytest.raises(UserError, match="RunCheckpoint needs a dirpath where there is no SelfPlay callback"):

@@ -64,7 +64,7 @@ def test_gate_message_says_what_was_expected_and_what_came() -> None:
     model, batch = tiny_model(seed=1).train(), scored_batch(tiny_model(seed=0))
     found = pair_log_probs(model, batch)
     margins = 0.1 * ((found.real - batch.opponent.real) - (found.generated - batch.opponent.generated))
-    loss = float(torch.log1p(torch.exp(-margins.double())).mean())
+    loss = torch.log1p(torch.exp(-margins.double())).mean().item()
     lengths = [3, 4, 5, 7, 5, 3]
     ratios = torch.cat([found.real - batch.opponent.real, found.generated - batch.opponent.generated]).abs().tolist()
     ratio, length = max(zip(ratios, lengths, strict=True), key=lambda pair: pair[0] / pair[1] ** 0.5)

@@ -45,13 +45,13 @@ def test_supervised_fine_tuning_learns_from_response_tokens_only(
         total = total + F.cross_entropy(reference(ids).logits[0, start - 1 : -1], ids[0, start:], reduction="sum")
     loss = total / (sum(len(prompt.real_ids) for prompt in data.prompts) if average == "token" else len(data.prompts))
     loss.backward()
-    assert recorder.losses[0] == pytest.approx(float(loss), rel=1e-5)
+    assert recorder.losses[0] == pytest.approx(loss.item(), rel=1e-5)
     for found, expected in zip(gradients[0], reference.parameters(), strict=True):
         torch.testing.assert_close(found, expected.grad, rtol=1e-3, atol=1e-5)
     # one step of warm-up, then down to zero over the other three: no step is wasted on a rate of zero
     assert list(recorder.rates.values()) == pytest.approx([0.5e-2, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
     summary = read(tmp_path / "summary.json")
-    assert summary["updates"] == 4 and summary["first_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert summary["updates"] == 4 and summary["first_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert summary["val_nll"] is not None and summary["last_loss"] < summary["first_loss"]
     assert weight_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "policy")) == weight_bits(module.policy)
 

@@ -111,7 +111,7 @@ def test_float32_master_weights_keep_updates_that_bfloat16_rounds_away(model: st
     def look(trainer: Trainer, module: SpinLightningModule, *_: Any) -> None:
         masters = trainer.optimizers[0].master_weights
         moved.append(
-            max(float((m - p.float()).abs().max()) for m, p in zip(masters, module.policy.parameters(), strict=True))
+            max((m - p.float()).abs().max().item() for m, p in zip(masters, module.policy.parameters(), strict=True))
         )
 
     game = Game(
