@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import Trainer
@@ -24,12 +23,12 @@ class OneByOne(ResponseGenerator):
     @torch.no_grad()
     def generate(
         self,
-        model: Any,
         prompts: Sequence[list[int]],
         seeds: Sequence[int],
         terminator_ids: int | Collection[int],
         pad_id: int,
     ) -> Iterator[tuple[int, Response]]:
+        model = self.opponent.model
         ends = {terminator_ids} if isinstance(terminator_ids, int) else set(terminator_ids)
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             random = torch.Generator().manual_seed(seed)  # the same answer whatever else is answered
