@@ -61,6 +61,7 @@ def test_the_epoch_to_begin_is_known_when_its_loader_is_made(tmp_path: Path) -> 
         ({"every_n_train_steps": 6}, [(1, True), (2, False)]),  # after two batches of the second epoch
     ],
 )
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
 def test_a_fit_that_continues_knows_where_it_stands(tmp_path: Path, settings: Any, expected: Any) -> None:
     keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **settings)
     trainer_with(tmp_path, enable_checkpointing=True, callbacks=[keep]).fit(BoringModel(), BoringDataModule())
