@@ -266,9 +266,11 @@ def track(items: Iterable[Item], name: str, total: float | None = None, unit: st
 
 
 def is_live() -> bool:
-    """Whether a line can be drawn over: stdout and stderr are terminals, and not ``TERM=dumb``."""
+    """Whether a line can be drawn over: stdout and stderr are terminals, not ``TERM=dumb``, and no other bar has them."""
     streams = (sys.stdout, sys.stderr)
-    return os.environ.get("TERM") not in ("dumb", "unknown") and all(stream and stream.isatty() for stream in streams)
+    if os.environ.get("TERM") in ("dumb", "unknown") or any(hasattr(stream, "rich_proxied_file") for stream in streams):
+        return False
+    return all(stream is not None and stream.isatty() for stream in streams)
 
 
 def _share(phase: Phase) -> float:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from games import Do, Game
 from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.live import Live
 from transformers import modeling_gguf_pytorch_utils as gguf
 
 from spin_lightning import ShowProgress
@@ -51,9 +53,11 @@ class Screen:
     def feed(self, raw: str) -> Screen:
         for control, number, letter, char in re.findall(r"(\x1b\[([\d;?]*)([A-Za-z]))|([\s\S])", raw):
             if control:
-                assert letter in "mKA", f"{control!r} is nothing that the display has a use for"
+                assert letter in "mKAhl", f"{control!r} is nothing that the display has a use for"
                 if letter == "m":
                     self.is_cyan = number == "36"
+                elif letter in "hl":
+                    assert number == "?25"  # rich hides the cursor of others
                 elif letter == "K":
                     self.rows[self.row], self.live[self.row] = [], set()
                 else:
@@ -250,6 +254,18 @@ def test_without_a_cursor_a_plain_line_comes_now_and_then(
     assert not {"\r", "\x1b"} & set(terminal.getvalue())
 
 
+def test_lines_stand_above_a_bar_that_lightning_shows(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
+    with (
+        Live("its bar", console=Console(file=terminal, force_terminal=True, width=80), auto_refresh=False),
+        Phase(Display(clock), "answering", 10, "responses") as phase,
+    ):
+        clock.now += 40
+        phase.advance()
+        assert screen_of(terminal).text == "answering: 1 of 10 responses (10%), 6 min left\nits bar"
+    assert "\x1b[36m" not in terminal.getvalue()
+
+
 def test_short_work_says_nothing_and_long_work_inside_other_work_every_thirty_seconds(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,7 +391,7 @@ def test_a_game_on_a_terminal_has_one_live_line_and_whole_remarks(model: str, ro
         cwd=tmp_path,
     )  # fmt: skip
     screen = Screen().feed(raw)
-    assert exit_code == 0 and screen.most_live == 1
+    assert exit_code == 0 and screen.most_live == 1 and "?25" not in raw
     frames = re.findall(r"\x1b\[36m([^\x1b]*)\x1b", raw)
     for beginning in (
         "reading rows: 1 rows", "encoding rows: 1 of 8", "loading the model", "measuring held-out NLL: 0 of 1 batches",
