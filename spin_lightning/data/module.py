@@ -34,31 +34,33 @@ class RowDataModule(L.LightningDataModule):
     """Prompts and real responses of an SFT data set.
 
     Args:
-        train_data: A file (JSON, JSONL, CSV, TSV, Parquet; also .gz or .zst), a folder, or a hub name. Several: a map from each to
-            its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random half, 2 each row twice.
+        train_data: A file (JSON, JSONL, CSV, TSV, Parquet; also .gz or .zst), a folder, or a hub name. Several: a map
+            from each to its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random
+            half, 2 each row twice.
         val_data: The same, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
         val_fraction: Share of the rows held out where ``val_data`` is not given. 0 trains without a held-out NLL.
         format: ``auto`` detects it and says so; else messages, prompt_completion, alpaca, sharegpt, real_generated or
             chosen_rejected.
-        columns: Map from the format's column names to those of the data, such as ``{prompt: question}``. ``{system: ""}`` leaves a
-            column unread.
+        columns: Map from the format's column names to those of the data, such as ``{prompt: question}``.
+            ``{system: ""}`` leaves a column unread.
         split: Which split of a hub data set or a saved folder.
         data_revision: Commit or tag of a hub data set.
         max_rows: Read no more than this many rows, of each source. None reads all.
-        on_bad_row: ``error`` refuses data with bad rows, and shows the first five; ``drop`` leaves them out, counted by kind in
-            ``data_report.json`` and on screen. Bad are rows without a real answer or a question, with a missing or wrong type, an
-            unknown role, an answer that is marked as not to be trained on or as undesirable, a NUL character, half a surrogate
-            pair, or more than a million characters; in JSONL also lines that are not JSON or not UTF-8.
-        prompt_template: None uses the tokenizer's chat template. Else ``alpaca``, ``spin``, ``chatml``, a text with ``{prompt}``,
-            a Jinja template, or a file with one.
+        on_bad_row: ``error`` refuses data with bad rows, and shows the first five; ``drop`` leaves them out, counted by
+            kind in ``data_report.json`` and on screen. Bad are rows without a real answer or a question, with a missing
+            or wrong type, an unknown role, an answer that is marked as not to be trained on or as undesirable, a NUL
+            character, half a surrogate pair, or more than a million characters; in JSONL also lines that are not JSON
+            or not UTF-8.
+        prompt_template: None uses the tokenizer's chat template. Else ``alpaca``, ``spin``, ``chatml``, a text with
+            ``{prompt}``, a Jinja template, or a file with one.
         max_prompt_tokens: Rows with longer prompts are left out, and counted.
         max_response_tokens: Cap on the responses, terminator included: longer real ones are cut there, and counted.
         batch_size: Pairs (in SFT: rows) in a batch.
-        micro_batch_tokens: Tokens in one forward and backward pass. A batch with more takes several passes whose gradients add up:
-            the same gradient in less memory. Raise it on a GPU until its memory is used.
+        micro_batch_tokens: Tokens in one forward and backward pass. A batch with more takes several passes whose
+            gradients add up: the same gradient in less memory. Raise it on a GPU until its memory is used.
         num_workers: Processes that collate batches.
-        seed: Of the order of the batches, of the held-out rows and of the rows that a weight draws; in a game also of the
-            answers. Training has no other randomness, so ``seed_everything`` does not change it.
+        seed: Of the order of the batches, of the held-out rows and of the rows that a weight draws; in a game also of
+            the answers. Training has no other randomness, so ``seed_everything`` does not change it.
         tokenizer_name_or_path: None takes the model's.
 
     Raises:
@@ -122,7 +124,8 @@ class RowDataModule(L.LightningDataModule):
         self.tokenizer_name_or_path = tokenizer_name_or_path
         #: Loaded in ``setup``, unless it is set before.
         self.tokenizer: Any = None
-        #: The tokens that end an answer by the model's own settings. Looked up in ``setup``, unless they are set before.
+        #: The tokens that end an answer by the model's own settings. Looked up in ``setup``, unless they are set
+        #: before.
         self.end_ids: Sequence[int] | None = None
         #: Encode no more rows than this, chosen by the seed. For a look at the data only.
         self.sample: int | None = None
@@ -193,7 +196,7 @@ class RowDataModule(L.LightningDataModule):
             )
 
     def refuse_longer_than(self, limit: float, is_of_tokenizer: bool = False) -> None:
-        """Refuse prompts that leave no room for their answers in a context of ``limit`` tokens: the model's or the tokenizer's.
+        """Refuse prompts that leave no room for responses in a context of ``limit`` tokens: the model's or the tokenizer's.
 
         Raises:
             UserError: The longest prompt and the longest answer do not fit.

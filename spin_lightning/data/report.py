@@ -1,4 +1,4 @@
-"""What was read, dropped, cut and found strange in the data: in words for the screen, and as JSON for ``data_report.json``."""
+"""What was read, dropped, cut and found strange in the data, in words and as JSON."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ COUNTED = {
     "exact_duplicates": "rows that repeat an earlier row, prompt and real answer; kept",
     "repeated_prompts": "rows with another real answer to an earlier row's prompt; kept",
     "long_prompts": "prompts longer than data.max_prompt_tokens; left out",
-    "cut_answers": "real answers longer than data.max_response_tokens, which in a game is the generator's max_new_tokens; cut there, without a terminator",
+    "cut_answers": "real answers longer than data.max_response_tokens (in a game the generator's max_new_tokens); cut "
+    "there, without a terminator",
     "empty_answers": "real answers that are a terminator and nothing else; kept",
     "refused_rows": "rows that the chat template refuses; left out",
     "control_tokens": "rows that spell control tokens; encoded as text, so that they neither open nor close a turn",
-    "template_text": "rows that spell what this chat template writes around turns in plain text, which can pass for a turn",
+    "template_text": "rows that spell what this chat template writes around turns in plain text, which can pass for a "
+    "turn",
     "encoded_apart": "answers encoded apart from their prompts, as the chat template writes past answers differently",
     "reasoning_left_out": "real answers whose reasoning_content the chat template does not write; it is left out",
     "no_reasoning": "real answers without reasoning, where the chat template's prompts begin it; they end it at once",

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Block:
     """A part of an assistant's turn between two tags, that begins in the prompt: open, or closed there already.
 
-    ``text`` is how the prompt ends: with the tag that opens it, or with all of it. ``closing`` is the tag that closes it, with
-    the white space that the template puts around it behind reasoning.
+    ``text`` is how the prompt ends: with the tag that opens it, or with all of it. ``closing`` is the tag that closes
+    it, with the white space that the template puts around it behind reasoning.
     """
 
     opens: str
@@ -35,7 +35,8 @@ class TurnShape:
     """What a template writes around turns, found by rendering a few of them.
 
     Attributes:
-        around: Added tokens that begin or end turns. Not those that an assistant's turn has inside, such as ``<think>``.
+        around: Added tokens that begin or end turns. Not those that an assistant's turn has inside, such as
+            ``<think>``.
         terminator_id: The token that ends an assistant turn.
         is_ended_by_next: Whether the template itself writes it only where another turn follows, as GLM's do.
         opening: What is between a question and the place where its answer is generated.
@@ -92,14 +93,14 @@ class TurnShape:
                 return ""
 
         def between(names: str, first: str, last: str = "", is_open: bool = False) -> str:
-            """What stands between two turns' texts: from the beginning without the first, to the end without the last."""
+            """What stands between two turns' texts: from the beginning without a first, to the end without a last."""
             text = written(names, is_open)
             if first:
                 text = text.partition(str(turns[first]["content"]))[2]
             return text.rpartition(str(turns[last]["content"]))[0] if last else text
 
         def tokens(text: str) -> list[int]:
-            """Added tokens, apart from white space and from pairs of tags that the template only explains or fills itself."""
+            """Added tokens, but for white space and pairs of tags that the template only explains or fills itself."""
             ids = tokenizer.encode(text, add_special_tokens=False)
             found = list(dict.fromkeys(added[token] for token in ids if token in added))
             paired = set()

@@ -1,7 +1,8 @@
 """The data of a game: the rows of any stage, and the pairs the opponent makes of them.
 
 The pairs come from the game's clock, which ``train_dataloader`` asks for them: it is the one hook that runs before the
-loader is built, at the right epoch, on a fresh start and on a resume. Without a game it serves the real responses alone.
+loader is built, at the right epoch, on a fresh start and on a resume. Without a game it serves the real responses
+alone.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ class TrainingSet:
     """What an iteration trains on.
 
     Attributes:
-        rows: One row of the table is one unit of ``data.batch_size``; a column ``prompt_id`` tells which belong together. No
-            row at all: there is nothing left to train on.
-        collate: Makes a batch of some rows: ``collate(rows, max_tokens=...)`` gives a list of passes of about that size.
-        report: What a person should know before training on it, kept in the iteration's summary and handed to callbacks.
+        rows: One row of the table is one unit of ``data.batch_size``; a column ``prompt_id`` tells which belong
+            together. No row at all: there is nothing left to train on.
+        collate: Makes a batch of some rows: ``collate(rows, max_tokens=...)`` gives a list of passes of about that
+            size.
+        report: What a person should know before training on it, kept in the iteration's summary and handed to
+            callbacks.
         metrics: What of it goes to the loggers.
         sentence: The same in words. Empty: nothing is said.
         if_empty: Why a table without rows ends the run.
@@ -57,14 +60,17 @@ class SyntheticDataModule(RowDataModule):
     Takes every setting of ``RowDataModule`` too.
 
     Args:
-        train_data: A file (JSON, JSONL, CSV, TSV, Parquet; also .gz or .zst), a folder, or a hub name. Several: a map from each to
-            its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random half, 2 each row twice.
+        train_data: A file (JSON, JSONL, CSV, TSV, Parquet; also .gz or .zst), a folder, or a hub name. Several: a map
+            from each to its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random
+            half, 2 each row twice.
         val_data: The same, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
-        generator: What answers the prompts: a class path with its settings. Its ``max_new_tokens`` also caps the real responses.
+        generator: What answers the prompts: a class path with its settings. Its ``max_new_tokens`` also caps the real
+            responses.
         answers_per_prompt: K, how many answers the opponent gives to each prompt in each iteration.
         history: How many earlier iterations' pairs are trained on beside the new ones. The paper: 1.
-        keep_prompts_together: Put all pairs of a prompt next to each other, so that a batch computes the prompt and its real response
-            once. Pays with ``answers_per_prompt`` above 1; costs variety, as a batch then holds fewer prompts: raise ``batch_size`` with it.
+        keep_prompts_together: Put all pairs of a prompt next to each other, so that a batch computes the prompt and its
+            real response once. Pays with ``answers_per_prompt`` above 1; costs variety, as a batch then holds fewer
+            prompts: raise ``batch_size`` with it.
         max_response_tokens: None, or the generator's ``max_new_tokens``: one cap for real and generated responses.
 
     Raises:

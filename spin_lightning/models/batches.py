@@ -137,7 +137,7 @@ class _Group:
 
 
 def _balance(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
-    """As few parts as keep within the limit, of about equal size: the longest groups first, each to the lightest part."""
+    """As few parts as keep within the limit, of about equal size: the longest group first, to the lightest part."""
     if not groups:
         return []
     order = sorted(range(len(groups)), key=lambda index: -groups[index].tokens)

@@ -2,10 +2,11 @@
 
 The fastest computes each prompt once for all its responses, and only the places that predict a response token reach the
 LM head. Whether a model can take it is tried on the model itself at its first batch, against plain forward passes over
-each response alone; one that cannot takes a longer path to the same numbers. A model that is not causal is refused there.
+each response alone; one that cannot takes a longer path to the same numbers. A model that is not causal is refused
+there.
 
-Where a model's RoPE changes with the length of a pass, sequences on either side of such a boundary never share one: each
-has the number that it has alone.
+Where a model's RoPE changes with the length of a pass, sequences on either side of such a boundary never share one:
+each has the number that it has alone.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from spin_lightning.models.rms_norm import fuse_rms_norms, unfuse_rms_norms
 from spin_lightning.terminal import say
 from spin_lightning.types import ResponseBatch, UserError
 
-#: How closely two forward paths through one model must agree, in nats a token on average over a response. A prompt that is not
-#: seen, or another response that is, costs about 2 on a real model; rounding a tenth of this. A model whose next token
-#: depends little on what came before, as an untrained one's, must agree more closely, in proportion.
+#: How closely two forward paths through one model must agree, in nats a token on average over a response. A prompt that
+#: is not seen, or another response that is, costs about 2 on a real model; rounding a tenth of this. A model whose next
+#: token depends little on what came before, as an untrained one's, must agree more closely, in proportion.
 AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 #: Tokens of the longest sequence that forward paths are tried on, where a model takes so many.
 PROBE_TOKENS = 128
@@ -41,10 +42,10 @@ _chosen: WeakKeyDictionary[nn.Module, ForwardPath] = WeakKeyDictionary()
 
 
 def forward_path_of(model: nn.Module) -> ForwardPath:
-    """How a model computes the log-probs of a batch's response tokens: the fastest forward path that proves right on it.
+    """How a model computes the log-probs of response tokens: by the fastest forward path that proves right on it.
 
-    The first call for a model tries each path on a few responses and compares with plain forward passes over each alone. A
-    printed note names a model that cannot take the fastest, and the path that it takes.
+    The first call for a model tries each path on a few responses and compares with plain forward passes over each
+    alone. A printed note names a model that cannot take the fastest, and the path that it takes.
 
     Raises:
         UserError: It is not a causal language model.
@@ -83,7 +84,7 @@ def token_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
 
 
 def _token_log_probs(path: ForwardPath, model: nn.Module, batch: ResponseBatch) -> Tensor:
-    """What each scored token adds to its response's log-prob, shape ``(N,)``; no pass crosses a boundary of the RoPE."""
+    """The log-prob of each scored token, shape ``(N,)``, by passes that cross no boundary of the RoPE."""
     boundary = rope.boundary_of(model)
     if boundary is None:
         return path(model, batch)
@@ -105,7 +106,7 @@ def _shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
 
 
 def _separate(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
-    """Each response behind a prompt of its own: in padded rows, or end to end for FlashAttention, which wants no padding."""
+    """Each response behind a prompt of its own: in padded rows; for FlashAttention, which wants none, end to end."""
     decoder, targets = head.decoder_of(model), batch.input_ids[batch.scored]
     if attention_of(decoder.config).startswith("flash_attention"):
         places, predictors = _end_to_end(batch)
@@ -169,7 +170,7 @@ def _alone(model: nn.Module, batch: ResponseBatch) -> Tensor:
 
 
 def _sides(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list[int], ResponseBatch]]:
-    """The batch in parts whose sequences may share a pass, and which of its scored tokens each part has, in its order."""
+    """The batch in parts whose sequences may share a pass, and which of its scored tokens each part has."""
     ids, responses, scored = batch.input_ids.tolist(), [], 0
     for prompt_length, sequence_places in sequences(batch.lengths):
         sequence = [ids[place] for place in sequence_places]
@@ -202,7 +203,7 @@ FORWARD_PATHS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
 def _choose_forward_path(
     model: nn.Module, paths: Sequence[tuple[Callable[..., Tensor], str, str]], failed: str = ""
 ) -> ForwardPath:
-    """The first of some paths that gives the log-probs of plain forward passes. A note says why it is not the fastest of all."""
+    """The first of some paths that gives the log-probs of plain passes. A note says why it is not the fastest."""
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
         return _plain
     config: Any = model.config
@@ -234,15 +235,18 @@ def _choose_forward_path(
             unfuse_rms_norms(model)
     if failures:
         say(
-            f"note: {type(model).__name__} {', and '.join(failures)}; its log-probs take a longer forward path: {taken}."
+            f"note: {type(model).__name__} {', and '.join(failures)}; "
+            f"its log-probs take a longer forward path: {taken}."
         )
     return chosen
 
 
 @torch.no_grad()
 def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
-    """How far rounding moves the log-prob of one token, in nats (root mean square): the same sequences in passes of other
-    shapes. Each response alone with its prompt; and, over prompts too, the whole sequences by another forward path.
+    """How far rounding moves the log-prob of one token, in nats (root mean square).
+
+    Compared are the same sequences in passes of other shapes: each response alone with its prompt; and, over prompts too,
+    the whole sequences by another forward path.
 
     At most what two forward paths through a model may differ by.
     """
@@ -265,7 +269,8 @@ def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
             _token_log_probs(path, model, whole) - _token_log_probs(other, model, whole),
         )
     largest = max(float(difference.double().square().mean().sqrt()) for difference in differences)
-    # a response of few tokens among long ones hardly shows in the mean: a walk of one is taken for one of 2.5 times the usual
+    # a response of few tokens among long ones hardly shows in the mean: a walk of one is taken for one of 2.5 times the
+    # usual
     walks = differences[0].new_zeros(len(batch)).index_add(0, batch.response_index, differences[0]).abs()
     largest = max(largest, float((walks / batch.response_lengths.clamp_min(1).sqrt()).max()) / 2.5)
     return min(largest, AGREEMENT[compute_dtype(one_by_one.device, model)])
@@ -304,8 +309,8 @@ def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
 
 
 def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float, float]:
-    """How far the log-probs in the middle of a sequence move when all later tokens change, when they go, and when all earlier
-    ones change, on average over the vocabulary, in nats; and the spread of the logits there."""
+    """How far log-probs in the middle of a sequence move, on average over the vocabulary, in nats: when all later tokens
+    change, when they go, and when all earlier ones change. And the spread of the logits there."""
     middle, others = len(ids) // 2, ids.roll(3)
     place = torch.arange(len(ids), device=ids.device)
     other_future, other_past = (torch.where(where, others, ids) for where in (place > middle, place < middle))
@@ -319,7 +324,7 @@ def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float, flo
 
 
 def _probe(model: nn.Module) -> ResponseBatch:
-    """Two prompts and three responses of different lengths, over the whole vocabulary; the last sequence is the longest."""
+    """Two prompts and three responses of different lengths, over the whole vocabulary; the last is the longest."""
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     most = getattr(model.config, "max_position_embeddings", None)
     most = min(PROBE_TOKENS, most) if isinstance(most, int) and most > 0 else PROBE_TOKENS

@@ -70,8 +70,8 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
     """Refuse what could not be loaded or would run code of others, as far as names tell. Reads no weights, asks no hub.
 
     Raises:
-        UserError: Nothing is there; it is an adapter or holds pickles only; or the attention is code from the hub, which
-            needs ``trust_remote_code``.
+        UserError: Nothing is there; it is an adapter or holds pickles only; or the attention is code from the hub,
+            which needs ``trust_remote_code``.
     """
     where = locate(name_or_path)
     _refuse_kernels({"attn_implementation": attn_implementation}, "the settings", trust_remote_code)
@@ -149,7 +149,8 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
     """A model's config, without its weights.
 
     Raises:
-        UserError: Nothing can be loaded under that name, or it names code from the hub, which needs ``trust_remote_code``.
+        UserError: Nothing can be loaded under that name, or it names code from the hub, which needs
+            ``trust_remote_code``.
     """
     from transformers import AutoConfig
 

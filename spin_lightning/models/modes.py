@@ -1,7 +1,7 @@
 """Training and evaluation mode: kept module by module, and out of what would be random in training.
 
-Dropout is one source of randomness. Routers of mixtures of experts have others, which a number in a config need not turn off
-(PhiMoE samples its experts, Mixtral and others add noise); whether a model is random is found by trying it.
+Dropout is one source of randomness. Routers of mixtures of experts have others, which a number in a config need not
+turn off (PhiMoE samples its experts, Mixtral and others add noise); whether a model is random is found by trying it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder: written, read back and compared before it gets its name; and the hash of its weights.
+"""A model as a Hugging Face folder, read back and compared before it gets its name; and the hash of its weights.
 
 The only place that calls ``save_pretrained``.
 """
@@ -42,8 +42,8 @@ def save_model(
 ) -> None:
     """Write a Hugging Face folder, reload it, and only then give it its name.
 
-    The folder holds safetensors, tokenizer with chat template, generation config (which stops at ``eos_ids``) and a model card. For the check
-    the model is in memory twice for a moment. An older folder of the same name is replaced.
+    The folder holds safetensors, tokenizer with chat template, generation config (which stops at ``eos_ids``) and a
+    model card. For the check the model is in memory twice for a moment. An older folder of the same name is replaced.
 
     Raises:
         NonFiniteError: A weight is infinite or not a number.

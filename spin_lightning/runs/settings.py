@@ -155,8 +155,8 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
     """Record a new run's settings, or compare those of a run that continues.
 
     Raises:
-        UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new. Or there is no
-            record to compare with.
+        UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new. Or there is
+            no record to compare with.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     optimizer = getattr(trainer.optimizers[0], "inner", trainer.optimizers[0])

@@ -70,25 +70,28 @@ class PolicyModule(L.LightningModule):
     An update's loss is one mean over all its batches, however many ``trainer.accumulate_grad_batches`` makes them and
     however long each is: batches that are accumulated train like one batch with all their rows.
 
-    Given a model object instead of a name, it trains that object, in place; where self-play needs the weights it started with
-    again (the resident opponent, alpha-SPIN), a copy of them is kept on the CPU.
+    Given a model object instead of a name, it trains that object, in place; where self-play needs the weights it
+    started with again (the resident opponent, alpha-SPIN), a copy of them is kept on the CPU.
 
     Its settings are those of every stage, declared here alone: a subclass takes ``**policy`` and hands it on.
 
     Args:
-        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
-            a model of ``transformers``, which is then trained in place.
+        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python
+            also a model of ``transformers``, which is then trained in place.
         learning_rate: Peak of the schedule.
         optimizer: Any torch optimiser, as a class path with its settings. Its lr is set by ``learning_rate``.
         lr_schedule: Shape of the decay after the warm-up; in self-play restarted each iteration.
         warmup_ratio: Share of the steps (in self-play: of an iteration's steps) that warm up.
-        dropout: Keep the model's dropout on. Self-play wants it off, because policy and opponent must agree at the start.
+        dropout: Keep the model's dropout on. Self-play wants it off, because policy and opponent must agree at the
+            start.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its default.
+        attn_implementation: The attention of ``transformers`` to use: sdpa, eager, flash_attention_2, ... None: its
+            default.
         revision: Commit or tag of a hub model. Pin it for results that last.
         trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
-        on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows; ``skip`` the update; or
-            ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in any case.
+        on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows; ``skip`` the update;
+            or ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in
+            any case.
 
     Raises:
         UserError: A setting is outside its range.
@@ -301,8 +304,8 @@ class PolicyModule(L.LightningModule):
     def mean_of_update(self, sum_of: Callable[[Any], Tensor], parts: Sequence[Any], count: int) -> Tensor:
         """What a batch contributes to its update, as ``training_step`` returns it; logs the update's loss so far.
 
-        Until an update's last batch is known, so is not what its mean is over. So all its batches are divided by the first
-        one's count, and the gradient is put right once it is whole: not at all where all batches count alike.
+        Until an update's last batch is known, so is not what its mean is over. So all its batches are divided by the
+        first one's count, and the gradient is put right once it is whole: not at all where all batches count alike.
 
         Args:
             sum_of: The sum of the losses of one part of the batch, a scalar. Called once for each part.

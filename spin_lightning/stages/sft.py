@@ -21,13 +21,13 @@ class SftLightningModule(PolicyModule):
     Takes every setting of ``PolicyModule`` too.
 
     Args:
-        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
-            a model of ``transformers``, which is then trained in place.
+        model_name_or_path: The model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python
+            also a model of ``transformers``, which is then trained in place.
         learning_rate: Peak of the schedule.
         average: ``token`` divides an update's NLL by its number of response tokens, as SFT does elsewhere;
             ``response`` by its number of responses, the scale of the gradient self-play has at beta = 2.
-        max_updates: End after this many optimiser steps, which the schedule then spans. Unlike ``trainer.max_steps``, which
-            Lightning does not resume exactly at an epoch's end. None: ``trainer.max_epochs`` decides.
+        max_updates: End after this many optimiser steps, which the schedule then spans. Unlike ``trainer.max_steps``,
+            which Lightning does not resume exactly at an epoch's end. None: ``trainer.max_epochs`` decides.
 
     Raises:
         UserError: A setting is outside its range.
