@@ -26,7 +26,9 @@ class Idle(LightningCLI):
     """A command line that makes everything and trains nothing."""
 
     def __init__(self, *args: str) -> None:
-        super().__init__(Sized, save_config_callback=None, args=["fit", "--trainer.logger=false", *args])
+        super().__init__(
+            Sized, save_config_callback=None, args=["fit", "--seed_everything=0", "--trainer.logger=false", *args]
+        )
 
     def instantiate_trainer(self, **settings: Any) -> Any:
         self.made = {name: made_for_trainer(self, name) for name in ("plugins", "callbacks")}

@@ -54,6 +54,7 @@ def test_the_epoch_to_begin_is_known_when_its_loader_is_made(tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the callback that wrote it is not needed
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

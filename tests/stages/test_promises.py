@@ -565,7 +565,7 @@ def test_p7_a_second_signal_ends_at_once(model: str, rows: str, tmp_path: Path) 
 
 
 def test_p7_two_copies_of_one_run_do_not_meet(model: str, rows: str, tmp_path: Path) -> None:
-    first = Forked(model, rows, tmp_path / "run", seconds=0.2)
+    first = Forked(model, rows, tmp_path / "run", seconds=60)  # silent until the other has ended: both write to one file
     first.wait_for("generating")
     second = Forked(model, rows, tmp_path / "run")
     code, said, errors = second.end()
@@ -613,6 +613,7 @@ class _Payload:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # it is what is tested
 def test_p8_no_pickle_is_ever_loaded(model: str, rows: str, tmp_path: Path, stopped_run: Path) -> None:
     shutil.copytree(stopped_run, tmp_path / "run")
     newest = checkpoints_in(tmp_path / "run" / "checkpoints")[0]
@@ -728,6 +729,7 @@ def test_numbers_that_stay_not_finite_end_the_run(model: str, rows: str, tmp_pat
         game.play()
 
 
+@pytest.mark.filterwarnings("ignore:Encountered `nan` values")  # so they are
 def test_weights_that_are_not_finite_are_not_exported(model: str, rows: str, tmp_path: Path) -> None:
     def poison(trainer: Any, module: Any, *_: Any) -> None:
         if trainer.is_last_batch:

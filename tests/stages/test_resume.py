@@ -211,6 +211,8 @@ def test_at_most_one_shard_is_generated_again_after_a_stop_in_generation(model: 
         assert game.weights == whole.weights
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the callback that wrote it is not needed
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")  # the epoch is over as it begins
 def test_a_checkpoint_of_lightning_saved_after_an_epochs_last_batch_continues(
     model: str, rows: str, tmp_path: Path
 ) -> None:
