@@ -565,7 +565,9 @@ def test_p7_a_second_signal_ends_at_once(model: str, rows: str, tmp_path: Path) 
 
 
 def test_p7_two_copies_of_one_run_do_not_meet(model: str, rows: str, tmp_path: Path) -> None:
-    first = Forked(model, rows, tmp_path / "run", seconds=60)  # silent until the other has ended: both write to one file
+    first = Forked(
+        model, rows, tmp_path / "run", seconds=60
+    )  # silent until the other has ended: both write to one file
     first.wait_for("generating")
     second = Forked(model, rows, tmp_path / "run")
     code, said, errors = second.end()
