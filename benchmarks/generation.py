@@ -53,18 +53,18 @@ def ours(model: Any, settings: dict[str, Any], terminator_id: int, pad_id: int) 
 
 def plain(model: Any, settings: dict[str, Any], terminator_id: int, pad_id: int) -> Callable[..., list[Ids]]:
     """Batched ``generate``."""
-    law = sampling(settings["max_new_tokens"], terminator_id, pad_id)
-    return lambda prompts, number: generate(model, prompts, settings["batch_size"], settings["is_sorted"], law)
+    config = sampling(settings["max_new_tokens"], terminator_id, pad_id)
+    return lambda prompts, number: generate(model, prompts, settings["batch_size"], settings["is_sorted"], config)
 
 
 def continuous(model: Any, settings: dict[str, Any], terminator_id: int, pad_id: int) -> Callable[..., list[Ids]]:
     """The continuous batching of ``transformers``."""
-    law = sampling(settings["max_new_tokens"], terminator_id, pad_id)
+    config = sampling(settings["max_new_tokens"], terminator_id, pad_id)
     # its default is nine tenths of the free memory
     cache = ContinuousBatchingConfig(num_blocks=settings["num_blocks"])
 
     def answer(prompts: list[Ids], number: int) -> list[Ids]:
-        outputs = model.generate_batch(inputs=prompts, generation_config=law, continuous_batching_config=cache)
+        outputs = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=cache)
         if len(outputs) < len(prompts):
             raise RuntimeError(f"generate_batch answered {len(outputs)} of {len(prompts)} prompts")
         return [output.generated_tokens for output in outputs.values()]

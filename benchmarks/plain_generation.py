@@ -29,9 +29,13 @@ def sampling(max_new_tokens: int, terminator_id: int, pad_id: int, **more: Any) 
 def generate(
     model: Any, prompts: Sequence[Ids], batch_size: int, is_sorted: bool, settings: GenerationConfig
 ) -> list[Ids]:
-    """One answer to each prompt, terminator included, in the order of the prompts.
+    """One response to each prompt, terminator included, in the order of the prompts.
 
     Args:
+        model: A causal language model of ``transformers``.
+        prompts: Ids of each prompt.
+        batch_size: Prompts in a batch.
+        settings: How to sample, from :func:`sampling`.
         is_sorted: Batch prompts of similar length together, instead of in their order of arrival.
     """
     order = list(range(len(prompts)))

@@ -108,9 +108,13 @@ def play(
     """Let contenders take turns, printing how it goes.
 
     Args:
+        contenders: Who takes turns, in this order in every round.
+        rounds: Rounds that count.
         warm_up: Rounds before those that count.
+        threads: ``OMP_NUM_THREADS`` of every contender.
         variables: More of the environment of every contender.
-        describe: The number to print of a sample, with its ``unit``.
+        describe: The number to print of a sample.
+        unit: The unit of that number.
 
     Returns:
         One record a contender: name, settings, samples, and why it failed if it did.

@@ -205,8 +205,9 @@ def prompt_length(plan: Plan) -> dict[str, Any]:
     """How a step's cost grows with the prompts: two pairs a step, answers of 128 tokens."""
     model, encoder = _smollm2()
     lengths = (64, 256) if plan.is_quick else (64, 256, 1024, 2048)
-    laws = [Lengths(length, 128, spread=0, longest=4096) for length in (lengths[-2], *lengths)]  # the first to warm up
-    folder = _write("prompt_length", encoder, [law for law in laws for _ in range(2)], batch_size=2)
+    steps = (lengths[-2], *lengths)  # the first to warm up
+    pairs = [Lengths(length, 128, spread=0, longest=4096) for length in steps for _ in range(2)]
+    folder = _write("prompt_length", encoder, pairs, batch_size=2)
     contenders = [
         _trl("TRL, its best settings", model, folder, gradient_accumulation_steps=2, **TRL_BEST),
         _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
@@ -220,8 +221,8 @@ def answers_per_prompt(plan: Plan) -> dict[str, Any]:
     points = (1, 4) if plan.is_quick else (1, 2, 4, 8, 16)
     records = []
     for answers in points:
-        law = Lengths(256, 64, spread=0)
-        folder = _write(f"answers_{answers}", encoder, [law] * (16 // answers), 16, answers)
+        pair = Lengths(256, 64, spread=0)
+        folder = _write(f"answers_{answers}", encoder, [pair] * (16 // answers), 16, answers)
         settings = {"epochs": 3, "data": {"answers_per_prompt": answers, "keep_prompts_together": True}}
         records += plan.play(
             [_ours(f"spin_lightning, K = {answers}", model, folder, "bf16-true", **settings)], rounds=1
@@ -308,9 +309,9 @@ def _encoder(folder: str) -> Any:
     return Encoder(load_tokenizer(folder))
 
 
-def _write(name: str, encoder: Any, laws: Sequence[Lengths], batch_size: int, answers: int = 1) -> Path:
+def _write(name: str, encoder: Any, lengths: Sequence[Lengths], batch_size: int, answers: int = 1) -> Path:
     exchanges = make_exchanges(
-        laws,
+        lengths,
         lambda text: len(encoder.tokenizer.encode(text, add_special_tokens=False)),
         _template_tokens(encoder),
         answers,

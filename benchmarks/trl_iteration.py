@@ -27,8 +27,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16).eval()
     model.to("cuda" if ON_GPU else "cpu")
-    law = sampling(settings["max_new_tokens"], asked["terminator_id"], asked["pad_id"])
-    answers = generate(model, asked["prompts"], settings["generation_batch"], True, law)
+    config = sampling(settings["max_new_tokens"], asked["terminator_id"], asked["pad_id"])
+    answers = generate(model, asked["prompts"], settings["generation_batch"], True, config)
     del model
     phases["generate"] = meter.lap()["seconds"]
     pairs = [

@@ -30,7 +30,7 @@ def main() -> None:
     number = 0
     while True:
         worker.wait()
-        law = [
+        parameters = [
             SamplingParams(
                 temperature=1.0,
                 max_tokens=settings["max_new_tokens"],
@@ -40,7 +40,7 @@ def main() -> None:
             )
             for index in range(len(asked["prompts"]))
         ]
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], law, use_tqdm=False)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], parameters, use_tqdm=False)
         lengths = [len(output.outputs[0].token_ids) for output in outputs]
         worker.report(tokens=sum(lengths), clipped=sum(length == settings["max_new_tokens"] for length in lengths))
         number += 1

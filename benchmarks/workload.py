@@ -88,7 +88,7 @@ class Exchange:
 
 
 def make_exchanges(
-    laws: Sequence[Lengths],
+    lengths: Sequence[Lengths],
     count_tokens: Callable[[str], int],
     template_tokens: int,
     answers_per_prompt: int = 1,
@@ -97,9 +97,11 @@ def make_exchanges(
     """Seeded exchanges of the wanted lengths, to within a sentence.
 
     Args:
-        laws: The lengths of each exchange.
+        lengths: The lengths of each exchange.
         count_tokens: Tokens of a text.
         template_tokens: What the chat template and the system prompt add to a prompt.
+        answers_per_prompt: Responses that the opponent is made to give to each prompt.
+        seed: Another seed gives other exchanges.
 
     Example:
         >>> made = make_exchanges([Lengths()] * 3, lambda text: len(text.split()), template_tokens=20)
@@ -108,8 +110,8 @@ def make_exchanges(
     """
     rng = random.Random(f"workload/{seed}")
     exchanges = []
-    for law in laws:
-        wanted = law.draw(rng, law.prompt) - template_tokens
+    for of_exchange in lengths:
+        wanted = of_exchange.draw(rng, of_exchange.prompt) - template_tokens
         task = rng.choice(TASKS)
         prompt = task.format(text="", place=rng.choice(PLACES))
         if wanted < count_tokens(prompt) + 14:
@@ -118,7 +120,8 @@ def make_exchanges(
             text = _text(rng, wanted - count_tokens(prompt), count_tokens)
             prompt = task.format(text=text, place=rng.choice(PLACES))
         real, *generated = (
-            _text(rng, law.draw(rng, law.answer) - 1, count_tokens) for _ in range(1 + answers_per_prompt)
+            _text(rng, of_exchange.draw(rng, of_exchange.answer) - 1, count_tokens)
+            for _ in range(1 + answers_per_prompt)
         )
         exchanges.append(Exchange(prompt, real, tuple(generated)))
     return exchanges

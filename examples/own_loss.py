@@ -1,5 +1,6 @@
-"""A loss of your own: python examples/own_loss.py [SFT_MODEL ROWS.jsonl]
+"""A loss of your own.
 
+Run it: python examples/own_loss.py [SFT_MODEL ROWS.jsonl]
 On the command line the same class is turned on with --model.loss own_loss.SquaredHinge --model.loss.target 2,
 where this file is in the current folder.
 """

@@ -1,5 +1,6 @@
-"""The whole game, flat: python examples/play_the_game.py [SFT_MODEL ROWS.jsonl]
+"""The whole game, flat.
 
+Run it: python examples/play_the_game.py [SFT_MODEL ROWS.jsonl]
 Without a model and rows of yours it makes both: a language small enough to know exactly, and a short SFT on it.
 """
 

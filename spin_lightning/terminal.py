@@ -26,13 +26,13 @@ _JOINER = re.compile("(?<=[^\x00-\u02ff\u2000-\u206f])[\u200c\u200d](?=[^\x00-\u
 
 
 def printable(text: str) -> str:
-    """The text with every character that a terminal would obey, or not show, written as its escape. Newlines stay.
+    r"""The text with every character that a terminal would obey, or not show, written as its escape. Newlines stay.
 
     So do the joiners inside of words and emoji of scripts that need them.
 
     Example:
-        >>> print(printable("a\\x1b[2Jb\\u202ec"))
-        a\\x1b[2Jb\\u202ec
+        >>> print(printable("a\x1b[2Jb\u202ec"))
+        a\x1b[2Jb\u202ec
     """
 
     def shown(found: re.Match[str]) -> str:
@@ -55,10 +55,10 @@ def say(*texts: Any, file: TextIO | None = None, wraps: bool = True) -> None:
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text with lines of at most ``width`` characters, where its words allow that; what goes on is indented.
+    r"""The text with lines of at most ``width`` characters, where its words allow that; what goes on is indented.
 
     Example:
-        >>> print(wrapped("note: a remark of some length\\n  and --data.train_data=a_long_name.jsonl", 20))
+        >>> print(wrapped("note: a remark of some length\n  and --data.train_data=a_long_name.jsonl", 20))
         note: a remark of
           some length
           and

@@ -155,10 +155,10 @@ def _imports_tried(error: BaseException | None) -> Iterator[str]:
 
 
 def in_a_sentence(message: str) -> str:
-    """A parser's message on one line: the setting, what is wrong with it, and what it may be.
+    r"""A parser's message on one line: the setting, what is wrong with it, and what it may be.
 
     Example:
-        >>> in_a_sentence('Parser key "data.batch_size":\\n  Expected a <class \\'int\\'>. Got value: x')
+        >>> in_a_sentence('Parser key "data.batch_size":\n  Expected a <class \'int\'>. Got value: x')
         "data.batch_size must be int, got 'x'."
     """
     if link := re.match(r"argument \w+\((.*?)\) --> ([\w.]+):", message):

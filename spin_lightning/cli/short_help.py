@@ -156,10 +156,10 @@ def _choices(annotation: ast.expr | None) -> list[str]:
 
 
 def _first_sentence(text: str) -> str:
-    """In plain text, with the words of YAML.
+    r"""In plain text, with the words of YAML.
 
     Example:
-        >>> _first_sentence("Of ``beta``, by Chen et al. (2024).  None: 1.\\n``0`` is greedy.")
+        >>> _first_sentence("Of ``beta``, by Chen et al. (2024).  None: 1.\n``0`` is greedy.")
         'Of beta, by Chen et al. (2024).'
         >>> _first_sentence("None takes the model's.")
         "null takes the model's."

@@ -257,10 +257,10 @@ def _turns(value: Any, column: str) -> list[Turn]:
 
 
 def _transcript(text: Any) -> list[Turn]:
-    """The turns of a text that tells them as Anthropic's: each behind a blank line and ``Human:`` or ``Assistant:``.
+    r"""The turns of a text that tells them as Anthropic's: each behind a blank line and ``Human:`` or ``Assistant:``.
 
     Example:
-        >>> [turn.message["content"] for turn in _transcript("\\n\\nHuman: 1 + 1?\\n\\nAssistant: 2")]
+        >>> [turn.message["content"] for turn in _transcript("\n\nHuman: 1 + 1?\n\nAssistant: 2")]
         ['1 + 1?', '2']
     """
     if not isinstance(text, str) or not re.match(r"\s*Human: .*?\n\nAssistant:", text, re.DOTALL):
@@ -693,11 +693,11 @@ def _most_specific(readings: Sequence[Reading]) -> list[Reading]:
 
 
 def _flag(columns: Mapping[str, str]) -> str:
-    """The option that maps the columns, as it is typed in a shell.
+    r"""The option that maps the columns, as it is typed in a shell.
 
     Example:
         >>> _flag({"prompt": "text_in", "completion": "text out"})
-        '--data.columns \\'{prompt: text_in, completion: "text out"}\\''
+        '--data.columns \'{prompt: text_in, completion: "text out"}\''
     """
     pairs = (
         f"{ours}: {theirs if re.fullmatch(r'[A-Za-z][A-Za-z0-9_]*', theirs) else json.dumps(theirs)}"

@@ -55,7 +55,7 @@ class Settings:
     """Everything that decides the numbers. The standard values take about two minutes on two CPU cores.
 
     Args:
-        language: The law to learn.
+        language: The distribution to learn.
         hidden_size: Width of the transformer.
         seed: Of the weights, the rows, the answers and the batches.
         held_out_prompts: Prompts that no row has, on which every distance is averaged.

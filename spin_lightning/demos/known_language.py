@@ -202,8 +202,8 @@ def play(folder: str | Path = "runs/lab", *, settings: Settings | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     began = time.monotonic()
-    law = ", ".join(f"{rule} {p:g}" for rule, p in zip(RULES, settings.language.probabilities, strict=True))
-    say(f"language: {settings.language.num_prompts} prompts of {settings.language.length} digits; answers: {law}")
+    rules = ", ".join(f"{rule} {p:g}" for rule, p in zip(RULES, settings.language.probabilities, strict=True))
+    say(f"language: {settings.language.num_prompts} prompts of {settings.language.length} digits; answers: {rules}")
     with _quiet(log):
         laboratory = Laboratory(folder / "work", settings)
     results = _run(laboratory, settings, log)

@@ -1,4 +1,4 @@
-"""A language with a known law, a transformer small enough to learn it, and the exact distance between the two.
+"""A language with a known distribution, a transformer small enough to learn it, and the exact distance between the two.
 
 A prompt is a string of digits. Its answer is the same digits sorted, reversed or copied, with fixed probabilities;
 where two rules give one answer, their probabilities add. So p_data(.|x) has at most three answers, and scoring these
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Language:
-    """Prompts of digits, and the law of their answers.
+    """Prompts of digits, and the distribution of their answers.
 
     Args:
         digits: The alphabet, in its order.
@@ -82,12 +82,12 @@ class Language:
 
     def answers(self, prompt: str) -> dict[str, float]:
         """p_data(.|prompt): each possible answer with its probability."""
-        law: dict[str, float] = {}
+        distribution: dict[str, float] = {}
         ordered = "".join(sorted(prompt, key=self.digits.index))
         for answer, probability in zip((ordered, prompt[::-1], prompt), self.probabilities, strict=True):
             if probability:
-                law[answer] = round(law.get(answer, 0.0) + probability, 12)
-        return law
+                distribution[answer] = round(distribution.get(answer, 0.0) + probability, 12)
+        return distribution
 
     def prompts(self) -> list[str]:
         """All prompts, in the alphabet's order."""
@@ -112,8 +112,8 @@ class Language:
         rng = Random(f"answers/{seed}")
         rows = []
         for prompt in prompts:
-            law = self.answers(prompt)
-            (answer,) = rng.choices(list(law), list(law.values()))
+            distribution = self.answers(prompt)
+            (answer,) = rng.choices(list(distribution), list(distribution.values()))
             rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]})
         return rows
 
@@ -200,13 +200,13 @@ class ExactDistance:
     mass that the scored answers leave.
 
     Args:
-        language: The law.
+        language: The distribution.
         prompts: The prompts to average over, with equal weight.
         encoder: How they become tokens; the one the game uses.
     """
 
     def __init__(self, language: Language, prompts: Sequence[str], encoder: Encoder) -> None:
-        groups, owners, law = [], [], []
+        groups, owners, distribution = [], [], []
         for index, prompt in enumerate(prompts):
             answers = []
             for answer, probability in language.answers(prompt).items():
@@ -215,12 +215,12 @@ class ExactDistance:
                 )
                 answers.append(row.real_ids)
                 owners.append(index)
-                law.append(probability)
+                distribution.append(probability)
             groups.append((row.prompt_ids, answers))
         self.num_prompts = len(prompts)
         self.batches = [pack(groups[start : start + 1024]) for start in range(0, len(groups), 1024)]
         self.owners = torch.tensor(owners)
-        self.p_data = torch.tensor(law, dtype=torch.float64)
+        self.p_data = torch.tensor(distribution, dtype=torch.float64)
 
     @torch.no_grad()
     def log_probs(self, model: PreTrainedModel) -> torch.Tensor:

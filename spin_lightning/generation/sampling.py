@@ -1,4 +1,4 @@
-"""How one token is chosen from logits: the law, and the random numbers, that every generator here shares."""
+"""How one token is chosen from logits: the distribution, and the random numbers, that every generator here shares."""
 
 from __future__ import annotations
 

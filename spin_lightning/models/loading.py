@@ -298,6 +298,7 @@ def stored_dtype(name_or_path: str, *, revision: str | None = None, trust_remote
 
 
 def dtype_name(dtype: Any) -> str:
+    """The name of a dtype without its module, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 

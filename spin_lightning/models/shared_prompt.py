@@ -168,6 +168,7 @@ def shared_prompt_attention(
         dropout: Probability with which weights are dropped.
         sliding_window: How many positions back a token sees, itself included. None: all.
         softcap: Scores become ``softcap * tanh(scores / softcap)``. None: as they are.
+        **settings: What else the model gives its attention, for FlexAttention. Nothing that changes the result.
 
     Returns:
         Shape ``(1, T, heads, head_dim)``, with the ``head_dim`` of ``value``.

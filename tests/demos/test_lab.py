@@ -123,8 +123,8 @@ def test_distances_agree_with_brute_force_over_all_answers():
         ids = encoder.prompt_ids([{"role": "user", "content": prompt}])
         with torch.no_grad():
             q = response_log_probs(model, pack([(ids, strings)])).double().exp().tolist()
-        law = {encoder.decode(string): 0.0 for string in strings} | language.answers(prompt)
-        p = [law[encoder.decode(string)] for string in strings]
+        distribution = {encoder.decode(string): 0.0 for string in strings} | language.answers(prompt)
+        p = [distribution[encoder.decode(string)] for string in strings]
         kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a) / 3
         total_variation += (sum(abs(a - b) for a, b in zip(p, q, strict=True)) + 1 - sum(q)) / 2 / 3
         validity += sum(b for a, b in zip(p, q, strict=True) if a) / 3
@@ -152,8 +152,8 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     """
     beta, prompt = 2.0, "201"
     language = Language(digits="012", length=3)
-    law = language.answers(prompt)
-    answers = list(law)
+    distribution = language.answers(prompt)
+    answers = list(distribution)
 
     def rows(counts):
         return [
@@ -174,7 +174,7 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     )
     trainer.fit(module, data("uniform", (1, 1, 1), batch_size=3))
 
-    counts = [round(200 * probability) for probability in law.values()]
+    counts = [round(200 * probability) for probability in distribution.values()]
     game = SelfPlay(str(tmp_path / "game"), iterations=1, epochs=120)
     adam = lambda parameters: torch.optim.AdamW(parameters, weight_decay=0.0)  # noqa: E731
     module = SpinLightningModule(
@@ -183,7 +183,7 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     trainer = Trainer(
         max_epochs=120, callbacks=[game], reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
     )
-    trainer.fit(module, data("law", counts, answers_per_prompt=2, batch_size=400))
+    trainer.fit(module, data("distribution", counts, answers_per_prompt=2, batch_size=400))
 
     exact = ExactDistance(language, [prompt], Encoder(make_tokenizer(language)))
     opponent = exact.log_probs(load_policy(str(tmp_path / "base" / "policy")))
@@ -200,7 +200,7 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
         (encoder.decode(row["real_ids"]), encoder.decode(row["generated_ids"]))
         for row in PairStore(game.folder(0) / "pairs").read(["real_ids", "generated_ids"]).to_pylist()
     ]
-    known = [(answers.index(real), answers.index(generated)) for real, generated in pairs if generated in law]
+    known = [(answers.index(real), answers.index(generated)) for real, generated in pairs if generated in distribution]
     real, generated = (torch.tensor(side) for side in zip(*known, strict=True))
     ratios = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     tabular = torch.optim.LBFGS([ratios], max_iter=200, line_search_fn="strong_wolfe")

@@ -252,29 +252,29 @@ def test_terminator_in_the_last_possible_place_is_a_stop(llama: PreTrainedModel)
         assert len(answers(llama, max_new_tokens=cap)[index].ids) == cap
 
 
-# --- The law --------------------------------------------------------------------------------------------------------
+# --- The distribution -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_frequencies_follow_the_exact_law() -> None:
+def test_frequencies_follow_the_exact_distribution() -> None:
     model, prompt, count = tiny_model(5, seed=3, hidden_size=8).eval(), [0, 3, 1], 4000
     model.lm_head.weight.mul_(2.0)
-    law: dict[tuple[int, ...], float] = {}
+    distribution: dict[tuple[int, ...], float] = {}
     first = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).tolist()
     for a, share in enumerate(first):
         if a == TERMINATOR:
-            law[(a,)] = share
+            distribution[(a,)] = share
             continue
         second = model(torch.tensor([[*prompt, a]])).logits[0, -1].double().softmax(-1).tolist()
-        law |= {(a, b): share * other for b, other in enumerate(second)}
-    assert sum(law.values()) == pytest.approx(1)
+        distribution |= {(a, b): share * other for b, other in enumerate(second)}
+    assert sum(distribution.values()) == pytest.approx(1)
     found = Counter(
         tuple(response.ids)
         for response in answers(model, [prompt] * count, range(count), max_new_tokens=2, batch_size=500)
     )
-    assert set(found) <= set(law)
-    frequent = [answer for answer in law if law[answer] * count >= 5]
-    cells = [(found[answer], law[answer] * count) for answer in frequent]
+    assert set(found) <= set(distribution)
+    frequent = [answer for answer in distribution if distribution[answer] * count >= 5]
+    cells = [(found[answer], distribution[answer] * count) for answer in frequent]
     cells.append((count - sum(observed for observed, _ in cells), count - sum(expected for _, expected in cells)))
     chi_square = sum((observed - expected) ** 2 / max(expected, 1) for observed, expected in cells)
     assert len(frequent) >= 8
@@ -512,7 +512,7 @@ def test_sampling_is_that_of_the_plain_generator_so_that_either_can_continue_the
     assert ContinuousGenerator(**settings).sampling == TransformersGenerator(**settings).sampling
 
     class Other(ContinuousGenerator):
-        """May have another law."""
+        """May have another distribution."""
 
     assert Other(**settings).sampling["generator"].endswith("Other")
 

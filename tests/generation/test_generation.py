@@ -244,7 +244,7 @@ def test_seeds_differ_in_each_of_their_four_numbers_and_fit_a_signed_column() ->
     assert min(seeds) >= 0 and max(seeds) < 2**63
 
 
-# --- The law of the answers -----------------------------------------------------------------------------------------
+# --- The distribution of the answers ----------------------------------------------------------------------------------
 
 
 def adjusted(probabilities: Tensor, temperature: float, top_p: float) -> list[float]:
@@ -259,15 +259,15 @@ def adjusted(probabilities: Tensor, temperature: float, top_p: float) -> list[fl
     return [value / total if token in kept else 0.0 for token, value in enumerate(values)]
 
 
-def exact_law(
+def exact_distribution(
     model: nn.Module, prompt: list[int], cap: int, temperature: float, top_p: float
 ) -> dict[tuple[int, ...], float]:
     """Probability of every possible answer, by walking the tree of tokens."""
-    law: dict[tuple[int, ...], float] = {}
+    distribution: dict[tuple[int, ...], float] = {}
 
     def walk(answer: tuple[int, ...], probability: float) -> None:
         if len(answer) == cap or (answer and answer[-1] == TERMINATOR):
-            law[answer] = probability
+            distribution[answer] = probability
             return
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0, -1].double()
         for token, share in enumerate(adjusted(logits.softmax(-1), temperature, top_p)):
@@ -276,17 +276,17 @@ def exact_law(
 
     with torch.no_grad():
         walk((), 1.0)
-    return law
+    return distribution
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (0.5, 0.7)])
-def test_frequencies_follow_the_exact_law(temperature: float, top_p: float) -> None:
+def test_frequencies_follow_the_exact_distribution(temperature: float, top_p: float) -> None:
     model, prompt, count = tiny_model(5, seed=3, hidden_size=8).eval(), [0, 3, 1], 6000
     with torch.no_grad():
         if top_p == 1:  # far enough from uniform for a temperature that is 10 % off to show
             model.lm_head.weight.mul_(2.0)
-    law = exact_law(model, prompt, 3, temperature, top_p)
-    assert sum(law.values()) == pytest.approx(1)
+    distribution = exact_distribution(model, prompt, 3, temperature, top_p)
+    assert sum(distribution.values()) == pytest.approx(1)
     found = Counter(
         tuple(response.ids)
         for response in answers(
@@ -299,11 +299,11 @@ def test_frequencies_follow_the_exact_law(temperature: float, top_p: float) -> N
             batch_size=3000,
         )
     )
-    assert set(found) <= set(law)  # nothing outside of the nucleus, nothing past a terminator
-    frequent = [answer for answer in law if law[answer] * count >= 5]
-    rare = [answer for answer in law if law[answer] * count < 5]
-    cells = [(found[answer], law[answer] * count) for answer in frequent]
-    cells.append((sum(found[answer] for answer in rare), sum(law[answer] for answer in rare) * count))
+    assert set(found) <= set(distribution)  # nothing outside of the nucleus, nothing past a terminator
+    frequent = [answer for answer in distribution if distribution[answer] * count >= 5]
+    rare = [answer for answer in distribution if distribution[answer] * count < 5]
+    cells = [(found[answer], distribution[answer] * count) for answer in frequent]
+    cells.append((sum(found[answer] for answer in rare), sum(distribution[answer] for answer in rare) * count))
     chi_square = sum((observed - expected) ** 2 / expected for observed, expected in cells if expected > 0)
     freedom = len(frequent)
     assert freedom >= 8
@@ -474,7 +474,7 @@ def test_defaults_are_the_game_as_the_paper_defines_it() -> None:
     assert (generator.max_new_tokens, generator.temperature, generator.top_p) == (256, 1.0, 1.0)
 
 
-def test_sampling_names_all_that_decides_the_law_and_nothing_else() -> None:
+def test_sampling_names_all_that_decides_the_distribution_and_nothing_else() -> None:
     sampling = TransformersGenerator(max_new_tokens=5, temperature=0.5, top_p=0.9, batch_size=3).sampling
     assert sampling == {
         "generator": "spin_lightning.generation.transformers.TransformersGenerator",
