@@ -31,6 +31,7 @@ class Meter:
         return time.perf_counter()
 
     def pause(self) -> None:
+        """Stop the clock, until ``resume``."""
         self._paused_at = self._now()
 
     def resume(self) -> None:

@@ -26,6 +26,7 @@ class Shape:
 
     @property
     def head_size(self) -> int:
+        """Width of an attention head."""
         return self.hidden // self.heads
 
     @property
@@ -36,6 +37,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
+        """Weights of the whole model."""
         return self.layers * self.layer_weights + self.vocabulary * self.hidden
 
 

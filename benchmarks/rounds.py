@@ -39,6 +39,7 @@ class Contender:
 
     @property
     def python(self) -> Path:
+        """The interpreter of its environment."""
         return BENCH / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
 
 
@@ -77,6 +78,7 @@ class Resident:
         return sample
 
     def stop(self) -> None:
+        """End the process."""
         self.process.kill()
         self.process.wait()
 

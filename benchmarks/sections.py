@@ -36,6 +36,7 @@ class Plan:
     is_quick: bool = False
 
     def play(self, contenders: Sequence[Contender], rounds: int | None = None, **more: Any) -> list[dict[str, Any]]:
+        """Let contenders take turns, as often as the plan says; one round if it is quick."""
         wanted = 1 if self.is_quick else rounds or self.rounds
         return play(contenders, wanted, **{"threads": self.threads, "warm_up": WARM_UP, **more})
 

@@ -69,6 +69,7 @@ class Lengths:
     longest: int = 512
 
     def draw(self, rng: random.Random, median: float) -> int:
+        """A length in tokens, drawn at random around the median."""
         return min(self.longest, round(median * math.exp(self.spread * rng.gauss(0, 1))))
 
 

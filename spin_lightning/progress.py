@@ -73,6 +73,7 @@ class Phase:
         self.display.show()
 
     def begin(self) -> Phase:
+        """Show it from now on, as a part of what is shown already."""
         self.began = self.display.clock()
         self.display.phases.append(self)
         self.display.show(is_new=True)
@@ -133,6 +134,7 @@ class Display:
             self._say(self._segments(phase, now))
 
     def close(self, phase: Phase, is_done: bool = True) -> None:
+        """End a phase; once the outermost ends, its line goes. One that is closed already stays so."""
         if phase not in self.phases:
             return
         now = self.clock()

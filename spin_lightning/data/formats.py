@@ -80,6 +80,7 @@ class Tally:
     first: list[str] = field(default_factory=list)
 
     def add(self, where: str) -> None:
+        """Count one more, and keep its place if it is among the first."""
         self.count += 1
         if len(self.first) < NUM_EXAMPLES:
             self.first.append(where)
@@ -115,6 +116,7 @@ class Format:
 
     @property
     def known(self) -> set[str]:
+        """All columns that the format reads or knows to have no effect."""
         return {*self.required, *self.optional, *self.ignored, *COMMON_COLUMNS}
 
 

@@ -27,6 +27,7 @@ class Arm:
 
     @property
     def name(self) -> str:
+        """What tables and pictures call it: method, beta and learning rate."""
         method = f"SPIN beta {self.beta:g}" if self.beta is not None else "SFT"
         return f"{method}, lr {self.learning_rate:g}"
 
@@ -99,6 +100,7 @@ class Settings:
     )
 
     def scale(self, regime: Regime) -> Scale:
+        """How much is trained on few rows, or on many."""
         return self.many if regime == "many" else self.few
 
 
@@ -131,14 +133,17 @@ class Result:
 
     @property
     def start(self) -> Point:
+        """The policy before the first update."""
         return self.points[0]
 
     @property
     def best(self) -> Point:
+        """The policy with the smallest KL divergence from the data."""
         return min(self.points, key=lambda point: point.distance.kl)
 
     @property
     def last(self) -> Point:
+        """The policy after the last update."""
         return self.points[-1]
 
     @property

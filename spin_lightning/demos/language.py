@@ -73,6 +73,7 @@ class Language:
 
     @property
     def num_prompts(self) -> int:
+        """How many prompts there are: each digit in each place."""
         return int(len(self.digits) ** self.length)
 
     @property

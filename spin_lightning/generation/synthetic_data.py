@@ -51,7 +51,9 @@ NOTHING = TrainingSet(pa.table({}), lambda rows, max_tokens: [])
 class Game(Protocol):
     """What the data module asks of the clock: the training set of the epoch that is about to begin."""
 
-    def ensure_iteration(self) -> TrainingSet: ...
+    def ensure_iteration(self) -> TrainingSet:
+        """The training set of the epoch about to begin, made if it is not there yet."""
+        ...
 
 
 class SyntheticDataModule(RowDataModule):

@@ -151,6 +151,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint and its hash."""
         super().remove_checkpoint(path)
         hash_file(Path(path)).unlink(missing_ok=True)
 

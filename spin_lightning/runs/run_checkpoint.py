@@ -82,6 +82,7 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
 
     @property
     def folder(self) -> Path:
+        """Where the checkpoints are."""
         assert self.dirpath is not None
         return Path(self.dirpath)
 

@@ -45,10 +45,12 @@ class RewardAccuracy(Metric):
         self.add_state("pairs", torch.tensor(0.0), dist_reduce_fx="sum", persistent=True)
 
     def update(self, real_rewards: Tensor, generated_rewards: Tensor) -> None:
+        """Add the rewards of a batch, each of shape ``(B,)``."""
         self.wins += wins(real_rewards, generated_rewards).sum()
         self.pairs += real_rewards.numel()
 
     def compute(self) -> Tensor:
+        """The metric over all that was added."""
         return self.wins / self.pairs
 
 

@@ -323,11 +323,13 @@ class PolicyModule(L.LightningModule):
 
     @property
     def update_loss(self) -> Tensor:
+        """The mean loss of the update so far, NaN before its first batch."""
         update = self._update
         return update.total * (update.divisor / update.count) if update.count else torch.tensor(math.nan)
 
     @property
     def update_is_complete(self) -> bool:
+        """Whether all batches of the update have been seen."""
         return self._update.is_complete
 
     def on_after_backward(self) -> None:

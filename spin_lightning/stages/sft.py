@@ -51,6 +51,7 @@ class SftLightningModule(PolicyModule):
 
     @property
     def steps_per_iteration(self) -> float:
+        """Updates of the whole training, at most ``max_updates``."""
         return min(super().steps_per_iteration, self.max_updates or math.inf)
 
     def on_train_batch_end(self, *args: Any) -> None:
