@@ -127,12 +127,10 @@ def step_table(section: Results, most_peers: int = 3) -> str:
         }
         made += (
             "\n\nShare of the matrix-multiply peak (least work of the step, divided by CPU seconds and by the best of "
-            "the model's own products): "
+            "the model's own products):\n\n"
         )
-        made += (
-            "; ".join(f"{name} {share}" for name, share in shares.items())
-            + ". Peaks in GFLOP a CPU second, bfloat16, 1,024 tokens: "
-        )
+        made += "\n".join(f"- {name}: {share}" for name, share in shares.items())
+        made += "\n\nPeaks in GFLOP a CPU second, bfloat16, 1,024 tokens: "
         made += ", ".join(f"{name} {speed / 1e9:,.0f}" for name, speed in speeds.items()) + "."
     return made + _workload(section["workload"]) + _failures(section)
 

@@ -94,7 +94,7 @@ def test_report_states_medians_spreads_ratios_and_failures(tmp_path: Path) -> No
     text = path.read_text()
     assert "| TRL, its defaults | 50.0 (40.0 to 60.0) | 1.00 (1.00 to 1.00) | 2.0 |" in text
     assert "| spin_lightning, bf16-true | 11.0 (10.0 to 12.0) | 4.50 (4.00 to 5.00) | 2.0 |" in text
-    assert "spin_lightning, bf16-true 50%" in text  # 1e13 operations in 10 s, of a peak of 2e12 a second
+    assert "- spin_lightning, bf16-true: 50%" in text  # 1e13 operations in 10 s, of a peak of 2e12 a second
     assert "Did not run: TRL, broken: `out of memory`." in text
     assert "| 128 | 4.00 | 2.0 | 1.50 | 2.0 |" in text
     assert (tmp_path / "performance_step.png").stat().st_size > 10_000

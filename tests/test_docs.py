@@ -101,3 +101,19 @@ def test_the_readme_s_line_numbers_point_at_the_method():
         path: 1 + next(i for i, line in enumerate(lines[path]) if words in line) for path, words in wanted.items()
     }
     assert {path: int(number) for path, number in links.items()} == numbers
+
+
+def test_the_design_lists_every_file_once():
+    listed = (ROOT / "docs/design.md").read_text().partition("\n## Files\n")[2].partition("\n## ")[0]
+    package = ROOT / "spin_lightning"
+    there = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
+    trivial = ("__init__.py", "__main__.py", "version.py")
+    assert sorted(re.findall(r"`([\w/]+\.py)`", listed)) == sorted(name for name in there if not name.endswith(trivial))
+
+
+def test_the_page_on_speed_says_one_thing_at_a_time():
+    """No bullet and no paragraph of more than 40 words, tables and pictures apart."""
+    page = (ROOT / "docs/performance.md").read_text()
+    blocks = [block for block in re.split(r"\n\n|\n(?=- |<!-- )", page) if not block.startswith(("|", "<!-- ", "!["))]
+    assert len(blocks) > 80
+    assert [block for block in blocks if len(block.split()) > 40] == []
