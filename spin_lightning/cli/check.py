@@ -144,7 +144,7 @@ def _summary(data: RowDataModule) -> list[str]:
 
 
 def show_pair(data: RowDataModule) -> list[str]:
-    """A pair's two rows as lines to print: every token, under what it is. No answer is generated for it."""
+    """A pair's two rows as lines to print: every token, under what it is. No response is generated for it."""
     pad = [data.encoder.pad_id]
     first = data.prompts[0]
     # one of another length, if there is any, so that there is padding to see
