@@ -42,7 +42,7 @@ PROMPT_TEMPLATES = {
 #: Rows that are tokenized together.
 BATCH = 250
 #: Tokens that mean the same in every tokenizer that has them. Servers stop on the ends by these names, so that no
-#: answer has them.
+#: response has them.
 NEVER_SAID = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
 NEVER_SAID |= {"<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>"}
 
@@ -52,8 +52,8 @@ class Encoded:
     """One row as ids.
 
     Attributes:
-        prompt_ids: The conversation up to where the answer begins.
-        real_ids: The real answer, cut at the cap. A whole one ends with its terminator.
+        prompt_ids: The conversation up to where the response begins.
+        real_ids: The real response, cut at the cap. A whole one ends with its terminator.
         finish_reason: ``length`` where it was cut.
         noted: What is to be counted: ``encoded_apart``, ``reasoning_left_out``, ``no_reasoning``, ``tools_left_out``.
     """
@@ -81,7 +81,7 @@ class Encoder:
         time: ``now`` in ISO format; None where the template does not ask for the time.
 
     Raises:
-        UserError: There is no template at all, or none of its tokens could end an answer.
+        UserError: There is no template at all, or none of its tokens could end a response.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Encoder:
         self.pad_id: int = tokenizer.pad_token_id
 
     def end_at(self, ids: Iterable[int]) -> None:
-        """Also end answers at these tokens: those of the model's generation settings.
+        """Also end responses at these tokens: those of the model's generation settings.
 
         Ids outside of the vocabulary are ignored. So are ordinary tokens, and a printed note says so.
         """
@@ -167,7 +167,7 @@ class Encoder:
         return sha256_of([state, *self._templates])
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Ids of a conversation up to where the assistant's answer begins.
+        """Ids of a conversation up to where the assistant's response begins.
 
         Raises:
             UserError: The template refuses the conversation.
@@ -236,7 +236,7 @@ class Encoder:
     # --- a row as text --------------------------------------------------------------------------------------------
 
     def _rendered(self, row: Row) -> tuple[str, str, set[str]] | UserError:
-        """The prompt, the whole conversation with the real answer, and what is to be counted."""
+        """The prompt, the whole conversation with the real response, and what is to be counted."""
         *asked, answer = (self._turn(message) for message in (*row.prompt, row.real_turn))
         tools = self._definitions(row.tools)
         try:
@@ -351,7 +351,7 @@ class Encoder:
         newline, behind_newline, alone = self._ids(["\n", f"\n{text}", text])
         return behind_newline[len(newline) :] if behind_newline[: len(newline)] == newline else alone
 
-    # --- the answer -----------------------------------------------------------------------------------------------
+    # --- the response -----------------------------------------------------------------------------------------------
 
     def _response(
         self, row: Row, prompt: str, whole: str, prompt_ids: list[int], whole_ids: list[int], noted: set[str]
@@ -359,7 +359,7 @@ class Encoder:
         """The real response as the model has to give it after the prompt, up to its terminator; adds to the counts.
 
         Raises:
-            UserError: The template does not write the answer's tool calls, or not before it ends the turn.
+            UserError: The template does not write the response's tool calls, or not before it ends the turn.
         """
         shape = self._shapes[self.tool_template if row.tools else self.chat_template]
         num_leading_ends = len(self._ends.findall(shape.lead)) if shape.lead else 0
@@ -400,7 +400,7 @@ class Encoder:
 
         if whole == prompt + said and whole_ids[: len(prompt_ids)] == prompt_ids:
             response = whole_ids[len(prompt_ids) :]
-        else:  # a token spans the border, or the template writes past answers otherwise: the prompt stays as it is
+        else:  # a token spans the border, or the template writes past responses otherwise: the prompt stays as it is
             noted.add("encoded_apart")
             response = self._ids_after(prompt, prompt_ids, said)
         ends = (place for place, token in enumerate(response) if token in self.end_ids)
@@ -409,7 +409,7 @@ class Encoder:
             return response[: end + 1]
         if (
             said == written and not calls and not shape.is_ended_by_next
-        ):  # what stands behind the answer is for the next turn
+        ):  # what stands behind the response is for the next turn
             answer = str(_marked(row.real, self._turn_tokens))
             place = said.rfind(answer)
             said = said[: place + len(answer)] if place >= 0 else answer
@@ -441,7 +441,7 @@ class Encoder:
         return (text, "") if end is None else (text[: end.start()], text[end.start() :])
 
     def _leaves_out(self, answer: str, written: str, block: Block | None, num_leading_ends: int) -> bool:
-        """Whether the template leaves out an answer's beginning, as many do with reasoning."""
+        """Whether the template leaves out a response's beginning, as many do with reasoning."""
         if answer.strip() in written:
             return False
         body, answer = _squashed(self._split_at_end(written, num_leading_ends)[0]), _squashed(answer)
@@ -449,9 +449,9 @@ class Encoder:
         return answer not in (body, begun) and answer.endswith(body)
 
     def _inside(self, block: Block, row: Row, said: str, num_leading_ends: int, noted: set[str]) -> str:
-        """The answer to a prompt that ends with a block such as ``<think>``.
+        """The response to a prompt that ends with a block such as ``<think>``.
 
-        In an open one the answer goes on, and closes it; behind a closed one there is nothing but the answer.
+        In an open one the response goes on, and closes it; behind a closed one there is nothing but the response.
         """
         reasoning = str(_marked(row.real_extras.get("reasoning_content") or "", self._turn_tokens))
         body, behind = self._split_at_end(said, num_leading_ends)

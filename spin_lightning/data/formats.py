@@ -92,7 +92,7 @@ class Tally:
 
 
 class Turn(NamedTuple):
-    """A turn as it was read: whether its answer may be trained on, and its keys that have no effect."""
+    """A turn as it was read: whether its response may be trained on, and its keys that have no effect."""
 
     message: Message
     is_trained: bool = True
@@ -101,9 +101,9 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """One column layout. ``read`` turns a record into the conversation up to and including the real answer.
+    """One column layout. ``read`` turns a record into the conversation up to and including the real response.
 
-    ``ignored`` columns belong to the format but are never read: the opponent writes the losing answer afresh.
+    ``ignored`` columns belong to the format but are never read: the opponent writes the losing response afresh.
     ``aliases`` are other names of its columns, which are looked for where our name is not among the data's.
     """
 
@@ -370,7 +370,7 @@ def _read_alpaca(record: Mapping[str, Any]) -> list[Turn]:
 
 
 def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Turn]]:
-    """A reader for an answer column (text or turns) with a ``prompt`` column (text, turns or absent)."""
+    """A reader for a response column (text or turns) with a ``prompt`` column (text, turns or absent)."""
 
     def read(record: Mapping[str, Any]) -> list[Turn]:
         prompt, answer = record["prompt"], record[column]
@@ -393,7 +393,7 @@ def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Turn]]:
         if isinstance(prompt, list) and not _begins_with(turns, asked):
             reason = f"{column!r} is a whole conversation, but it does not begin with the turns of 'prompt'"
             raise BadRow("another prompt", reason)
-        return turns  # the whole conversation is in the answer column, a text prompt only repeats its question
+        return turns  # the whole conversation is in the response column, a text prompt only repeats its question
 
     return read
 
@@ -455,10 +455,10 @@ def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, tuple
     """The row of a record, whose columns have our names.
 
     Returns:
-        The row; how many turns after its real answer were dropped; and the keys of its turns that have no effect.
+        The row; how many turns after its real response were dropped; and the keys of its turns that have no effect.
 
     Raises:
-        BadRow: The record has no question, no real answer, or something of the wrong type.
+        BadRow: The record has no question, no real response, or something of the wrong type.
     """
     common = {column: record.get(column) for column in COMMON_COLUMNS}
     asked = record.get("prompt")
@@ -554,7 +554,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
 def _split_last_answer(
     turns: Sequence[Message], is_trained: Sequence[bool], tools: tuple[dict[str, Any], ...]
 ) -> tuple[Row, int]:
-    """The row whose real answer is the last assistant turn to train on, and how many turns after it were dropped."""
+    """The row whose real response is the last assistant turn to train on, and how many turns after it were dropped."""
     size = sum(len(turn["content"]) for turn in turns)
     if tools or any(len(turn) > 2 for turn in turns):
         size += len(json.dumps([tools, [{**turn, "content": ""} for turn in turns]], ensure_ascii=False, default=str))
@@ -587,7 +587,7 @@ def prompt_key(row: Row) -> tuple[Any, ...]:
 
 
 def answer_key(row: Row) -> tuple[str, ...]:
-    """The same of the real answer."""
+    """The same of the real response."""
     return (row.real, json.dumps(row.real_extras, sort_keys=True, default=str)) if row.real_extras else (row.real,)
 
 

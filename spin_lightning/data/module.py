@@ -47,10 +47,10 @@ class RowDataModule(L.LightningDataModule):
         data_revision: Commit or tag of a hub data set.
         max_rows: Read no more than this many rows, of each source. None reads all.
         on_bad_row: ``error`` refuses data with bad rows, and shows the first five; ``drop`` leaves them out, counted by
-            kind in ``data_report.json`` and on screen. Bad are rows without a real answer or a question, with a missing
-            or wrong type, an unknown role, an answer that is marked as not to be trained on or as undesirable, a NUL
-            character, half a surrogate pair, or more than a million characters; in JSONL also lines that are not JSON
-            or not UTF-8.
+            kind in ``data_report.json`` and on screen. Bad are rows without a real response or a question, with a
+            missing or wrong type, an unknown role, a response that is marked as not to be trained on or as undesirable,
+            a NUL character, half a surrogate pair, or more than a million characters; in JSONL also lines that are not
+            JSON or not UTF-8.
         prompt_template: None uses the tokenizer's chat template. Else ``alpaca``, ``spin``, ``chatml``, a text with
             ``{prompt}``, a Jinja template, or a file with one.
         max_prompt_tokens: Rows with longer prompts are left out, and counted.
@@ -60,7 +60,7 @@ class RowDataModule(L.LightningDataModule):
             gradients add up: the same gradient in less memory. Raise it on a GPU until its memory is used.
         num_workers: Processes that collate batches.
         seed: Of the order of the batches, of the held-out rows and of the rows that a weight draws; in a game also of
-            the answers. Training has no other randomness, so ``seed_everything`` does not change it.
+            the responses. Training has no other randomness, so ``seed_everything`` does not change it.
         tokenizer_name_or_path: None takes the model's.
 
     Raises:
@@ -124,7 +124,7 @@ class RowDataModule(L.LightningDataModule):
         self.tokenizer_name_or_path = tokenizer_name_or_path
         #: Loaded in ``setup``, unless it is set before.
         self.tokenizer: Any = None
-        #: The tokens that end an answer by the model's own settings. Looked up in ``setup``, unless they are set
+        #: The tokens that end a response by the model's own settings. Looked up in ``setup``, unless they are set
         #: before.
         self.end_ids: Sequence[int] | None = None
         #: Encode no more rows than this, chosen by the seed. For a look at the data only.
@@ -200,7 +200,7 @@ class RowDataModule(L.LightningDataModule):
         """Refuse prompts that leave no room for responses in a context of ``limit`` tokens, the model's or tokenizer's.
 
         Raises:
-            UserError: The longest prompt and the longest answer do not fit.
+            UserError: The longest prompt and the longest response do not fit.
         """
         longest = max(len(prompt.prompt_ids) for prompt in [*self.prompts, *self.val_prompts])
         longest += self.max_response_tokens
@@ -240,7 +240,7 @@ class RowDataModule(L.LightningDataModule):
         )
 
     def _make_encoder(self, tokenizer: Any) -> Encoder:
-        """An encoder for the model's ends of answers. The date in its prompts stays that of the day the run began."""
+        """An encoder for the model's ends of responses. The date in its prompts stays that of the day the run began."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         began = None
         for callback in self.trainer.callbacks if self.trainer is not None else []:  # type: ignore[attr-defined]

@@ -49,8 +49,8 @@ class LoadedRows:
         num_read: Rows in the source, with those that were dropped.
         dropped: The bad rows by kind. Empty unless they are to be dropped.
         noted: What is strange about the rows that were kept: ``exact_duplicates`` repeat an earlier row,
-            ``repeated_prompts`` give another answer to an earlier prompt, ``dropped_turns`` go on after the real
-            answer; and files with ``byte_order_marks``.
+            ``repeated_prompts`` give another response to an earlier prompt, ``dropped_turns`` go on after the real
+            response; and files with ``byte_order_marks``.
         unused_keys: The rows whose turns have a key without effect, by that key.
         notes: What else a user should see in a line of its own.
         times: How often each row is to be taken: more than once only in a source with a weight.
@@ -101,8 +101,8 @@ def load_rows(
         seed: Of the rows that are drawn where a weight is not a whole number.
 
     Returns:
-        The rows in the order of the source, or of the sources. Turns after the real answer are dropped, and counted in
-        ``description``, which also names the columns that are not used. Duplicates are kept, and counted.
+        The rows in the order of the source, or of the sources. Turns after the real response are dropped, and counted
+        in ``description``, which also names the columns that are not used. Duplicates are kept, and counted.
 
     Raises:
         UserError: The source is missing, empty or unreadable, no format or more than one fits, or rows are bad.

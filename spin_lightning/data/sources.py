@@ -175,7 +175,7 @@ def _read_object(value: dict[str, Any], path: Path, source: Source) -> Records:
 
 def _read_csv(delimiter: str) -> Callable[[BinaryIO, Path, Source, str], Records]:
     def read(file: BinaryIO, path: Path, source: Source, key: str) -> Records:
-        csv.field_size_limit(2**31 - 1)  # the default refuses answers above 128 KiB
+        csv.field_size_limit(2**31 - 1)  # the default refuses responses above 128 KiB
         text = _decode(file.read())
         separator_line = re.match(r"sep=(.)\r?\n", text)  # what spreadsheets are told in a first line
         text = text[separator_line.end() :] if separator_line else text

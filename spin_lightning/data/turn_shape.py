@@ -39,8 +39,8 @@ class TurnShape:
             ``<think>``.
         terminator_id: The token that ends an assistant turn.
         is_ended_by_next: Whether the template itself writes it only where another turn follows, as GLM's do.
-        opening: What is between a question and the place where its answer is generated.
-        lead: What is between that place and the answer's text.
+        opening: What is between a question and the place where its response is generated.
+        lead: What is between that place and the response's text.
         block: A block that ``opening`` ends with, such as ``<think>``, or None.
         call_terminator_id: The token that ends an assistant turn with tool calls.
         writes_calls: Whether earlier tool calls are written at all.
@@ -134,7 +134,7 @@ class TurnShape:
         closes = {tokenizer.eos_token_id, *tokens(common)}  # what also ends a user's turn ends one
         ends = tokens(after)
         always = tokens(after[: parting(after, to_next, added_tokens)])  # of several that close, the last ends the turn
-        if written("QA") == written("QA", True):  # a template that always begins the next answer
+        if written("QA") == written("QA", True):  # a template that always begins the next response
             always = [token for token in always if token == tokenizer.eos_token_id]
         is_ended_by_next = not ends
         if is_ended_by_next:
