@@ -31,11 +31,11 @@ class Player:
 
 
 def seed_of(seed: int, iteration: int, prompt_id: int, answer: int) -> int:
-    """The seed of one answer: it depends on these four numbers alone, so any answer can be made again, anywhere.
+    """The seed of one response: it depends on these four numbers alone, so any response can be made again, anywhere.
 
     It has 56 bits, of which the generators here use the lower 32 (see ``sampling.uniforms_of``). Among ``n`` answers
-    about ``n^2 / 2^33`` pairs therefore share their random numbers: 5 of 200,000 answers. That biases nothing, as each
-    of them is still a fair sample; two answers to one prompt share them with a probability of ``2^-32``.
+    about ``n^2 / 2^33`` pairs therefore share their random numbers: 5 of 200,000 responses. That biases nothing, as
+    each of them is still a fair sample; two responses to one prompt share them with a probability of ``2^-32``.
 
     Example:
         >>> seed_of(0, 1, 2, 0) == seed_of(0, 1, 2, 0) != seed_of(0, 1, 2, 1)
@@ -46,7 +46,7 @@ def seed_of(seed: int, iteration: int, prompt_id: int, answer: int) -> int:
 
 
 def as_set(terminator_ids: int | Collection[int]) -> frozenset[int]:
-    """The ids that end an answer, of which there may be one.
+    """The ids that end a response, of which there may be one.
 
     Example:
         >>> as_set(2) == as_set([2, 2])
@@ -64,7 +64,7 @@ class ResponseGenerator(ABC):
     Args:
         max_new_tokens: Cap on the response, terminator included. Real responses are cut at the same number.
         temperature: 1 samples the opponent as it is, which the game assumes. Any other value moves its fixed point
-            to p_data ** temperature; 0 is greedy and drives the most likely answer to zero.
+            to p_data ** temperature; 0 is greedy and drives the most likely response to zero.
         top_p: 1 samples the opponent as it is. Less cuts the tail, and the game then sees another opponent.
         batch_size: Prompts answered together. Changes speed and memory, not the distribution of the responses.
 
@@ -150,9 +150,9 @@ class ResponseGenerator(ABC):
 
         Args:
             prompts: Token ids, one list a prompt.
-            seeds: One seed for each prompt. The same model, prompt and seed give the same answer, whatever else is in
+            seeds: One seed for each prompt. The same model, prompt and seed give the same response, whatever else is in
                 the batch (up to rounding of the dtype).
-            terminator_ids: The token that ends an answer, or several: whichever comes first. It is kept in the
+            terminator_ids: The token that ends a response, or several: whichever comes first. It is kept in the
                 response.
             pad_id: The id to pad with. It may equal a terminator.
         """

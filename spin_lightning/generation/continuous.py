@@ -1,4 +1,4 @@
-"""The fast generator: a finished answer makes room for the next prompt at once, so that none waits for the longest.
+"""The fast generator: a finished response makes room for the next prompt at once, so that none waits for the longest.
 
 Whether a model can be served this way is tried on the model itself. One that cannot is answered by
 ``TransformersGenerator``, and a printed note says why.
@@ -39,11 +39,11 @@ class _Answer:
 
 
 class ContinuousGenerator(TransformersGenerator):
-    """The answers of ``TransformersGenerator``, several times faster: ``batch_size`` of them are always under way."""
+    """The responses of ``TransformersGenerator``, several times faster: ``batch_size`` of them are always under way."""
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """That of ``TransformersGenerator``, its name included: the answers are the same, seed by seed."""
+        """That of ``TransformersGenerator``, its name included: the responses are the same, seed by seed."""
         sampling = super().sampling
         if type(self) is ContinuousGenerator:
             sampling["generator"] = f"{TransformersGenerator.__module__}.{TransformersGenerator.__qualname__}"
@@ -76,7 +76,7 @@ class ContinuousGenerator(TransformersGenerator):
         # longest first: memory is at its highest at once, and neighbours prefill with little padding
         waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
         active: list[_Answer] = []
-        kept: list[int] = []  # places in `active` of the answers that go on
+        kept: list[int] = []  # places in `active` of the responses that go on
         while waiting or kept:
             free = cache.slots - len(kept)
             entering: list[int] = []

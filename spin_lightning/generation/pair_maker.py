@@ -1,4 +1,4 @@
-"""Makes the pairs of one iteration: the opponent answers, both answers are scored, shards are written.
+"""Makes the pairs of one iteration: the opponent answers, both responses are scored, shards are written.
 
 Shard after shard, each independent of all others, so that an interrupted run redoes at most one. What decides a
 shard's content is in the store's binding; nothing else may.
@@ -45,7 +45,7 @@ class PairMaker:
     Attributes:
         opponent: Who responds. Its model is put into evaluation mode while it works, and back afterwards.
         initial: The opponent of iteration 0, where the loss asks for its log-probs, else None.
-        initial_responses: Whether each pair also carries the answer of iteration 0.
+        initial_responses: Whether each pair also carries the response of iteration 0.
         numerics: A context with the precision of a training step.
         poll: Called between responses; raises to interrupt.
     """
@@ -90,7 +90,7 @@ class PairMaker:
             nullcontext() if all(done) else opened(self.generator, self.opponent),
             progress("answering", total, "responses") as phase,
         ):
-            forward_path_of(self.model)  # before the first answer, so that all are computed alike
+            forward_path_of(self.model)  # before the first response, so that all are computed alike
             for start, is_done in zip(starts, done, strict=True):
                 prompts = self.prompts[start : start + self.shard_size]
                 if is_done:
@@ -221,8 +221,8 @@ class PairMaker:
             )
         if not isinstance(response.log_prob, float | int) or not math.isfinite(response.log_prob):
             raise self._wrong(
-                f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats (a model with weights "
-                "that are not finite gives none)"
+                f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats (a model with NaN "
+                "or infinite weights gives none)"
             )
         return number, response
 
@@ -253,7 +253,7 @@ class PairMaker:
                 self._score(player, model, first, sides)
                 if _is_exact(model) and all(
                     map(_sampler_agrees, first)
-                ):  # then a pass over the generated answers would find what is known
+                ):  # then a pass over the generated responses would find what is known
                     for row in rest:
                         row["opponent_generated_log_prob"] = row["generated_log_prob"]
                     self._score(player, model, rest, ["real"])
@@ -262,7 +262,7 @@ class PairMaker:
         return rows
 
     def _score(self, player: str, model: nn.Module, rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> None:
-        """Add a player's log-probs to the rows: each prompt once, however many answers it has."""
+        """Add a player's log-probs to the rows: each prompt once, however many responses it has."""
         device = next(model.parameters()).device
         with progress("scoring", len(rows), "pairs") as phase:
             for indices, batch, places in pack_rows(rows, [f"{side}_ids" for side in sides], self.micro_batch_tokens):

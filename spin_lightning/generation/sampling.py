@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def uniforms_of(seed: int, max_new_tokens: int) -> Tensor:
-    """The random numbers of one answer, one for each token it may have, shape ``(max_new_tokens,)``.
+    """The random numbers of one response, one for each token it may have, shape ``(max_new_tokens,)``.
 
     Of the seed only the lower 32 bits count: torch's generator on the CPU, a Mersenne Twister, begins with no more.
     """
@@ -23,7 +23,7 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     """Sample a token for each row, and say how likely it was.
 
     One uniform number a token, looked up in the cumulative distribution: much cheaper than a random number for
-    every entry of the vocabulary, and what makes an answer a function of its seed.
+    every entry of the vocabulary, and what makes a response a function of its seed.
 
     Args:
         logits: Shape ``(B, V)``, any floating dtype.

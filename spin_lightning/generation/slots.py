@@ -102,7 +102,7 @@ class SlotCache(Cache):
         return logits
 
     def _prefill(self, prompts: list[tuple[list[int], int]], pad_id: int) -> None:
-        slots: dict[tuple[int, ...], list[int]] = {}  # several answers to one prompt share its pass
+        slots: dict[tuple[int, ...], list[int]] = {}  # several responses to one prompt share its pass
         for prompt, slot in prompts:
             if prompt:
                 slots.setdefault(tuple(prompt), []).append(slot)

@@ -68,7 +68,7 @@ class SyntheticDataModule(RowDataModule):
         val_data: The same, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
         generator: What answers the prompts: a class path with its settings. Its ``max_new_tokens`` also caps the real
             responses.
-        answers_per_prompt: K, how many answers the opponent gives to each prompt in each iteration.
+        answers_per_prompt: K, how many responses the opponent gives to each prompt in each iteration.
         history: How many earlier iterations' pairs are trained on beside the new ones. The paper: 1.
         keep_prompts_together: Put all pairs of a prompt next to each other, so that a batch computes the prompt and its
             real response once. Pays with ``answers_per_prompt`` above 1; costs variety, as a batch then holds fewer

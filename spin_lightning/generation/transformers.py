@@ -1,4 +1,4 @@
-"""Generation with ``transformers``: ordinary batched ``generate``, with a seed for every answer.
+"""Generation with ``transformers``: ordinary batched ``generate``, with a seed for every response.
 
 Prompts of different lengths are padded on the left, and a cache keeps what was read. A model may see that padding, as
 most recurrent ones do, or decode otherwise from its cache than it reads; that is tried on the model itself, and one

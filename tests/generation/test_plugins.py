@@ -110,7 +110,7 @@ def test_a_loss_of_whole_numbers_or_of_none_is_named() -> None:
     with pytest.raises(UserError, match=r"WholeNumbers must return .*; got losses of torch.int64"):
         WholeNumbers()(log_probs(), log_probs(), 1.0, None)
     batch: Any = type("Batch", (), {"opponent": log_probs(), "initial": None})
-    with pytest.raises(UserError, match="the loss: NoNumber gives no finite number for a model against itself"):
+    with pytest.raises(UserError, match="the loss: NoNumber gives NaN or infinity for a model against itself"):
         check_gate(NoNumber(), 1.0, batch, log_probs(), torch.float32, 0, lambda _: log_probs())
 
 
