@@ -141,7 +141,7 @@ def _end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
 
 def _in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
     """The same in right padded rows ``(R, L)``, with their mask; predictors count through the flattened rows."""
-    # a row in which nothing is predicted could have no token at all, and attention over nothing is not a number
+    # a row in which nothing is predicted could have no token at all, and attention over nothing is NaN
     rows = [(length, places) for length, places in sequences(batch.lengths) if shifted(length, places)[1]]
     longest = max(len(sequence) for _, sequence in rows)
     places, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)

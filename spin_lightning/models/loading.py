@@ -371,7 +371,7 @@ def refuse_ids_beyond(rows: int | None, tokenizer: PreTrainedTokenizerBase, *ids
 
 
 def end_ids_of(model: Any) -> list[int]:
-    """The tokens that end an answer by a model's own settings: those of its generation config, else of its config."""
+    """The tokens that end a response by a model's own settings: those of its generation config, else of its config."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return _as_list(found if found is not None else getattr(model.config, "eos_token_id", None))
 

@@ -1,7 +1,7 @@
 """Where a model's rotary positions (RoPE) change with the length of a pass: for ALL its tokens, the first included.
 
 LongRoPE has one set of frequencies for passes up to some length and another beyond; dynamic RoPE has new ones for every
-length beyond. What a sequence means then depends on what else is in its pass, and an answer that grows across such a
+length beyond. What a sequence means then depends on what else is in its pass, and a response that grows across such a
 boundary was not sampled from the model that scores it. The boundary is found by asking the model's rotary modules.
 """
 
@@ -57,7 +57,7 @@ class Boundary:
             ask(1)
 
     def crossing(self, prompt_length: int, max_new_tokens: int) -> bool:
-        """Whether the frequencies could change while a prompt is answered, or when its answer is scored.
+        """Whether the frequencies could change while a prompt is answered, or when its response is scored.
 
         The first pass of generation may be two tokens shorter than the shortest sequence that is scored.
         """
@@ -96,7 +96,7 @@ def groups_of(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[i
 
 
 def refuse_crossing(model: nn.Module, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
-    """Refuse prompts whose answers could cross a boundary.
+    """Refuse prompts whose responses could cross a boundary.
 
     Raises:
         UserError: At least one could.

@@ -46,7 +46,7 @@ def save_model(
     model card. For the check the model is in memory twice for a moment. An older folder of the same name is replaced.
 
     Raises:
-        NonFiniteError: A weight is infinite or not a number.
+        NonFiniteError: A weight is NaN or infinite.
         RuntimeError: The reloaded weights differ from those in memory.
         StorageError: There is no room, or the folder cannot be written to.
     """
@@ -93,6 +93,6 @@ def _save_verified(
 
 
 def _one_or_list(ids: int | Sequence[int]) -> int | list[int]:
-    """How ``generation_config.json`` has the ids that end an answer."""
+    """How ``generation_config.json`` has the ids that end a response."""
     listed = [ids] if isinstance(ids, int) else list(ids)
     return listed[0] if len(listed) == 1 else listed
