@@ -71,12 +71,12 @@ def refuse_non_finite(model: nn.Module) -> None:
     """Make sure that weights are worth keeping.
 
     Raises:
-        NonFiniteError: A weight is infinite or not a number.
+        NonFiniteError: A weight is NaN or infinite.
     """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise NonFiniteError(
-                f"weight {name} is not finite, so nothing is saved. "
+                f"weight {name} is NaN or infinite, so nothing is saved. "
                 "The last checkpoint is whole: continue from it with a lower learning rate."
             )
 
