@@ -76,12 +76,12 @@ def check_gate(
         again, evaluated = recompute(False), recompute(True)
     if ratios.isfinite().all() and not expected.isfinite().all():
         cause = (
-            f"the loss: {type(loss).__name__} gives no finite number for a model against itself. Mend it, or its "
+            f"the loss: {type(loss).__name__} gives NaN or infinity for a model against itself. Mend it, or its "
             "settings"
         )
     elif not (policy.real.isfinite().all() and policy.generated.isfinite().all()):
         cause = (
-            "log-probs of the policy that are not numbers. Its weights are damaged, or the dtype overflows: try "
+            "log-probs of the policy that are NaN or infinite. Its weights are damaged, or the dtype overflows: try "
             "float32, or another model"
         )
     elif not torch.equal(again.real, policy.real):

@@ -20,12 +20,12 @@ HARM_SHARE = 0.02
 
 
 class Health(L.Callback):
-    """Reads real-answer reward, accuracy, lengths, clipped and identical shares, and held-out NLL each iteration.
+    """Reads real-response reward, accuracy, lengths, clipped and identical shares, and held-out NLL each iteration.
 
     Args:
-        stop: ``equilibrium`` ends the game when nearly all generated answers equal the real ones. ``harm`` does so too,
-            and when the held-out NLL is worse than that of the model the game started from, or no number. ``never``
-            only speaks.
+        stop: ``equilibrium`` ends the game when nearly all generated responses equal the real ones. ``harm`` does so
+            too, and when the held-out NLL is worse than that of the model the game started from, or no number.
+            ``never`` only speaks.
 
     Attributes:
         remarks: What was said, as ``(iteration, sentence)``.

@@ -1,4 +1,4 @@
-"""What is measured on pairs and on held-out answers, under the names people know from preference training."""
+"""What is measured on pairs and on held-out responses, under the names people know from preference training."""
 
 from __future__ import annotations
 

@@ -362,7 +362,7 @@ class PolicyModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, and let no update through whose gradient is not a number. The norm is computed once for both."""
+        """Clip, and let no update through whose gradient is NaN or infinite. The norm is computed once for both."""
         weights = [weight for weight in self.policy.parameters() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])  # type: ignore[misc]
         self.log("grad_norm", norm)
@@ -384,7 +384,7 @@ class PolicyModule(L.LightningModule):
             NonFiniteError: ``on_non_finite`` is stop, or no update was possible more than ten times in a row.
         """
         step = self.trainer.global_step
-        what = f"the gradient of update {step} is not finite (norm {norm})"
+        what = f"the gradient of update {step} is NaN or infinite (norm {norm})"
         rows = "".join(f"\n  {line}" for line in self._rows_of_update())
         self._non_finite_in_a_row += 1
         if self.on_non_finite == "stop" or self._non_finite_in_a_row > MOST_NON_FINITE:

@@ -1,4 +1,4 @@
-"""Prints real and generated answers side by side when an iteration's pairs are made."""
+"""Prints real and generated responses side by side when an iteration's pairs are made."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_gate_does_not_pass_nan(place: str) -> None:
     if place == "policy":
         with torch.no_grad():
             model.model.norm.weight[0] = math.nan
-        cause = "log-probs of the policy that are not numbers"
+        cause = "log-probs of the policy that are NaN or infinite"
     else:
         batch.opponent.generated[2] = math.nan
         cause = "stale pairs"

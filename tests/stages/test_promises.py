@@ -698,7 +698,9 @@ def test_numbers_that_are_not_finite_never_reach_weights_or_checkpoints(
     settings: dict[str, Any] = {"module": {"opponent": "resident", "on_non_finite": action}}
     game = small(model, rows, tmp_path / "run", callbacks=[Do(on_after_backward=poison)], **settings)
     if action == "stop":
-        with pytest.raises(NonFiniteError, match=r"update 5 is not finite \(norm nan\).*from these rows:\n  \.\.\."):
+        with pytest.raises(
+            NonFiniteError, match=r"update 5 is NaN or infinite \(norm nan\).*from these rows:\n  \.\.\."
+        ):
             game.play()
         path = Path(last_checkpoint(tmp_path / "run"))  # type: ignore[arg-type]
         assert path.name == "step_000000005.ckpt"
@@ -727,7 +729,7 @@ def test_numbers_that_stay_not_finite_end_the_run(model: str, rows: str, tmp_pat
         module={"on_non_finite": "skip"},
         play={"epochs": 9},
     )
-    with pytest.raises(NonFiniteError, match="update 10 is not finite"):
+    with pytest.raises(NonFiniteError, match="update 10 is NaN or infinite"):
         game.play()
 
 
@@ -738,7 +740,7 @@ def test_weights_that_are_not_finite_are_not_exported(model: str, rows: str, tmp
             with torch.no_grad():
                 next(module.policy.parameters())[0, 0] = float("inf")
 
-    with pytest.raises(NonFiniteError, match="is not finite, so nothing is saved"):
+    with pytest.raises(NonFiniteError, match="is NaN or infinite, so nothing is saved"):
         small(model, rows, tmp_path, callbacks=[Do(on_train_batch_end=poison)], play={"epochs": 1}).play()
     assert not (tmp_path / "iteration_0" / "policy").exists() and not checkpoints_in(tmp_path / "checkpoints")[2:]
     assert all(
