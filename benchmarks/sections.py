@@ -177,7 +177,7 @@ def generation(plan: Plan) -> dict[str, Any]:
     if (BENCH / "vllm" / "bin" / "python").exists():
         vllm = {**base, "batch_size": 64}
         fast.append(Contender("vLLM for CPU, 64", "vllm_generation", vllm, "vllm"))
-        # what the game asks of a generator: the same answer for the same seed, whatever is asked beside it
+        # what the game asks of a generator: the same response for the same seed, whatever is asked beside it
         seeded = {**vllm, "is_seeded": True}
         fast.append(Contender("vLLM for CPU, 64, a seed for each prompt", "vllm_generation", seeded, "vllm"))
     records += take_turns(fast, rounds=min(plan.rounds, 2), warm_up=1)
@@ -203,7 +203,7 @@ def iteration(plan: Plan) -> dict[str, Any]:
 
 
 def prompt_length(plan: Plan) -> dict[str, Any]:
-    """How a step's cost grows with the prompts: two pairs a step, answers of 128 tokens."""
+    """How a step's cost grows with the prompts: two pairs a step, responses of 128 tokens."""
     model, encoder = _smollm2()
     lengths = (64, 256) if plan.is_quick else (64, 256, 1024, 2048)
     steps = (lengths[-2], *lengths)  # the first to warm up
@@ -217,7 +217,7 @@ def prompt_length(plan: Plan) -> dict[str, Any]:
 
 
 def answers_per_prompt(plan: Plan) -> dict[str, Any]:
-    """How a step's cost falls when its 16 pairs share prompts: prompts of 256 tokens, answers of 64."""
+    """How a step's cost falls when its 16 pairs share prompts: prompts of 256 tokens, responses of 64."""
     model, encoder = _smollm2()
     points = (1, 4) if plan.is_quick else (1, 2, 4, 8, 16)
     records = []
@@ -337,7 +337,7 @@ def _step_workload(name: str, plan: Plan, rounds: int, warm_up: int = WARM_UP) -
 
 
 def _prompts(name: str, count: int, encoder: Any) -> Path:
-    """Prompts and real answers as token ids, with the same rows beside them as a user has them."""
+    """Prompts and real responses as token ids, with the same rows beside them as a user has them."""
     folder = _write(name, encoder, [Lengths()] * count, BATCH)
     pairs = read_pairs(str(folder))
     path = folder / "prompts.json"

@@ -1,6 +1,6 @@
 """Our training step, inside a real game: SelfPlay, SyntheticDataModule, Trainer.fit. A worker.
 
-The opponent's answers are those of the workload, so that every contender trains on the same pairs; everything behind
+The opponent's responses are those of the workload, so that every contender trains on the same pairs; everything behind
 them is the package as its users run it.
 """
 

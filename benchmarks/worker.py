@@ -1,7 +1,7 @@
 """A contender's side of the game: a process that loads once, then works one round whenever it is told to.
 
-The referee (``rounds``) writes a line to standard input for each round; the worker answers each with one line of JSON.
-Whatever libraries print goes to the log, not between the answers.
+The referee (``rounds``) writes a line to standard input for each round; the worker answers each with one line of
+JSON. Whatever libraries print goes to the log, not between the answers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What everybody works on: seeded prompts, real and generated answers whose lengths look like those of real data.
+"""What everybody works on: seeded prompts, real and generated responses whose lengths look like those of real data.
 
 Prompts and answers are short English, made by a small grammar, because a chat model answers such prompts at natural
-length; how good the answers are is nobody's question here. Lengths are lognormal: half of the prompts below the median,
-a long tail, cut. Token ids are made once, and all contenders get the same.
+length; how good the responses are is nobody's question here. Lengths are lognormal: half of the prompts below the
+median, a long tail, cut. Token ids are made once, and all contenders get the same.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt, its real answer, and what the opponent is made to say: one answer for each of its turns."""
+    """A prompt, its real response, and what the opponent is made to say: one response for each of its turns."""
 
     prompt: str
     real: str

@@ -33,7 +33,7 @@ class OneByOne(ResponseGenerator):
         model = self.opponent.model
         ends = {terminator_ids} if isinstance(terminator_ids, int) else set(terminator_ids)
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            random = torch.Generator().manual_seed(seed)  # the same answer whatever else is answered
+            random = torch.Generator().manual_seed(seed)  # the same response whatever else is answered
             ids: list[int] = []
             log_prob = 0.0
             while len(ids) < self.max_new_tokens and not ends & set(ids[-1:]):
@@ -47,7 +47,7 @@ class OneByOne(ResponseGenerator):
 folder = Path(tempfile.mkdtemp())
 if len(sys.argv) == 3:
     model, rows = sys.argv[1:]
-else:  # two digits; the answer has them sorted, reversed or copied
+else:  # two digits; the response has them sorted, reversed or copied
     language = Language(length=2)
     rows = write_rows(folder / "rows.jsonl", language.rows(language.draw_prompts(40, seed=0), seed=0))
     model = save_start(language, folder / "model", seed=0, hidden_size=32)

@@ -46,7 +46,7 @@ class SquaredHinge(PairLoss):
 folder = Path(tempfile.mkdtemp())
 if len(sys.argv) == 3:
     model, rows = sys.argv[1:]
-else:  # two digits; the answer has them sorted, reversed or copied
+else:  # two digits; the response has them sorted, reversed or copied
     language = Language(length=2)
     rows = write_rows(folder / "rows.jsonl", language.rows(language.draw_prompts(40, seed=0), seed=0))
     model = save_start(language, folder / "model", seed=0, hidden_size=32)

@@ -27,7 +27,7 @@ quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "e
 
 
 def make_model_and_rows() -> tuple[str, str]:
-    """A prompt is two digits; its answer has them sorted, reversed or copied."""
+    """A prompt is two digits; its response has them sorted, reversed or copied."""
     language = Language(length=2)
     rows = write_rows(folder / "rows.jsonl", language.rows(language.draw_prompts(80, seed=0), seed=0))
     sft = SftLightningModule(save_start(language, folder / "start", seed=0, hidden_size=32), learning_rate=3e-3)
@@ -39,7 +39,7 @@ def make_model_and_rows() -> tuple[str, str]:
 
 model, rows = sys.argv[1:] if len(sys.argv) == 3 else make_model_and_rows()
 
-# in each iteration the policy learns to tell the real answers from those of the policy of the iteration before
+# in each iteration the policy learns to tell the real responses from those of the policy of the iteration before
 module = SpinLightningModule(model, beta=1.0, learning_rate=1e-3)
 data = SyntheticDataModule(rows, batch_size=8, val_fraction=0.1, generator=TransformersGenerator(max_new_tokens=8))
 game = SelfPlay(str(folder / "game"), iterations=2, epochs=1)

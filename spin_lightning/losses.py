@@ -213,7 +213,7 @@ class SpinLoss(PairLoss):
         real, generated = log_ratios(policy, opponent)
         margin = beta * (real - generated)
         losses = ell(margin)
-        if smoothing:  # not a zero weight: zero times an infinite ell(-m) is not a number
+        if smoothing:  # not a zero weight: zero times an infinite ell(-m) is NaN
             losses = (1 - smoothing) * losses + smoothing * ell(-margin)
         if nll_weight:
             losses = losses - nll_weight * policy.real / (policy.real_lengths if self.nll_per == "token" else 1)
@@ -270,7 +270,7 @@ class AlphaSpinLoss(SpinLoss):
 
 
 class TSpinLoss(PairLoss):
-    """Triplet SPIN (arXiv:2601.08198): no reference model, and an anchor at the answer the first opponent gave.
+    """Triplet SPIN (arXiv:2601.08198): no reference model, and an anchor at the response the first opponent gave.
 
     ``ell(beta [log p_theta(y) - log p_theta(y')]) + b ell(beta [log p_theta(y') - log p_theta(y0)])``, ``y0 ~ p_0``.
     ``beta`` takes the role of the paper's alpha, which is 1; ``b`` counts as 0 in iteration 0, where ``y0`` is itself a

@@ -30,7 +30,7 @@ class StorageError(OSError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a gradient is not a number. The message names the step and the rows."""
+    """A loss or a gradient is NaN or infinite. The message names the step and the rows."""
 
     exit_code = 1
 
@@ -61,12 +61,12 @@ class Message(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the user's SFT data: what was asked, and the real answer to it.
+    """One row of the user's SFT data: what was asked, and the real response to it.
 
     Attributes:
-        prompt: The turns before the real answer.
-        real: The text of the real answer. May be empty where ``real_extras`` has tool calls.
-        real_extras: What else the turn of the real answer has: ``reasoning_content``, ``tool_calls``.
+        prompt: The turns before the real response.
+        real: The text of the real response. May be empty where ``real_extras`` has tool calls.
+        real_extras: What else the turn of the real response has: ``reasoning_content``, ``tool_calls``.
         tools: Definitions of the tools that may be called (JSON schema, as chat templates take them).
     """
 
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def real_turn(self) -> Message:
-        """The real answer as a turn of the conversation."""
+        """The real response as a turn of the conversation."""
         return {"role": "assistant", "content": self.real, **self.real_extras}  # type: ignore[typeddict-item]
 
 
@@ -118,7 +118,7 @@ class PairLogProbs:
         generated: Shape ``(B,)``.
         real_lengths: Scored response tokens, terminator included, shape ``(B,)``.
         generated_lengths: The same for the generated responses, shape ``(B,)``.
-        initial_response: Log-probs of the answer that the opponent of iteration 0 gave to the same prompt,
+        initial_response: Log-probs of the response that the opponent of iteration 0 gave to the same prompt,
             shape ``(B,)``. Only for losses with ``needs_initial_response``.
     """
 
@@ -174,7 +174,7 @@ class PairBatch:
         responses: All distinct responses of the pairs, each prompt once.
         real: Which of the responses is each pair's real one, shape ``(B,)``.
         generated: The same for the generated one, shape ``(B,)``.
-        initial_response: The same for the answer of iteration 0, or None.
+        initial_response: The same for the response of iteration 0, or None.
         opponent: Stored opponent log-probs, each ``(B,)``.
         initial: Stored log-probs of the opponent of iteration 0, or None.
         pair_ids: Position of each pair in the iteration's training set, shape ``(B,)``.
