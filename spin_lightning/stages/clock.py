@@ -240,7 +240,7 @@ class SelfPlay(HoldsFolder):
             "dtype": dtype_name(module.policy.dtype),
             "stored_dtype": module.stored_dtype,
             "val_nll": None if nll is None else float(nll),
-            **module.describe_iteration(),
+            **module.describe_iteration(iteration.number),
             "pairs": self._report,
         }
         iteration.close(summary)

@@ -60,7 +60,7 @@ class IterativeModule(PolicyModule):
         self.epochs_in_iteration = epochs
         self.first_step = self.trainer.global_step if is_fresh else -1
 
-    def describe_iteration(self) -> dict[str, Any]:
+    def describe_iteration(self, iteration: int) -> dict[str, Any]:
         """What this stage adds to an iteration's summary, as JSON holds it."""
         return {}
 
