@@ -1,4 +1,4 @@
-"""Play one iteration with the installed package alone: a config from the wheel, a model made in code, the command line."""
+"""Play one iteration with the installed package alone: a config from the wheel, a tiny model, the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers to prompts, by our generators and by those of ``transformers``. A worker: one round answers all prompts once."""
+"""Responses to prompts, by our generators and those of ``transformers``. A worker: a round answers all prompts once."""
 
 from __future__ import annotations
 

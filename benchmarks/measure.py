@@ -1,7 +1,7 @@
-"""What a piece of work cost: CPU seconds and peak memory of this process; on a GPU, synchronised seconds and device memory.
+"""What a piece of work cost: CPU seconds and peak memory of this process.
 
-CPU seconds count all threads and no waiting, so a busy machine disturbs them little. The GPU branch is the same code
-path with another clock.
+On a GPU these are synchronised seconds and device memory. CPU seconds count all threads and no waiting, so a busy
+machine disturbs them little. The GPU branch is the same code path with another clock.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Meter:
             self._paused_at = None
 
     def lap(self) -> dict[str, float]:
-        """Seconds since the last lap, those spent in the kernel, and the peak of memory in MiB since the last ``resume``."""
+        """Seconds since the last lap, those in the kernel, and the peak of memory in MiB since the last ``resume``."""
         now, system = self._now(), os.times().system
         sample = {
             "seconds": now - self._last - self._paused,
@@ -53,7 +53,7 @@ class Meter:
 
 
 def peak_mib() -> float:
-    """Most memory in use at once since ``forget_peak``: resident memory of the process, or allocated memory of the GPU."""
+    """Most memory in use at once since ``forget_peak``: resident memory of the process, or allocated GPU memory."""
     if ON_GPU:
         return torch.cuda.max_memory_allocated() / 2**20
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Batched ``generate`` of ``transformers``, as most scripts write it: sampling at temperature 1 from left padded batches."""
+"""Batched ``generate`` of ``transformers``, as most scripts write it: samples at temperature 1, left-padded batches."""
 
 from __future__ import annotations
 

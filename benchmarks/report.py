@@ -125,7 +125,10 @@ def step_table(section: Results, most_peers: int = 3) -> str:
             name: median(sample["flops_per_second"][name] for sample in products["samples"])
             for name in products["samples"][0]["flops_per_second"]
         }
-        made += "\n\nShare of the matrix-multiply peak (least work of the step, divided by CPU seconds and by the best of the model's own products): "
+        made += (
+            "\n\nShare of the matrix-multiply peak (least work of the step, divided by CPU seconds and by the best of "
+            "the model's own products): "
+        )
         made += (
             "; ".join(f"{name} {share}" for name, share in shares.items())
             + ". Peaks in GFLOP a CPU second, bfloat16, 1,024 tokens: "
@@ -159,7 +162,10 @@ def _workload(facts: dict[str, Any]) -> str:
         f"{side} {facts[side]['median']}/{facts[side]['p90']}/{facts[side]['most']}"
         for side in ("prompt", "real", "generated")
     )
-    return f"\n\nWorkload: {facts['pairs']} pairs, those of a warm-up included; tokens (median/90 %/most): {', '.join(sides)}."
+    return (
+        f"\n\nWorkload: {facts['pairs']} pairs, those of a warm-up included; tokens (median/90 %/most): "
+        f"{', '.join(sides)}."
+    )
 
 
 def generation_table(section: Results) -> str:
@@ -238,8 +244,9 @@ def machine(results: Results) -> str:
         where = section["machine"]
         units = " and ".join(where["bfloat16_units"]) or "no bfloat16 units"
         lines.append(
-            f"- {name}: {section['measured_at'][:10]}, {where['processor']}, {where['cores']} cores, {units}, {where['memory_gib']} GiB, "
-            f"{section['threads']} thread(s), load before {section['load_before']:.1f}, {section['minutes']} minutes; `{section['command']}`"
+            f"- {name}: {section['measured_at'][:10]}, {where['processor']}, {where['cores']} cores, {units}, "
+            f"{where['memory_gib']} GiB, {section['threads']} thread(s), load before {section['load_before']:.1f}, "
+            f"{section['minutes']} minutes; `{section['command']}`"
         )
     versions = {key: value for section in results.values() for key, value in section["versions"].items()}
     return "\n".join(lines) + "\n\nVersions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "."

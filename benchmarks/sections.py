@@ -119,7 +119,7 @@ def authors(plan: Plan) -> dict[str, Any]:
 
 
 def trl_settings(plan: Plan) -> dict[str, Any]:
-    """Which settings are TRL's best on this machine, and which do not work. Two contenders at a time, for memory's sake."""
+    """TRL's best settings on this machine, and those that do not work. Two contenders at a time, to save memory."""
     model, folder, lengths = _step_workload("trl_settings", plan, 1)
     best = _best_at(1)
     tried: dict[str, dict[str, Any]] = {

@@ -1,7 +1,7 @@
 """Our training step, inside a real game: SelfPlay, SyntheticDataModule, Trainer.fit. A worker.
 
-The opponent's answers are those of the workload, so that every contender trains on the same pairs; everything behind them
-is the package as its users run it.
+The opponent's answers are those of the workload, so that every contender trains on the same pairs; everything behind
+them is the package as its users run it.
 """
 
 from __future__ import annotations

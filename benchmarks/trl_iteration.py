@@ -1,7 +1,7 @@
 """One whole iteration with public parts: batched ``generate``, then TRL's trainer. A worker of one round.
 
-The best settings we found for each part: prompts sorted by length, reference log-probs computed before training, no gradient
-checkpointing.
+The best settings we found for each part: prompts sorted by length, reference log-probs computed before training, no
+gradient checkpointing.
 """
 
 from __future__ import annotations

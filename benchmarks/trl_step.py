@@ -1,6 +1,7 @@
-"""TRL's training step: the real ``DPOTrainer.train()`` with the settings it is given. A worker, in an environment of its own.
+"""TRL's training step: the real ``DPOTrainer.train()`` with the settings it is given.
 
-Only the rendering of text is left out, because the token ids are given; it is no part of a step anyway.
+A worker, in an environment of its own. Only the rendering of text is left out, because the token ids are given; it is
+no part of a step anyway.
 """
 
 from __future__ import annotations

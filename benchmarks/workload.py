@@ -19,24 +19,29 @@ SYSTEM = "You answer questions about short texts."
 PEOPLE = "Anna Boris Clara David Elena Farid Grace Hugo Irene Jonas Karim Laura Marco Nadia Oscar Petra".split()
 ROLES = "teacher doctor farmer pilot baker lawyer nurse sailor writer painter driver judge".split()
 ACTIONS = "repaired|sold|painted|borrowed|lost|found|described|measured|cleaned|moved|bought|opened".split("|")
-THINGS = "the old bridge|a red bicycle|three letters|the garden wall|a wooden boat|the town clock|two paintings|a box of tools|the school roof|a long report|the kitchen door|an old map".split(
-    "|"
-)
-PLACES = "in the harbour|near the station|behind the market|at the edge of the forest|in a small village|beside the river|on the north side of the hill|next to the library".split(
-    "|"
-)
-TIMES = "on Monday morning|last winter|before the storm|after lunch|in early spring|during the festival|one quiet evening|in the year of the flood".split(
-    "|"
-)
-REASONS = "because nobody else had the time|although it was far too late|and wrote down every detail|while the others waited outside|so that the work could go on|but forgot to tell the mayor".split(
-    "|"
-)
+THINGS = (
+    "the old bridge|a red bicycle|three letters|the garden wall|a wooden boat|the town clock|two paintings|a box of "
+    "tools|the school roof|a long report|the kitchen door|an old map"
+).split("|")
+PLACES = (
+    "in the harbour|near the station|behind the market|at the edge of the forest|in a small village|beside the "
+    "river|on the north side of the hill|next to the library"
+).split("|")
+TIMES = (
+    "on Monday morning|last winter|before the storm|after lunch|in early spring|during the festival|one quiet "
+    "evening|in the year of the flood"
+).split("|")
+REASONS = (
+    "because nobody else had the time|although it was far too late|and wrote down every detail|while the others waited "
+    "outside|so that the work could go on|but forgot to tell the mayor"
+).split("|")
 TOPICS = "rain|bridges|bread|the moon|sleep|money|trees|music|rivers|glass".split("|")
 
 #: Tasks around a text, and tasks that need none: {text} is as many sentences as the wanted length takes.
 TASKS = (
     "Summarise the following report in two sentences.\n\n{text}",
-    "Read this text and answer the question behind it.\n\n{text}\n\nQuestion: who did something {place}, and what was it?",
+    "Read this text and answer the question behind it.\n\n{text}\n\nQuestion: who did something {place}, and what was "
+    "it?",
     "Rewrite this message so that it is short and polite.\n\n{text}",
     "List the people in this text and what each of them did.\n\n{text}",
     "Continue this story with one more paragraph.\n\n{text}",

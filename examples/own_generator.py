@@ -1,6 +1,7 @@
 """A generator of your own: python examples/own_generator.py [SFT_MODEL ROWS.jsonl]
 
-On the command line the same class is turned on with --data.generator own_generator.OneByOne, where this file is in the current folder.
+On the command line the same class is turned on with --data.generator own_generator.OneByOne, where this file is in the
+current folder.
 """
 
 import json

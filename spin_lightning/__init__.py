@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from spin_lightning.types import StorageError as StorageError
     from spin_lightning.types import UserError as UserError
 
-#: Every public name, by the module it is in. The imports above tell editors and type checkers the same; a test compares them.
+#: Every public name, by the module it is in. The imports above tell editors and type checkers the same; a test compares
+#: them.
 _HOMES = {
     "data.module": ("RowDataModule",),
     "generation": ("ContinuousGenerator", "ResponseGenerator", "TransformersGenerator"),

@@ -128,9 +128,10 @@ class PairLoss(nn.Module, ABC):
                 found = "losses without a gradient"
         if found:
             raise UserError(
-                f"{name} must return a PairLossOutput with one entry a pair in losses, real_rewards and generated_rewards, "
-                f"each of shape {wanted}, the losses with a gradient; got {found}. End its forward with return "
-                "PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach()), without a mean or a sum."
+                f"{name} must return a PairLossOutput with one entry a pair in losses, real_rewards and "
+                f"generated_rewards, each of shape {wanted}, the losses with a gradient; got {found}. End its forward "
+                "with return PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach()), without a mean "
+                "or a sum."
             )
         return cast(PairLossOutput, output)
 

@@ -1,8 +1,8 @@
 """One display for all that takes time: a live line on a terminal, elsewhere a plain line now and then.
 
 Whatever works for long reports here. Phases nest, the innermost is the one that is shown, and there is never more than
-one line. What is printed meanwhile, by anybody, appears above it. It is written to stderr, and it is live only where both
-stdout and stderr are terminals that can move their cursor. No thread runs: it is drawn when work is reported.
+one line. What is printed meanwhile, by anybody, appears above it. It is written to stderr, and it is live only where
+both stdout and stderr are terminals that can move their cursor. No thread runs: it is drawn when work is reported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Phase:
         total: How many there are to do; infinite or None if nobody knows.
         unit: What is counted, in the plural; empty if nothing is.
         facts: Asked for what else a line says when one is drawn, and only then, such as ``{"loss": "0.693"}``.
-        waits: Not on a terminal at once, but when it has taken two seconds: for many small steps, which may be over by then.
+        waits: Not on a terminal at once, but when it has taken two seconds: for many small steps, which may be over by
+            then.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Phase:
         return self
 
     def end(self, is_done: bool = True) -> None:
-        """Close it, and leave a line with what it came to if it was long, done, and not part of another. May be repeated."""
+        """Close it, and leave a line with what it came to if it was long, done, and no part of another. Repeatable."""
         self.display.close(self, is_done)
 
     def __enter__(self) -> Phase:
@@ -234,7 +235,7 @@ atexit.register(display.stop)
 def progress(
     name: str, total: float | None = None, unit: str = "", facts: Callable[[], Mapping[str, str]] = dict
 ) -> Phase:
-    """Something that takes time, for a ``with``: it is shown as long as that lasts, and remembered if that was two seconds.
+    """Something that takes time, for a ``with``: shown as long as it lasts, and remembered if that was two seconds.
 
     Args:
         name: What goes on.
@@ -266,7 +267,7 @@ def track(items: Iterable[Item], name: str, total: float | None = None, unit: st
 
 
 def is_live() -> bool:
-    """Whether a line can be drawn over: stdout and stderr are terminals, not ``TERM=dumb``, and no other bar has them."""
+    """Whether a line can be drawn over: stdout and stderr are terminals, not ``TERM=dumb``, without another bar."""
     streams = (sys.stdout, sys.stderr)
     if os.environ.get("TERM") in ("dumb", "unknown") or any(hasattr(stream, "rich_proxied_file") for stream in streams):
         return False

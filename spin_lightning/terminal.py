@@ -1,7 +1,7 @@
 """What reaches a terminal: text that others wrote is shown, never obeyed.
 
-A data row, a model's config or a sample may hold characters that move the cursor, rename the window, or turn the reading
-direction around. Everything this package prints goes through ``say``; what libraries print, through ``guard``.
+A data row, a model's config or a sample may hold characters that move the cursor, rename the window, or turn the
+reading direction around. Everything this package prints goes through ``say``; what libraries print, through ``guard``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _OBEYED = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-#: A joiner or non-joiner between two characters that are shown and not Latin: Persian, Hindi and emoji are spelt with them.
+#: A joiner or non-joiner between two characters that are shown and not Latin: Persian, Hindi and emoji are spelt with
+#: them.
 _JOINER = re.compile("(?<=[^\x00-\u02ff\u2000-\u206f])[\u200c\u200d](?=[^\x00-\u02ff\u2000-\u206f])")
 
 

@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 class StorageError(OSError):
-    """A file could not be written: no room, no permission. What was there before is untouched; try again when mended."""
+    """A file could not be written: no room, no permission. What was there before is untouched: mend it, try again."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -100,8 +100,8 @@ class Prompt:
 class Response:
     """What a generator answered: the sampled ids, why it stopped, and the sampler's log-probs.
 
-    ``ids`` end with one of the end ids if and only if ``finish_reason`` is ``"stop"``, and have none before. ``log_prob`` is the sum, in
-    nats, of the log-probabilities of ``ids`` under the untouched distribution of the model.
+    ``ids`` end with one of the end ids if and only if ``finish_reason`` is ``"stop"``, and have none before.
+    ``log_prob`` is the sum, in nats, of the log-probabilities of ``ids`` under the untouched distribution of the model.
     """
 
     ids: list[int]

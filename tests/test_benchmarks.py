@@ -44,7 +44,8 @@ def test_our_shuffle_trains_on_the_pairs_in_the_order_of_the_file(tmp_path: Path
 
 def test_least_work_counts_a_prompt_once_and_the_head_on_answers_only() -> None:
     shape = Shape(hidden=4, layers=1, heads=2, kv_heads=2, intermediate=8, vocabulary=10)
-    # matrices of a layer: 4 of 4 x 4 and 3 of 4 x 8 = 160 weights; 5 + 2 + 3 tokens through them, 5 answer tokens through the head
+    # matrices of a layer: 4 of 4 x 4 and 3 of 4 x 8 = 160 weights; 5 + 2 + 3 tokens through them, 5 answer tokens
+    # through the head
     linear, head = 2 * 160 * 10, 2 * 10 * 4 * 5
     attention = 4 * 4 * ((5 + 2) ** 2 / 2 + 3 * 5 + 3 * 3 / 2)
     pair = {"prompt_ids": [0] * 5, "chosen_ids": [0] * 2, "rejected_ids": [0] * 3}

@@ -1,6 +1,7 @@
 """The notebooks run as a reader would run them, and what is stored in them is fit to be read.
 
-What they promise is asserted in their own cells. ``python tests/test_notebooks.py [name]`` runs them and stores the outputs.
+What they promise is asserted in their own cells. ``python tests/test_notebooks.py [name]`` runs them and stores the
+outputs.
 """
 
 from __future__ import annotations

@@ -184,7 +184,10 @@ def test_a_narrow_terminal_has_shorter_words_and_then_fewer(clock: Clock, monkey
         phase.end(is_done=False)
         terminal.truncate(0)
     assert seen == {
-        "120": "iteration 0 (1 of 3), training: 620 of 1,000 steps (62%), 3 min left, loss 0.412, margin 0.831, mine 7, 1,540 tokens/s",
+        "120": (
+            "iteration 0 (1 of 3), training: 620 of 1,000 steps (62%), 3 min left, loss 0.412, margin 0.831, mine 7, "
+            "1,540 tokens/s"
+        ),
         "80": "iteration 0 (1/3) training 62%, 3 min left, loss 0.412, margin 0.831, mine 7",
         "60": "iteration 0 (1/3) training 62%, 3 min left, loss 0.412",
         "12": "iteration 0 ",
@@ -387,8 +390,8 @@ def test_a_game_on_a_terminal_has_one_live_line_and_whole_remarks(model: str, ro
     exit_code, raw = on_a_terminal(
         code, "fit", f"--model.model_name_or_path={model}", f"--data.train_data={rows}", "--data.val_fraction=0.2",
         "--self_play.iterations=2", "--self_play.epochs=1", "--self_play.output_dir=run",
-        "--data.generator.max_new_tokens=4", "--data.batch_size=4", "--trainer.accelerator=cpu", "--trainer.logger=false",
-        cwd=tmp_path,
+        "--data.generator.max_new_tokens=4", "--data.batch_size=4", "--trainer.accelerator=cpu",
+        "--trainer.logger=false", cwd=tmp_path,
     )  # fmt: skip
     screen = Screen().feed(raw)
     assert exit_code == 0 and screen.most_live == 1 and "?25" not in raw
@@ -396,8 +399,10 @@ def test_a_game_on_a_terminal_has_one_live_line_and_whole_remarks(model: str, ro
     for beginning in (
         "reading rows: 1 rows", "encoding rows: 1 of 8", "loading the model", "measuring held-out NLL: 0 of 1 batches",
         "iteration 0 (1 of 2), answering: 1 of 8 responses (12%)", "iteration 0 (1 of 2), scoring: 0 of 4 pairs",
-        "iteration 0 (1 of 2), training: 0 of 2 steps (0%)", "iteration 0 (1/2) training 50%, 0 s left, loss 0.693, margin 0.000",
-        "iteration 0 (1 of 2), saving the model", "iteration 1 (2 of 2), scoring the pairs of iteration 0: 0 of 1 shards",
+        "iteration 0 (1 of 2), training: 0 of 2 steps "
+        "(0%)", "iteration 0 (1/2) training 50%, 0 s left, loss 0.693, margin 0.000",
+        "iteration 0 (1 of 2), saving the "
+        "model", "iteration 1 (2 of 2), scoring the pairs of iteration 0: 0 of 1 shards",
         "iteration 1 (2/2) training 100%, loss 0.69",
     ):  # fmt: skip
         assert any(frame.startswith(beginning) for frame in frames), beginning
@@ -473,7 +478,8 @@ def test_the_command_line_has_this_display_and_says_little(
     }
     cli = run([
         "sft", f"--model.model_name_or_path={model}", f"--data.train_data={rows}", "--data.val_fraction=0.2",
-        f"--export.output_dir={tmp_path}/run", "--trainer.accelerator=cpu", "--trainer.logger=false", *more.get(choice, []),
+        f"--export.output_dir={tmp_path}/run", "--trainer.accelerator=cpu", "--trainer.logger=false",
+        *more.get(choice, []),
     ])  # fmt: skip
     bars = [type(callback).__name__ for callback in cli.trainer.callbacks if isinstance(callback, ProgressBar)]
     assert bars == {"nothing": ["ShowProgress"], "no bar": [], "a bar of one's own": ["TQDMProgressBar"]}[choice]

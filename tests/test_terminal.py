@@ -1,4 +1,4 @@
-"""Text of others is shown on a terminal, never obeyed: in prints, errors, logs, warnings, tracebacks and model cards."""
+"""Others' text is shown on a terminal, never obeyed: in prints, errors, logs, warnings, tracebacks and model cards."""
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ def test_a_model_card_cannot_be_broken_by_a_name() -> None:
         "binding": {"opponent_sha256": "a" * 64, "seed": 0, "sampling": {"generator": f"[x](y) <b>|`{name}"}},
     }
     summary = {
-        "iteration": 0, "beta": 1.0, "first_loss": None, "last_loss": None, "updates": 0, "val_nll": None, "epoch_metrics": {},
+        "iteration": 0, "beta": 1.0, "first_loss": None, "last_loss": None, "updates": 0, "val_nll": None,
+        "epoch_metrics": {},
         "pairs": {"training_pairs": 1, "training_pairs_dropped": 0},
     }  # fmt: skip
     card = render_model_card(summary, manifest)

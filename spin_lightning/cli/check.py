@@ -37,7 +37,8 @@ KINDS = {
     "terminator": ("33", "scored too: ends an answer, and generation stops on it. An answer that was cut has none"),
     "padding": (
         "90",
-        "fills shorter rows where a batch is padded, never scored. Training lays rows end to end, without any, if the model can",
+        "fills shorter rows where a batch is padded, never scored. Training lays rows end to end, without any, if the "
+        "model can",
     ),
 }
 
@@ -131,7 +132,8 @@ def _summary(data: RowDataModule) -> list[str]:
             if spread := report[part][kind]:
                 what = "prompts" if kind == "prompt_tokens" else "real answers"
                 lines.append(
-                    f"  tokens of {what}: median {spread['median']:g}, 90 % up to {spread['p90']}, most {spread['most']}"
+                    f"  tokens of {what}: median {spread['median']:g}, 90 % up to {spread['p90']}, most "
+                    f"{spread['most']}"
                 )
     for part in ("train_data", "val_data", "train", "held_out"):
         section = report[part] or {}

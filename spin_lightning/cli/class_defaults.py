@@ -1,8 +1,8 @@
 """A class that is chosen on the command line begins with its own defaults, not with those of the class it replaces.
 
-The parser keeps what was set for the class before wherever the new one has a setting of the same name, and counts the old
-class's own defaults as set: ``--model.optimizer SGD`` would get the weight decay of AdamW. Here its defaults are left
-out. What somebody set to another value is kept, as the parser documents it.
+The parser keeps what was set for the class before wherever the new one has a setting of the same name, and counts the
+old class's own defaults as set: ``--model.optimizer SGD`` would get the weight decay of AdamW. Here its defaults are
+left out. What somebody set to another value is kept, as the parser documents it.
 """
 
 from __future__ import annotations

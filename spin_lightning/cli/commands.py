@@ -152,8 +152,8 @@ Commented examples are in the folder configs/.
 def main(args: list[str] | None = None) -> None:
     """Run the command line. What the user can mend ends with a sentence instead of a traceback.
 
-    Exit codes: 0 done; 1 a bug, or numbers that are not finite; 2 wrong usage, settings or data; 75 a disk that is full or
-    cannot be written, to be tried again; 130 and 143 ended by a signal, to be continued by the same command.
+    Exit codes: 0 done; 1 a bug, or numbers that are not finite; 2 wrong usage, settings or data; 75 a disk that is full
+    or cannot be written, to be tried again; 130 and 143 ended by a signal, to be continued by the same command.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -230,7 +230,8 @@ def run(args: list[str]) -> LightningCLI | None:
     """Run a command that runs a stage, such as ``fit`` or ``sft``; errors are raised.
 
     Returns:
-        The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over already.
+        The finished command line object, with ``trainer``, ``model`` and ``datamodule``. None if the run was over
+        already.
     """
     from spin_lightning.cli.config_files import check_configs
 

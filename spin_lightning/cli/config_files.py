@@ -61,8 +61,8 @@ def _check_config(name: str) -> None:
     for section, settings in config.items():
         if not isinstance(section, str) or isinstance(settings, list):
             raise UserError(
-                f"in the config {name!r}, {section!r} must be the name of a section with settings under it, or of one setting; "
-                f"it has {'a list' if isinstance(settings, list) else f'{settings!r}'}. {expected}"
+                f"in the config {name!r}, {section!r} must be the name of a section with settings under it, or of one "
+                f"setting; it has {'a list' if isinstance(settings, list) else f'{settings!r}'}. {expected}"
             )
 
 

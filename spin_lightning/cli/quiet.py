@@ -10,7 +10,8 @@ import os
 import warnings
 from pathlib import Path
 
-#: Loggers through which Lightning says which devices it found, what it seeded, what it restored, and what else one might install.
+#: Loggers through which Lightning says which devices it found, what it seeded, what it restored, and what else one
+#: might install.
 NEWS = ("lightning.pytorch", "lightning.fabric")
 #: Parts of Lightning that are there because a setting asks for them, so that their news pass.
 ASKED_FOR = ("callbacks", "profilers")
@@ -22,7 +23,9 @@ WARNINGS = {
     r"Found \d+ module\(s\) in eval mode": "an opponent in memory is, and the policy without dropout",
     "Total length of `list` across ranks is zero": "no row is held out where data.val_fraction is 0",
     "`isinstance.treespec, LeafSpec.` is deprecated": "Lightning's own use of torch",
-    "`gradient_checkpointing_enable` is deprecated": "its new name is younger than the oldest transformers that is supported",
+    "`gradient_checkpointing_enable` is deprecated": (
+        "its new name is younger than the oldest transformers that is supported"
+    ),
 }
 
 

@@ -1,6 +1,7 @@
-"""Settings that a parser or a library refuses, as one sentence: which setting, what was expected, what came, what to do.
+"""Refused settings, in one sentence: which setting, what was expected, what came, what to do.
 
-``jsonargparse`` answers a wrong value with every type it tried, and a class that cannot be imported without the reason.
+For what a parser or a library refuses: ``jsonargparse`` answers a wrong value with every type it tried, and a class
+that cannot be imported without the reason.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def explaining_settings(settings: Mapping[str, Any] | None = None) -> Iterator[N
         settings: Those that it may be about; the message names the ones that the library speaks of, or else all.
 
     Raises:
-        UserError: Raised by the package's own classes through the parser, by the parser, by Lightning, or by an optimiser or
-            a loader when it is made.
+        UserError: Raised by the package's own classes through the parser, by the parser, by Lightning, or by an
+            optimiser or a loader when it is made.
     """
     try:
         yield
@@ -88,7 +89,8 @@ def explaining_plugins() -> Iterator[None]:
         if place := _place_in_plugin(error):
             said = in_a_sentence(str(error))
             raise UserError(
-                f"{place} ends with {type(error).__name__}{said and f': {said}'}{_stop(said)} It is code of your own: mend it there."
+                f"{place} ends with {type(error).__name__}{said and f': {said}'}{_stop(said)} It is code of your own: "
+                "mend it there."
             ) from error
         raise
 
@@ -166,7 +168,10 @@ def in_a_sentence(message: str) -> str:
     if other := re.match(r"Subcommand '\w+' does not accept option '(.+)'", message):
         return f"there is no setting {other[1]}."
     if section := re.match(r'Parser key "(?:\w+\.)?(\w+)":\s+Unable to load config "(.*)"', message):
-        return f"{section[1]} is a section: give its settings, as --{section[1]}.KEY VALUE, or a file with them; got {section[2]!r}."
+        return (
+            f"{section[1]} is a section: give its settings, as --{section[1]}.KEY VALUE, or a file with them; got "
+            f"{section[2]!r}."
+        )
     setting = re.match(r'Parser key "(.+?)":', message)
     name = f"{setting[1]}: " if setting else ""
     _, nested, inner = message[1:].partition('Parser key "')

@@ -22,7 +22,8 @@ from docstring_parser import parse
 
 CHECKPOINT = "spin_lightning.runs.run_checkpoint.RunCheckpoint"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
-#: Settings of the trainer that decide what is computed and how a run ends, in the words of this package. There are 40 more.
+#: Settings of the trainer that decide what is computed and how a run ends, in the words of this package. There are 40
+#: more.
 OF_TRAINER = {
     "accelerator": "What computes: cpu, gpu, mps; auto takes the best that is there.",
     "precision": "32-true, bf16-mixed, or bf16-true with float32 master weights. null is 32-true.",
@@ -41,7 +42,7 @@ COLUMN = 34
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting by its name on the command line; ``default`` as YAML has it, with the other choices if there are any."""
+    """A setting by its name on the command line; ``default`` as YAML has it, with the other choices if any."""
 
     name: str
     default: str

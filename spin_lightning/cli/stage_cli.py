@@ -86,7 +86,7 @@ class SaveRunConfig(SaveConfigCallback):
         self.folder = run_folder(self.config[folder].output_dir, f"{folder}.output_dir")
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Too early: the command may yet be refused, and must not have changed the record of the run it would continue."""
+        """Do nothing: the command may yet be refused, and must not change the record of the run it would continue."""
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save_config(trainer, pl_module, "fit")
@@ -307,8 +307,8 @@ class StageCLI(FlagsWin, LightningCLI):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BatchSizeFinder | LearningRateFinder):
                 raise UserError(
-                    f"{type(callback).__name__} trains before the run and takes it back, which a run that can be continued does not "
-                    "allow. Leave it out."
+                    f"{type(callback).__name__} trains before the run and takes it back, which a run that can be "
+                    "continued does not allow. Leave it out."
                 )
         if trainer.loggers:
             trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]

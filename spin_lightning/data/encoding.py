@@ -1,8 +1,8 @@
 """Conversations to token ids: one renderer for generation and training.
 
-A prompt's ids are rendered once and used everywhere. What an assistant wrote gets the ids that the chat template and the
-tokenizer give it; a control token in anybody else's text is encoded as text. No text can open or close a turn. A response
-carries exactly one terminator, and only if it ended.
+A prompt's ids are rendered once and used everywhere. What an assistant wrote gets the ids that the chat template and
+the tokenizer give it; a control token in anybody else's text is encoded as text. No text can open or close a turn. A
+response carries exactly one terminator, and only if it ended.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ PROMPT_TEMPLATES = {
     "alpaca": "### Instruction:\n{prompt}\n\n### Response:\n",
     "spin": "### Instruction: {prompt}\n\n### Response: ",  # what the authors' released generation script writes
     "chatml": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
 }
 #: Rows that are tokenized together.
 BATCH = 250
-#: Tokens that mean the same in every tokenizer that has them. Servers stop on the ends by these names, so that no answer has them.
+#: Tokens that mean the same in every tokenizer that has them. Servers stop on the ends by these names, so that no
+#: answer has them.
 NEVER_SAID = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
 NEVER_SAID |= {"<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>"}
 
@@ -67,13 +69,14 @@ class Encoder:
 
     Args:
         tokenizer: A Hugging Face tokenizer. Its pad token may be missing or equal to its end of sequence.
-        prompt_template: None for the tokenizer's own chat template; where it has several, the one named ``default``, and
-            ``tool_use`` for rows with tools. Else the name of one of them, ``alpaca``, ``spin``, ``chatml``, a text with
-            ``{prompt}`` in it, a Jinja chat template, or the path of a file that holds one of the two.
+        prompt_template: None for the tokenizer's own chat template; where it has several, the one named ``default``,
+            and ``tool_use`` for rows with tools. Else the name of one of them, ``alpaca``, ``spin``, ``chatml``, a text
+            with ``{prompt}`` in it, a Jinja chat template, or the path of a file that holds one of the two.
         now: What the time is for a template that writes the date. None: what it is.
 
     Attributes:
-        terminator_id: The token that ends an assistant turn under this template: it is scored, and generation stops on it.
+        terminator_id: The token that ends an assistant turn under this template: it is scored, and generation stops on
+            it.
         end_ids: All tokens on which generation stops, ``terminator_id`` first. :meth:`end_at` adds those of the model.
         time: ``now`` in ISO format; None where the template does not ask for the time.
 
@@ -91,7 +94,8 @@ class Encoder:
             self._templates = {text: _compile_jinja_template(text) for text in (self.chat_template, self.tool_template)}
         except TemplateError as error:
             raise UserError(
-                f"the chat template is not one of Jinja: {error}. Mend it in the model's folder, or give data.prompt_template."
+                f"the chat template is not one of Jinja: {error}. Mend it in the model's folder, or give "
+                "data.prompt_template."
             ) from None
         self._settings: dict[str, Any] = {"documents": None, **tokenizer.special_tokens_map}
         self.time: str | None = None
@@ -218,7 +222,7 @@ class Encoder:
         return any(self._taken_as_text(turn).search(turn["content"]) for turn in turns)
 
     def has_template_text(self, row: Row) -> bool:
-        """Whether a text of the row spells what the template writes around turns in plain text, such as ``### Response:``.
+        """Whether a text of the row spells a turn's frame that the template writes as text, such as ``### Response:``.
 
         Such text has the template's own ids and can pass for a turn; no encoding can tell them apart.
         """
@@ -248,7 +252,7 @@ class Encoder:
         return prompt, whole, noted
 
     def _is_left_out(self, prompt: str, message: Message) -> bool:
-        """Whether the template leaves out a turn's text, or its tool calls. Earlier reasoning is always left to the template."""
+        """Whether the template leaves out a turn's text or its tool calls. It may leave out earlier reasoning."""
         if message.get("tool_calls") and not self._shape.writes_calls:
             return True
         said = message["content"].strip()
@@ -294,7 +298,7 @@ class Encoder:
             ) from error
 
     def _taken_as_text(self, message: Message) -> re.Pattern[str]:
-        """The control tokens that are text in this turn: an assistant may write all but those that end or begin turns."""
+        """The control tokens that are text in this turn: an assistant may write all but those that begin or end one."""
         return self._turn_tokens if message["role"] == "assistant" else self._control_tokens
 
     # --- text as ids ----------------------------------------------------------------------------------------------
@@ -302,7 +306,8 @@ class Encoder:
     def _ids_of_pairs(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Ids of prompts and of the conversations that go on behind them. What both begin with is tokenized once.
 
-        Tokenizers take a text apart at its control tokens, so that what stands before one has the same ids whatever follows.
+        Tokenizers take a text apart at its control tokens, so that what stands before one has the same ids whatever
+        follows.
         """
         texts, cuts = [], []
         for prompt, whole in pairs:
@@ -351,7 +356,7 @@ class Encoder:
     def _response(
         self, row: Row, prompt: str, whole: str, prompt_ids: list[int], whole_ids: list[int], noted: set[str]
     ) -> list[int]:
-        """The real answer as the model has to give it after the prompt, up to its terminator. Adds what is to be counted.
+        """The real response as the model has to give it after the prompt, up to its terminator; adds to the counts.
 
         Raises:
             UserError: The template does not write the answer's tool calls, or not before it ends the turn.
@@ -365,14 +370,15 @@ class Encoder:
             names = [_name_of(call) for call in calls]
             if written is None or any(written.count(name) < names.count(name) for name in names):
                 raise UserError(
-                    "the chat template does not write the tool calls of the real answer. Write them into its text, or set "
-                    "data.prompt_template to a template that takes tool_calls."
+                    "the chat template does not write the tool calls of the real answer. Write them into its text, or "
+                    "set data.prompt_template to a template that takes tool_calls."
                 )
             body, _ = self._split_at_end(written, num_leading_ends)
             if any(body.count(name) < names.count(name) for name in names):
                 raise UserError(
-                    "the chat template ends the real answer's turn before its tool calls, so generation could never come to "
-                    f"them: it writes {written[:80]!r}. Remove the text before the calls, or set data.prompt_template to another template."
+                    "the chat template ends the real answer's turn before its tool calls, so generation could never "
+                    f"come to them: it writes {written[:80]!r}. Remove the text before the calls, or set "
+                    "data.prompt_template to another template."
                 )
             if _squashed(row.real) not in _squashed(body):
                 noted.add("text_left_out")
@@ -412,12 +418,12 @@ class Encoder:
         return [*response, shape.call_terminator_id if calls else self.terminator_id]
 
     def _ids_after(self, prompt: str, prompt_ids: list[int], said: str) -> list[int]:
-        """Ids of an answer right behind its prompt; where the prompt would have other ids with it, behind a new line."""
+        """Ids of a response right behind its prompt; where the prompt would get other ids by it, behind a new line."""
         (ids,) = self._ids([prompt + said])
         return ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._ids_behind(said)
 
     def _written_after(self, prompt: str, whole: str, shape: TurnShape) -> str | None:
-        """What the template writes behind the prompt. None if it writes the conversation before the answer otherwise."""
+        """What the template writes behind the prompt. None if it changes the conversation before the response."""
         if whole.startswith(prompt):
             return whole[len(prompt) :]
         same = parting(prompt, whole, self._tokens)
@@ -523,8 +529,8 @@ class Encoder:
                 )
             with_tools = "tool_use" if "tool_use" in own else "default"
             say(
-                f"note: of the tokenizer's chat templates, {sorted(own)}, 'default' is used, and {with_tools!r} for rows "
-                "with tools"
+                f"note: of the tokenizer's chat templates, {sorted(own)}, 'default' is used, and {with_tools!r} for "
+                "rows with tools"
             )
             return str(own["default"]), str(own[with_tools])
         if isinstance(own, dict) and prompt_template in own:
@@ -539,7 +545,8 @@ class Encoder:
             if not self.tokenizer.chat_template:
                 raise UserError(
                     "the tokenizer has no chat template, so it is unknown how its model expects a prompt. Set "
-                    f"data.prompt_template to one of {sorted(PROMPT_TEMPLATES)}, to a text with {{prompt}} in it, or to a file."
+                    f"data.prompt_template to one of {sorted(PROMPT_TEMPLATES)}, to a text with {{prompt}} in it, or "
+                    "to a file."
                 )
             return str(self.tokenizer.chat_template)
         template = PROMPT_TEMPLATES.get(prompt_template, prompt_template)
@@ -547,8 +554,8 @@ class Encoder:
             path = Path(prompt_template).expanduser()
             if not path.is_file():
                 raise UserError(
-                    f"data.prompt_template {prompt_template!r} is neither one of {sorted(PROMPT_TEMPLATES)}, nor a text with "
-                    "{prompt} in it, nor a file. Give one of these."
+                    f"data.prompt_template {prompt_template!r} is neither one of {sorted(PROMPT_TEMPLATES)}, nor a "
+                    "text with {prompt} in it, nor a file. Give one of these."
                 )
             template = path.read_text(encoding="utf-8")
         if "{%" in template or "{{" in template:

@@ -1,11 +1,11 @@
 """A record to a row: every column layout that can be read, and all checks of what was asked and answered.
 
-No files, no tokenizer and no model: lengths are judged later. Texts are kept to the letter, nothing is stripped. Of a turn
-its role and its text are read, an assistant's reasoning and tool calls, and what says whose tool answers. A key without a
-value (None) is absent, because data sets fill the keys that a turn does not have.
+No files, no tokenizer and no model: lengths are judged later. Texts are kept to the letter, nothing is stripped. Of a
+turn its role and its text are read, an assistant's reasoning and tool calls, and what says whose tool answers. A key
+without a value (None) is absent, because data sets fill the keys that a turn does not have.
 
-Nothing is guessed: columns that fit two layouts are an error. A name of ours goes before its aliases, and a layout that uses
-more of the columns before one that uses some of them.
+Nothing is guessed: columns that fit two layouts are an error. A name of ours goes before its aliases, and a layout that
+uses more of the columns before one that uses some of them.
 """
 
 from __future__ import annotations
@@ -525,15 +525,15 @@ def _with_context(turns: list[Turn], system: str, history: list[Turn]) -> list[T
         if written and written[0] != system:
             raise BadRow(
                 "two system texts",
-                f"column 'system' has {system[:40]!r}, but a system turn has {written[0][:40]!r}. To read the turn, leave the "
-                f"column unread: {_flag({'system': ''})}",
+                f"column 'system' has {system[:40]!r}, but a system turn has {written[0][:40]!r}. To read the turn, "
+                f"leave the column unread: {_flag({'system': ''})}",
             )
         head = head if written else [Turn({"role": "system", "content": system}), *head]
     return [*head, *([] if _begins_with(rest, history) else history), *rest]
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """Definitions of tools in OpenAI's layout: a list of them, each an object or its JSON text, or JSON text of it all."""
+    """Definitions of tools in OpenAI's layout: a list of objects or of their JSON texts, or JSON text of it all."""
     if value is None or value in ("", [], {}):
         return ()
     tools = []
@@ -665,8 +665,8 @@ def choose_format(
     formats = list(dict.fromkeys(reading.format for reading in best))
     if len(formats) > 1:
         raise UserError(
-            f"the columns of {source} fit more than one format: {', '.join(formats)}. {has} Set data.format to the one to "
-            f"read: {' or '.join(f'--data.format {key}' for key in formats)}."
+            f"the columns of {source} fit more than one format: {', '.join(formats)}. {has} Set data.format to the one "
+            f"to read: {' or '.join(f'--data.format {key}' for key in formats)}."
         )
     if best:
         flags = [_flag({ours: reading.origin[ours] for ours in FORMATS[reading.format].required}) for reading in best]
@@ -716,11 +716,15 @@ def _remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
     for column, value in example.items():
         parsed = _parsed(value)
         if isinstance(parsed, list) and parsed and is_turn(parsed[0]) and name in ("auto", "messages", "sharegpt"):
-            return f"Column {column!r} holds turns. Set {_flag({FORMATS[name if name != 'auto' else 'messages'].required[0]: column})}."
+            return (
+                f"Column {column!r} holds turns. Set "
+                f"{_flag({FORMATS[name if name != 'auto' else 'messages'].required[0]: column})}."
+            )
     texts = [column for column in found if isinstance(example.get(column), str)]
     if "text" in texts and not any(re.search(_ANSWERED, column, re.IGNORECASE) for column in texts):
         return (
-            "In 'text' the prompt and the answer are not apart, so it is unknown where the real answer begins. Write them "
+            "In 'text' the prompt and the answer are not apart, so it is unknown where the real answer begins. Write "
+            "them "
             'apart, as {"prompt": ..., "completion": ...} or as {"messages": [{"role": ..., "content": ...}, ...]}.'
         )
     if len(texts) < 2:

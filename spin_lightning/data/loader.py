@@ -57,7 +57,8 @@ class ResumableLoader(DataLoader[Any]):
         assert isinstance(self.sampler, ResumableSampler) and self.batch_size
         if state["served"] and state["batch_size"] != self.batch_size:
             raise UserError(
-                f"the run stopped in the middle of an epoch with data.batch_size {state['batch_size']}, got {self.batch_size}: rows would "
-                "be trained on twice or never. Continue with the batch size the run began with."
+                f"the run stopped in the middle of an epoch with data.batch_size {state['batch_size']}, got "
+                f"{self.batch_size}: rows would be trained on twice or never. Continue with the batch size the run "
+                "began with."
             )
         self.sampler.start = state["served"] * self.batch_size

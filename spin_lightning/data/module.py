@@ -175,8 +175,9 @@ class RowDataModule(L.LightningDataModule):
         self.prompts = self._encode(_repeated(rows), "train")
         if not self.prompts:
             raise UserError(
-                f"all {self.report['train']['rows']} prompts of {self.train_data} are longer than max_prompt_tokens={self.max_prompt_tokens}, "
-                "so nothing is left to train on. Raise data.max_prompt_tokens."
+                f"all {self.report['train']['rows']} prompts of {self.train_data} are longer than "
+                f"max_prompt_tokens={self.max_prompt_tokens}, so nothing is left to train on. Raise "
+                "data.max_prompt_tokens."
             )
         self.val_prompts = self._encode(_repeated(val_rows), "held_out")
         self.report["prompts_sha256"] = self.prompts_hash
@@ -189,14 +190,14 @@ class RowDataModule(L.LightningDataModule):
             train, num_rows = self.report["train"], self.report["train_data"]["rows_kept"]
             refused = train["refused_rows"]["count"]
             raise UserError(
-                f"{num_prompts} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of {num_rows} rows "
-                f"{num_rows - train['rows']} are held out and {train['long_prompts']['count']} have prompts that are too long"
-                f"{f', {refused} are refused by the chat template' if refused else ''}. "
+                f"{num_prompts} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of "
+                f"{num_rows} rows {num_rows - train['rows']} are held out and {train['long_prompts']['count']} have "
+                f"prompts that are too long{f', {refused} are refused by the chat template' if refused else ''}. "
                 "Lower data.batch_size, or give more rows."
             )
 
     def refuse_longer_than(self, limit: float, is_of_tokenizer: bool = False) -> None:
-        """Refuse prompts that leave no room for responses in a context of ``limit`` tokens: the model's or the tokenizer's.
+        """Refuse prompts that leave no room for responses in a context of ``limit`` tokens, the model's or tokenizer's.
 
         Raises:
             UserError: The longest prompt and the longest answer do not fit.
@@ -231,8 +232,8 @@ class RowDataModule(L.LightningDataModule):
             )
         if getattr(module, "has_no_name", False):
             raise UserError(
-                f"the model was given as an object that knows no name, {module.model_name_or_path}, so its tokenizer has to be given "
-                "too: set data.tokenizer = ..., or data.tokenizer_name_or_path."
+                f"the model was given as an object that knows no name, {module.model_name_or_path}, so its tokenizer "
+                "has to be given too: set data.tokenizer = ..., or data.tokenizer_name_or_path."
             )
         return load_tokenizer(
             module.model_name_or_path, revision=module.revision, trust_remote_code=module.trust_remote_code

@@ -272,8 +272,8 @@ def _check_weights(weights: Any) -> None:
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not (is_number and 0 < weight <= MAX_WEIGHT):
             raise UserError(
-                f"the weight of {name!r} must be a number above 0 and at most {MAX_WEIGHT}, got {weight!r}. 1 takes all of its rows, 0.5 half of them, "
-                f"2 each row twice: {example}."
+                f"the weight of {name!r} must be a number above 0 and at most {MAX_WEIGHT}, got {weight!r}. 1 takes "
+                f"all of its rows, 0.5 half of them, 2 each row twice: {example}."
             )
 
 

@@ -3,8 +3,8 @@
 Owns every file kind. A record is an object with columns, as it was written; a line that cannot be read is yielded as a
 ``BadRow``, so that it is counted like any other. A file that cannot be read on behind its mistake is an error.
 
-Nothing is guessed: a folder must have files named after the split, or no file named after any, because a wrong guess would
-train on a test set. Rows and lines are counted from 1, as in an editor.
+Nothing is guessed: a folder must have files named after the split, or no file named after any, because a wrong guess
+would train on a test set. Rows and lines are counted from 1, as in an editor.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def _read_object(value: dict[str, Any], path: Path, source: Source) -> Records:
         if not lists:
             cure = "Write it so; with pandas: to_json(path, orient='records', lines=True)."
         raise UserError(
-            f"{path} is one JSON object with the keys {keys}; expected a list of objects, or one object per line. {cure}"
+            f"{path} is one JSON object with the keys {keys}; expected a list of objects, or one object per line. "
+            f"{cure}"
         )
 
 
@@ -189,8 +190,9 @@ def _read_csv(delimiter: str) -> Callable[[BinaryIO, Path, Source, str], Records
             doubled = sorted({name for name in header if name and header.count(name) > 1})
             if doubled:
                 raise UserError(
-                    f"{path} must have columns of different names, but {', '.join(map(repr, doubled))} stands more than "
-                    f"once in its header {header}, so it is unknown which one is meant. Rename or remove one of them."
+                    f"{path} must have columns of different names, but {', '.join(map(repr, doubled))} stands more "
+                    f"than once in its header {header}, so it is unknown which one is meant. Rename or remove one of "
+                    "them."
                 )
             line = rows.line_num
             for row in rows:
@@ -379,8 +381,8 @@ def open_source(name: str, split: str, revision: str | None) -> Source:
     """
     if not name.strip() or is_url(name):
         raise UserError(
-            f"data are files on this machine or the name of a data set on the hub, got {name!r}. Download them first, or give a name as "
-            "HuggingFaceH4/ultrachat_200k."
+            f"data are files on this machine or the name of a data set on the hub, got {name!r}. Download them first, "
+            "or give a name as HuggingFaceH4/ultrachat_200k."
         )
     source, path, key = Source(), Path(name), ""
     try:

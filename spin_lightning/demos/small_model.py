@@ -148,7 +148,8 @@ def _measure(root: Path, base: str, held_out: Path, iterations: list[dict[str, A
 def _report(root: Path, results: dict[str, Any], seconds: float) -> None:
     say()
     say(
-        f"{'stage':<22}{'held-out NLL':>14}{'exact answers':>15}{'first loss':>12}{'last loss':>11}{'updates':>9}{'seconds':>9}"
+        f"{'stage':<22}{'held-out NLL':>14}{'exact answers':>15}{'first loss':>12}{'last loss':>11}{'updates':>9}"
+        f"{'seconds':>9}"
     )
     for stage, result in results.items():
         numbers = "".join(
@@ -162,11 +163,13 @@ def _report(root: Path, results: dict[str, Any], seconds: float) -> None:
         )
         say(f"{stage:<22}{result['nll']:>14.3f}{result['exact']:>15.1%}{numbers}")
     say(
-        "(NLL in nats a held-out answer; exact: greedy answers that are the real one to the letter; each loss of its own stage)"
+        "(NLL in nats a held-out answer; exact: greedy answers that are the real one to the letter; each loss of its "
+        "own stage)"
     )
     if _has_bf16_units():
         say(
-            "In bfloat16 a sequence's log-prob is rounded by about 0.2 nats, so an iteration starts at ln 2 = 0.693 within a few hundredths."
+            "In bfloat16 a sequence's log-prob is rounded by about 0.2 nats, so an iteration starts at ln 2 = 0.693 "
+            "within a few hundredths."
         )
     rows = load_rows(str(root / "data" / "held_out.jsonl")).rows
     changed = [n for n, row in enumerate(rows) if len({result["answers"][n] for result in results.values()}) > 2]
@@ -178,7 +181,8 @@ def _report(root: Path, results: dict[str, Any], seconds: float) -> None:
     say(verdict(results))
     say()
     say(
-        f"models: {root}/sft/policy, {root}/spin/iteration_*/policy; all numbers and answers: {root}/results.json ({seconds:.0f} s this time)"
+        f"models: {root}/sft/policy, {root}/spin/iteration_*/policy; all numbers and answers: {root}/results.json "
+        f"({seconds:.0f} s this time)"
     )
     say("next, on your own data:")
     program = "spin-lightning" if shutil.which("spin-lightning") else sys.argv[0]
@@ -197,9 +201,10 @@ def verdict(results: dict[str, Any]) -> str:
     ahead, behind = (spin, control) if better == "self-play" else (control, spin)
     agree = "on both measures" if ahead["exact"] > behind["exact"] else "on held-out NLL, not on exact answers"
     return (
-        f"Self-play {direction} the SFT model: held-out NLL {start['nll']:.3f} -> {spin['nll']:.3f}, exact answers {start['exact']:.1%} -> {spin['exact']:.1%}. "
-        f"At the same number of updates {better} did better than {worse} {agree} "
-        f"(NLL {spin['nll']:.3f} against {control['nll']:.3f}, exact {spin['exact']:.1%} against {control['exact']:.1%}); self-play took {times:.1f} times as long."
+        f"Self-play {direction} the SFT model: held-out NLL {start['nll']:.3f} -> {spin['nll']:.3f}, exact answers "
+        f"{start['exact']:.1%} -> {spin['exact']:.1%}. At the same number of updates {better} did better than {worse} "
+        f"{agree} (NLL {spin['nll']:.3f} against {control['nll']:.3f}, exact {spin['exact']:.1%} against "
+        f"{control['exact']:.1%}); self-play took {times:.1f} times as long."
     )
 
 
@@ -208,7 +213,7 @@ def _total(results: dict[str, Any], stage: str) -> float:
 
 
 def _has_bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; without, bfloat16 is several times slower than float32."""
+    """Whether this CPU multiplies bfloat16 matrices in hardware; else bfloat16 is several times slower than float32."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(value is True and "bf16" in name for name, value in capabilities.items())
 

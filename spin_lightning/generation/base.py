@@ -22,8 +22,8 @@ class Player:
 
     Attributes:
         model: In this process, in evaluation mode.
-        folder: Where the same weights lie as a Hugging Face folder, for a backend in another process. None: nowhere, as in
-            iteration 0, whose model may be changed or unnamed.
+        folder: Where the same weights lie as a Hugging Face folder, for a backend in another process. None: nowhere, as
+            in iteration 0, whose model may be changed or unnamed.
     """
 
     model: Any
@@ -33,9 +33,9 @@ class Player:
 def seed_of(seed: int, iteration: int, prompt_id: int, answer: int) -> int:
     """The seed of one answer: it depends on these four numbers alone, so any answer can be made again, anywhere.
 
-    It has 56 bits, of which the generators here use the lower 32 (see ``sampling.uniforms_of``). Among ``n`` answers about
-    ``n^2 / 2^33`` pairs therefore share their random numbers: 5 of 200,000 answers. That biases nothing, as each of
-    them is still a fair sample; two answers to one prompt share them with a probability of ``2^-32``.
+    It has 56 bits, of which the generators here use the lower 32 (see ``sampling.uniforms_of``). Among ``n`` answers
+    about ``n^2 / 2^33`` pairs therefore share their random numbers: 5 of 200,000 answers. That biases nothing, as each
+    of them is still a fair sample; two answers to one prompt share them with a probability of ``2^-32``.
 
     Example:
         >>> seed_of(0, 1, 2, 0) == seed_of(0, 1, 2, 0) != seed_of(0, 1, 2, 1)
@@ -58,7 +58,8 @@ def as_set(terminator_ids: int | Collection[int]) -> frozenset[int]:
 class ResponseGenerator(ABC):
     """Answers prompts with the opponent. Subclass it to bring a backend; turn it on by class path.
 
-    A backend is opened with an opponent, asked for responses any number of times, and closed. It never changes its settings.
+    A backend is opened with an opponent, asked for responses any number of times, and closed. It never changes its
+    settings.
 
     Args:
         max_new_tokens: Cap on the response, terminator included. Real responses are cut at the same number.
@@ -105,7 +106,7 @@ class ResponseGenerator(ABC):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Everything that decides the distribution of the responses; the pair manifest keeps it. Extend it in a subclass."""
+        """All that decides the distribution of the responses; the pair manifest keeps it. Extend it in a subclass."""
         return {
             "generator": f"{type(self).__module__}.{type(self).__qualname__}",
             "max_new_tokens": self.max_new_tokens,
@@ -121,8 +122,8 @@ class ResponseGenerator(ABC):
         """
         if "model" in inspect.signature(self.generate).parameters:
             raise UserError(
-                f"{type(self).__name__}.generate must take (prompts, seeds, terminator_ids, pad_id), got a parameter 'model'. "
-                "Use self.opponent.model, of the opponent that open() was given."
+                f"{type(self).__name__}.generate must take (prompts, seeds, terminator_ids, pad_id), got a parameter "
+                "'model'. Use self.opponent.model, of the opponent that open() was given."
             )
         sampling, wanted = self.sampling, ("max_new_tokens", "temperature", "top_p")
         try:
@@ -131,8 +132,8 @@ class ResponseGenerator(ABC):
             is_kept = False
         if not is_kept:
             raise UserError(
-                f"{type(self).__name__}.sampling must be a dict that JSON can hold, with {', '.join(wanted)}, got {sampling!r}. "
-                "Begin it with **super().sampling."
+                f"{type(self).__name__}.sampling must be a dict that JSON can hold, with {', '.join(wanted)}, got "
+                f"{sampling!r}. Begin it with **super().sampling."
             )
 
     @abstractmethod
@@ -149,9 +150,10 @@ class ResponseGenerator(ABC):
 
         Args:
             prompts: Token ids, one list a prompt.
-            seeds: One seed for each prompt. The same model, prompt and seed give the same answer, whatever else is in the batch
-                (up to rounding of the dtype).
-            terminator_ids: The token that ends an answer, or several: whichever comes first. It is kept in the response.
+            seeds: One seed for each prompt. The same model, prompt and seed give the same answer, whatever else is in
+                the batch (up to rounding of the dtype).
+            terminator_ids: The token that ends an answer, or several: whichever comes first. It is kept in the
+                response.
             pad_id: The id to pad with. It may equal a terminator.
         """
 

@@ -130,7 +130,7 @@ def refusal(model: nn.Module, prompts: Sequence[list[int]], pad_id: int) -> str:
 
 
 def _trial(model: nn.Module, ids: list[int], pad_id: int) -> tuple[float, float]:
-    """How far slots take logits from those of the model's own cache, relative to their spread; and how far rounding may.
+    """How far slots move logits from those of the model's own cache, relative to their spread; how far rounding may.
 
     Two rows of different lengths take two steps, then a third comes in the place of the longer one, and two steps more.
     """

@@ -1,8 +1,8 @@
 """Linear layers that decode from a packed copy of their weights.
 
-Decoding multiplies the same weights with a few rows, thousands of times. On a CPU in bfloat16 each product spends half of its
-time on bringing the weights into the order that the processor's matrix units want; here that is done once. The sums are
-the same within rounding, and where it was measured, to the bit.
+Decoding multiplies the same weights with a few rows, thousands of times. On a CPU in bfloat16 each product spends half
+of its time on bringing the weights into the order that the processor's matrix units want; here that is done once. The
+sums are the same within rounding, and where it was measured, to the bit.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ from spin_lightning.progress import Phase, progress, track
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Response, UserError
 
-#: The sampler's own log-probs are taken where they agree with a scoring pass this closely, in nats a token, on a shard's
-#: first prompts. In float32 they do; in bfloat16 they are not asked, as decoding rounds otherwise than a whole pass, and
-#: answers that are certain would agree by chance.
+#: The sampler's own log-probs are taken where they agree with a scoring pass this closely, in nats a token, on a
+#: shard's first prompts. In float32 they do; in bfloat16 they are not asked, as decoding rounds otherwise than a whole
+#: pass, and answers that are certain would agree by chance.
 SAMPLER_TOLERANCE = 1e-4
 NUM_COMPARED = 4
 
@@ -157,8 +157,11 @@ class PairMaker:
         return self._scored(rows)
 
     def _answers(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Response]]:
-        """The opponent's responses. Where memory runs out, those that are missing are asked for again, half as many at a time:
-        a response depends on its prompt and its seed alone."""
+        """The opponent's responses.
+
+        Where memory runs out, those that are missing are asked for again, half as many at a time: a response depends on
+        its prompt and its seed alone.
+        """
         missing = dict.fromkeys(range(len(prompts)))
         while missing:
             asked = list(itertools.islice(missing, self.most_at_once))
@@ -213,12 +216,13 @@ class PairMaker:
             raise self._wrong("gave an answer with the token that ends one before its last place")
         if response.finish_reason != ("stop" if ids[-1] in ends else "length"):
             raise self._wrong(
-                f"gave the finish_reason {response.finish_reason!r} to an answer that ends with token {ids[-1]}; it is 'stop' if and "
-                f"only if that is one of {list(ends)}, else 'length'"
+                f"gave the finish_reason {response.finish_reason!r} to an answer that ends with token {ids[-1]}; it is "
+                f"'stop' if and only if that is one of {list(ends)}, else 'length'"
             )
         if not isinstance(response.log_prob, float | int) or not math.isfinite(response.log_prob):
             raise self._wrong(
-                f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats (a model with weights that are not finite gives none)"
+                f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats (a model with weights "
+                "that are not finite gives none)"
             )
         return number, response
 
@@ -230,7 +234,7 @@ class PairMaker:
         )
 
     def _rescored(self, table: pa.Table, store: PairStore, start: int) -> list[dict[str, Any]]:
-        """Rows of an earlier iteration as this iteration's opponent sees them. It has scored the real responses already."""
+        """Rows of an earlier iteration as this one's opponent sees them. It has scored the real responses already."""
         own = store.read_shard(
             self._name(self.iteration, start), ["prompt_id", "opponent_real_log_prob", "initial_real_log_prob"]
         )
@@ -281,7 +285,10 @@ class PairMaker:
 def _kind(value: Any) -> str:
     """What something is, in few words."""
     if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of {', '.join(dict.fromkeys(type(item).__name__ for item in value)) or 'nothing'}"
+        return (
+            f"a {type(value).__name__} of "
+            f"{', '.join(dict.fromkeys(type(item).__name__ for item in value)) or 'nothing'}"
+        )
     return type(value).__name__
 
 

@@ -15,7 +15,7 @@ def uniforms_of(seed: int, max_new_tokens: int) -> Tensor:
 
 
 def dtype_of_uniforms() -> torch.dtype:
-    """float32, or a wider default: a precision of bf16-true makes bfloat16 the default, in which there are 256 numbers."""
+    """float32, or a wider default: under bf16-true the default is bfloat16, and would draw from 256 numbers only."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 

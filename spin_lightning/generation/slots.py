@@ -1,7 +1,7 @@
-"""A cache in which rows come and go: each takes a slot when its prompt is read, and leaves it when its answer is finished.
+"""A cache in which rows come and go: one takes a slot when its prompt is read, and leaves it when its response ends.
 
-All rows end in the same column. To a model of ``transformers`` this is a left-padded batch like any other: masks, sliding
-windows, positions and head stay the model's own, and no architecture is known here.
+All rows end in the same column. To a model of ``transformers`` this is a left-padded batch like any other: masks,
+sliding windows, positions and head stay the model's own, and no architecture is known here.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ class SyntheticDataModule(RowDataModule):
         if max_response_tokens not in (None, generator.max_new_tokens):
             raise UserError(
                 f"data.max_response_tokens is {max_response_tokens!r}, and data.generator.max_new_tokens "
-                f"{generator.max_new_tokens!r}: real and generated responses are cut at one length, or their lengths would "
-                "give the generated ones away. Set data.generator.max_new_tokens alone."
+                f"{generator.max_new_tokens!r}: real and generated responses are cut at one length, or their lengths "
+                "would give the generated ones away. Set data.generator.max_new_tokens alone."
             )
         super().__init__(train_data, val_data, max_response_tokens=generator.max_new_tokens, **rows)
         refuse_below(1, answers_per_prompt=answers_per_prompt)

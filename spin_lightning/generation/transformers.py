@@ -1,8 +1,8 @@
 """Generation with ``transformers``: ordinary batched ``generate``, with a seed for every answer.
 
-Prompts of different lengths are padded on the left, and a cache keeps what was read. A model may see that padding, as most
-recurrent ones do, or decode otherwise from its cache than it reads; that is tried on the model itself, and one that does
-is given prompts of one length at a time, or one by one, or no cache.
+Prompts of different lengths are padded on the left, and a cache keeps what was read. A model may see that padding, as
+most recurrent ones do, or decode otherwise from its cache than it reads; that is tried on the model itself, and one
+that does is given prompts of one length at a time, or one by one, or no cache.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class TransformersGenerator(ResponseGenerator):
 
 @dataclass(frozen=True)
 class Manner:
-    """How a model's prompts are answered: several together, of several lengths, with a cache; and what is said of it."""
+    """How a model answers prompts: several together, of several lengths, with a cache; and the note to print of it."""
 
     together: bool = True
     padded: bool = True
@@ -147,8 +147,10 @@ def manner_of(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Manner:
 
 
 def _trial(model: Any, ids: list[int], pad_id: int, manner: Manner) -> tuple[float, float]:
-    """How far the logits before three tokens of an answer are from those of plain passes over prompt and answer, relative
-    to their spread; and how far rounding may take them."""
+    """How far a cache takes logits from those of plain passes, relative to their spread; and how far rounding may.
+
+    The logits are those before three tokens of a response, the plain passes go over prompt and response.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     most = positions if isinstance(positions, int) else TRIAL_TOKENS
     longest = int(min(TRIAL_TOKENS, most, rope.limit_of(model))) - 3

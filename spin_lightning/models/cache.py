@@ -1,7 +1,8 @@
 """A model's key-value cache, under the name that the model knows.
 
-transformers 5.24 renamed ``past_key_values`` to ``cache``. Up to 5.23 models do not know the new name, from 5.24 on the old one is
-warned of, and it goes away in 5.40. A model whose code came with its weights keeps the name it was written with.
+transformers 5.24 renamed ``past_key_values`` to ``cache``. Up to 5.23 models do not know the new name, from 5.24 on the
+old one is warned of, and it goes away in 5.40. A model whose code came with its weights keeps the name it was written
+with.
 """
 
 from __future__ import annotations

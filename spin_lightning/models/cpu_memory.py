@@ -23,8 +23,8 @@ def rounded(length: int) -> int:
 def round_up(tensor: Tensor, dim: int = 0) -> Tensor:
     """Zeros behind a tensor on a CPU, up to a length that recurs.
 
-    oneDNN, which multiplies torch's bfloat16 matrices on a CPU, compiles a kernel of a few hundred KB for each new shape
-    and never lets go of it, so that passes of ever different lengths would take tens of MB more every step.
+    oneDNN, which multiplies torch's bfloat16 matrices on a CPU, compiles a kernel of a few hundred KB for each new
+    shape and never lets go of it, so that passes of ever different lengths would take tens of MB more every step.
     """
     missing = rounded(tensor.shape[dim]) - tensor.shape[dim] if tensor.device.type == "cpu" else 0
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing)) if missing else tensor
@@ -34,8 +34,8 @@ def keep_freed_memory() -> None:
     """Let the C library reuse the blocks of a few MB that training and generation allocate and free thousands of times.
 
     By default each may go back to the system and come from it anew, its pages cleared: a tenth of a small model's time.
-    Larger blocks always do, such as the cache of keys and values: they are few, and would leave holes that nothing fits.
-    Does nothing where the C library is not glibc.
+    Larger blocks always do, such as the cache of keys and values: they are few, and would leave holes that nothing
+    fits. Does nothing where the C library is not glibc.
     """
     if sys.platform != "linux":
         return

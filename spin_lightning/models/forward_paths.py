@@ -245,8 +245,8 @@ def _choose_forward_path(
 def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
     """How far rounding moves the log-prob of one token, in nats (root mean square).
 
-    Compared are the same sequences in passes of other shapes: each response alone with its prompt; and, over prompts too,
-    the whole sequences by another forward path.
+    Compared are the same sequences in passes of other shapes: each response alone with its prompt; and, over prompts
+    too, the whole sequences by another forward path.
 
     At most what two forward paths through a model may differ by.
     """
@@ -291,8 +291,8 @@ def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
         future, beyond, past, spread = _influences(model, probe.input_ids[longest[:length]])
     except Exception as error:
         raise UserError(
-            f"{name} cannot be trained as a causal language model, which takes token ids and returns logits of the next: "
-            f"{_first_line(error)}. Use a decoder-only model (AutoModelForCausalLM)."
+            f"{name} cannot be trained as a causal language model, which takes token ids and returns logits of the "
+            f"next: {_first_line(error)}. Use a decoder-only model (AutoModelForCausalLM)."
         ) from error
     dtype = compute_dtype(expected.device, model)
     eps = torch.finfo(dtype).eps
@@ -300,17 +300,20 @@ def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
     allowed = 2 * eps**0.5 * past + eps * spread
     if future > allowed or beyond > allowed + 8 * eps * spread:
         raise UserError(
-            f"{name} is not a causal language model: what it predicts after a token changes with the tokens that come later "
-            f"({max(future, beyond):.2g} nats, and {past:.2g} with those before). Such models (BERT, encoders, prefix masks) cannot "
-            "generate from left to right. Use a decoder-only model, or set is_decoder or is_causal in its config."
+            f"{name} is not a causal language model: what it predicts after a token changes with the tokens that come "
+            f"later ({max(future, beyond):.2g} nats, and {past:.2g} with those before). Such models (BERT, encoders, "
+            "prefix masks) cannot generate from left to right. Use a decoder-only model, or set is_decoder or "
+            "is_causal in its config."
         )
     rounding = 64 * eps * (1 + spread)
     return probe, expected, AGREEMENT[dtype] if past >= 1 else min(AGREEMENT[dtype], AGREEMENT[dtype] * past + rounding)
 
 
 def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float, float]:
-    """How far log-probs in the middle of a sequence move, on average over the vocabulary, in nats: when all later tokens
-    change, when they go, and when all earlier ones change. And the spread of the logits there."""
+    """How far log-probs in the middle of a sequence move, on average over the vocabulary, in nats.
+
+    When all later tokens change, when they go, and when all earlier ones change. And the spread of the logits there.
+    """
     middle, others = len(ids) // 2, ids.roll(3)
     place = torch.arange(len(ids), device=ids.device)
     other_future, other_past = (torch.where(where, others, ids) for where in (place > middle, place < middle))

@@ -12,9 +12,10 @@ TIMEOUT_SECONDS = 5.0
 
 
 def is_reachable() -> bool:
-    """One short try, once in a process. Where it fails, the clients are told to take what the local cache has and nothing else.
+    """Whether the hub answers a short try, made once in a process.
 
-    Always False with ``HF_HUB_OFFLINE=1``.
+    If not, its clients are told to take what the local cache has and nothing else. Always False with
+    ``HF_HUB_OFFLINE=1``.
     """
     from huggingface_hub import constants
 

@@ -84,8 +84,10 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
     pickles = [name for name in files if re.fullmatch(r"pytorch_model.*\.bin|.*\.(pth?|ckpt)", name)]
     if pickles and not any(name.endswith(".safetensors") for name in files):
         raise UserError(
-            f"the weights in {name_or_path!r} are a pickle ({pickles[0]}), which can run code and is not opened. If you trust "
-            f'where it comes from, convert it to safetensors: python -c "from transformers import AutoModelForCausalLM as M, '
+            f"the weights in {name_or_path!r} are a pickle ({pickles[0]}), which can run code and is not opened. If "
+            "you trust "
+            'where it comes from, convert it to safetensors: python -c "from transformers import AutoModelForCausalLM '
+            "as M, "
             f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).save_pretrained('converted'); "
             f"T.from_pretrained({name_or_path!r}).save_pretrained('converted')\" and give the folder 'converted'."
         )
@@ -109,16 +111,16 @@ def _check_weights(name_or_path: str, folder: Path, files: Sequence[str]) -> Non
                 or "no weights"
             )
             raise UserError(
-                f"{name_or_path!r} has no {name}, which would hold its weights; it has {there}. Give a whole Hugging Face folder "
-                "with safetensors, or a .gguf file by its own name."
+                f"{name_or_path!r} has no {name}, which would hold its weights; it has {there}. Give a whole Hugging "
+                "Face folder with safetensors, or a .gguf file by its own name."
             )
         try:
             with safe_open(folder / name, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{folder / name} is not whole ({error}). Download or copy it again; a file of some hundred bytes is a pointer "
-                "of Git LFS: git lfs pull."
+                f"{folder / name} is not whole ({error}). Download or copy it again; a file of some hundred bytes is a "
+                "pointer of Git LFS: git lfs pull."
             ) from None
 
 
@@ -140,7 +142,8 @@ def _files_of_index(path: Path, name_or_path: str) -> set[str]:
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UserError(
-                f"the index of the weights of {name_or_path!r} names {name!r}, and only safetensors beside it are opened."
+                f"the index of the weights of {name_or_path!r} names {name!r}, and only safetensors beside it are "
+                "opened."
             )
     return names
 
@@ -164,7 +167,7 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """No bars of transformers for weights that are read or written. Downloads, which the hub's package does, keep theirs."""
+    """No bars of transformers for weights read or written. Downloads, which the hub's package does, keep theirs."""
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils.logging import set_tqdm_hook
 
@@ -216,8 +219,8 @@ def load_policy(
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise UserError(
-                f"{name_or_path!r} has no values for {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}; "
-                "they would be random. Give the whole model, with the config that belongs to it."
+                f"{name_or_path!r} has no values for {len(missing)} of the weights of a {type(model).__name__}, such "
+                f"as {missing[0]}; they would be random. Give the whole model, with the config that belongs to it."
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -257,8 +260,8 @@ def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
         ) from error
     if not isinstance(model, type(reloaded)):
         raise UserError(
-            f"a saved {name} would be loaded again as {type(reloaded).__name__}, by AutoModelForCausalLM. Give a model with a head "
-            "that predicts the next token, as that class makes it."
+            f"a saved {name} would be loaded again as {type(reloaded).__name__}, by AutoModelForCausalLM. Give a model "
+            "with a head that predicts the next token, as that class makes it."
         )
     kept = _kept_by_loading(model, dtype)
     policy: PreTrainedModel = model.to(dtype)
@@ -269,8 +272,11 @@ def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
 
 
 def _kept_by_loading(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What ``from_pretrained`` does not convert when it loads a model in some dtype: the frequencies of rotary positions and other
-    buffers that are not saved; and, of 16 bits, what the model's class wants in float32, as routers."""
+    """What ``from_pretrained`` does not convert when it loads a model in some dtype.
+
+    The frequencies of rotary positions and other buffers that are not saved. Of 16 bits also what the model's class
+    wants in float32, as routers.
+    """
     saved, kept = model.state_dict(), {name: tensor.clone() for name, tensor in model.named_buffers()}
     kept = {name: tensor for name, tensor in kept.items() if name not in saved}
     if dtype in (torch.bfloat16, torch.float16):
@@ -357,9 +363,9 @@ def refuse_ids_beyond(rows: int | None, tokenizer: PreTrainedTokenizerBase, *ids
     if rows is not None and largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest) if largest < len(tokenizer) else None
         raise UserError(
-            f"the model's embedding has {rows} rows, for the ids 0 to {rows - 1}, but the tokenizer's ids go up to {largest} "
-            f"({token!r}). Use the tokenizer that belongs to the model; where tokens were added on purpose, give the model "
-            f"rows for them: model.resize_token_embeddings({largest + 1}), and save it."
+            f"the model's embedding has {rows} rows, for the ids 0 to {rows - 1}, but the tokenizer's ids go up to "
+            f"{largest} ({token!r}). Use the tokenizer that belongs to the model; where tokens were added on purpose, "
+            f"give the model rows for them: model.resize_token_embeddings({largest + 1}), and save it."
         )
 
 
@@ -450,8 +456,8 @@ def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
     pad, rows = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise UserError(
-            f"the model's embedding has {rows} rows (vocab_size), for the ids 0 to {rows - 1}, but its config's pad_token_id "
-            f"is {pad}. Set pad_token_id in config.json to an id below, or to null."
+            f"the model's embedding has {rows} rows (vocab_size), for the ids 0 to {rows - 1}, but its config's "
+            f"pad_token_id is {pad}. Set pad_token_id in config.json to an id below, or to null."
         )
     packed = config.get("quantization_config")
     if packed is not None and not AutoHfQuantizer.supports_quant_method(packed):
@@ -468,13 +474,13 @@ def _refuse_kernels(config: Any, whose: str, trust_remote_code: bool, key: str =
             _refuse_kernels(value, whose, trust_remote_code, key)
     elif isinstance(config, str) and "_implementation" in key and not trust_remote_code and _is_from_hub(config):
         raise UserError(
-            f"{whose} names code from the hub: {key.split()[-1]} {config!r}. Read that code, and set model.trust_remote_code "
-            "to run it; or use an implementation of transformers, such as sdpa."
+            f"{whose} names code from the hub: {key.split()[-1]} {config!r}. Read that code, and set "
+            "model.trust_remote_code to run it; or use an implementation of transformers, such as sdpa."
         )
 
 
 def _is_from_hub(implementation: str) -> bool:
-    """A name on the hub; or FlashAttention where its own package is missing and ``kernels`` would fetch one from there."""
+    """A name on the hub, or FlashAttention where its package is missing and ``kernels`` would fetch one from there."""
     is_fetched = implementation.startswith("flash_attention_") and find_spec("kernels") is not None
     return "/" in implementation or (is_fetched and find_spec("flash_attn") is None)
 
@@ -485,10 +491,12 @@ def _adapter(name_or_path: str, config: str) -> UserError:
     except (ValueError, LookupError, TypeError):
         base = "ITS_BASE_MODEL"
     return UserError(
-        f"{name_or_path!r} holds a LoRA adapter (adapter_config.json), not a whole model. Merge it into its base model first, "
+        f"{name_or_path!r} holds a LoRA adapter (adapter_config.json), not a whole model. Merge it into its base model "
+        "first, "
         f'and give that folder: python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import '
         f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).merge_and_unload().save_pretrained('merged'); "
-        f"T.from_pretrained({base!r}).save_pretrained('merged')\". If its weights are merged already, remove adapter_config.json."
+        f"T.from_pretrained({base!r}).save_pretrained('merged')\". If its weights are merged already, remove "
+        "adapter_config.json."
     )
 
 
@@ -505,9 +513,9 @@ def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
         advice = f"Name the file, if you mean {packed[0]}; or give a Hugging Face folder or the name of a model "
     if not path.exists() and not hub.is_reachable():
         return UserError(
-            f"no {what} could be loaded from {name_or_path!r}: it is no folder here, and the hub cannot be asked (no network, or "
-            f"HF_HUB_OFFLINE is set), nor is it whole in the local cache. Download it where there is a network: hf download "
-            f"{name_or_path}; or give a local folder."
+            f"no {what} could be loaded from {name_or_path!r}: it is no folder here, and the hub cannot be asked (no "
+            "network, or HF_HUB_OFFLINE is set), nor is it whole in the local cache. Download it where there is a "
+            f"network: hf download {name_or_path}; or give a local folder."
         )
     reason += "" if reason.endswith((".", "!", "?")) else "."
     return UserError(

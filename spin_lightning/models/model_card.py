@@ -61,8 +61,9 @@ def how_to_cast(summary: Mapping[str, Any]) -> str:
     dtype, stored = summary.get("dtype"), summary.get("stored_dtype")
     if dtype != "float32" or stored not in ("bfloat16", "float16"):
         return ""
-    return f"""The weights are in {dtype}, twice the size of those that training began with, because most of what it changed is
-too small for {stored}. To round them, load them with `dtype=torch.{stored}`, or make a folder of half the size:
+    return f"""The weights are in {dtype}, twice the size of those that training began with, because most of what it
+changed is too small for {stored}. To round them, load them with `dtype=torch.{stored}`, or make a folder of half the
+size:
 
 ```python
 import torch

@@ -32,9 +32,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def is_random(model: nn.Module) -> bool:
-    """Whether two passes over the same tokens differ by more than kernels do that add in any order, in the mode the model is in.
+    """Whether two passes over the same tokens differ, by more than kernels do that add in any order.
 
-    False for one that cannot be asked.
+    In the mode the model is in. False for one that cannot be asked.
     """
     try:
         embeddings: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]

@@ -1,7 +1,7 @@
 """RMS normalisation that keeps its input and one number a row, and nothing else, for the backward pass.
 
-What ``transformers`` writes out in seven steps keeps several float32 copies of the hidden states: half of a small model's
-activations, and a tenth of its time on a CPU. The numbers are the same within rounding.
+What ``transformers`` writes out in seven steps keeps several float32 copies of the hidden states: half of a small
+model's activations, and a tenth of its time on a CPU. The numbers are the same within rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 def fuse_rms_norms(model: nn.Module) -> None:
     """Let a model's RMS normalisations on the CPU compute in one step. Weights and their names stay as they are.
 
-    A layer is recognised by what it computes, ``x / rms(x) * weight`` or ``x / rms(x) * (1 + weight)``; others are left alone.
+    A layer is recognised by what it computes, ``x / rms(x) * weight`` or ``x / rms(x) * (1 + weight)``; others are left
+    alone.
     """
     for module in model.modules():
         if "RMSNorm" in type(module).__name__ and not isinstance(module, _Fused):
@@ -78,7 +79,7 @@ def _fused(own: Any, offset: float) -> type[nn.Module]:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), in float32 a few rows at a time, so that nothing leaves the cache."""
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), in float32, few rows at a time to stay in the CPU's cache."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

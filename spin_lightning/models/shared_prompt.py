@@ -2,10 +2,12 @@
 
 A response sees its prompt and itself, never another response, and its positions continue those of the prompt: the
 numbers are those of separate sequences. Models of ``transformers`` are not changed; they look their attention and its
-mask up by name, and find these, which leave every other forward pass (generation, evaluation elsewhere) to those they had.
+mask up by name, and find these, which leave every other forward pass (generation, evaluation elsewhere) to those they
+had.
 
 A sliding window is read off the mask that the model asks for, as many models tell their attention nothing of it. A mask
-that is neither causal nor causal with a window is refused, and so is whatever else attention is given but not known here.
+that is neither causal nor causal with a window is refused, and so is whatever else attention is given but not known
+here.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ _KNOWN = ("scaling", "dropout", "sliding_window", "softcap", "position_ids", "ca
 
 
 def _matters(value: Any) -> bool:
-    """Flags and numbers only tell attention what to return or how to compute it; tensors and functions change its result."""
+    """Whether a setting may change attention's result, as tensors and functions do. Flags and numbers do not."""
     return isinstance(value, Tensor) or callable(value)
 
 
@@ -280,8 +282,11 @@ def _plain_attention(
 
 
 class _CpuAttention(torch.autograd.Function):
-    """Torch's fused kernel forward; backward as a few large matrix products, which on a CPU is two to three times faster
-    than the kernel's own in bfloat16. Keeps what the kernel keeps: inputs, output, and the log of each softmax's sum."""
+    """Torch's fused kernel forward; backward as a few large matrix products.
+
+    On a CPU that is two to three times faster than the kernel's own in bfloat16. Keeps what the kernel keeps: inputs,
+    output, and the log of each softmax's sum.
+    """
 
     @staticmethod
     def forward(

@@ -65,26 +65,28 @@ def run_folder(name: str | Path, setting: str) -> Path:
 
 
 def is_url(name: str) -> bool:
-    """Whether a name has a scheme, as ``s3://x`` and ``file:x`` do; ``C:/x`` has none. A ``Path`` has one slash left of two."""
+    """Whether a name has a scheme, as ``s3://x`` and ``file:x`` do; ``C:/x`` has none. A ``Path`` keeps one slash."""
     return re.match(r"[A-Za-z][\w+.-]+:/|(file|s3a?|gs|hf|hdfs|https?):", name) is not None
 
 
 def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
-    """Make sure that nothing which a run writes or removes in its folder leads out of it. The folder itself may be a link.
+    """Make sure that nothing which a run writes or removes in its folder leads out of it.
 
-    Looked at are the names in the folder that match the regular expression ``names``, and all that is in them; of other
-    names there, which a run leaves alone, nothing is asked.
+    The folder itself may be a link. Looked at are the names in the folder that match the regular expression ``names``,
+    and all that is in them; of other names there, which a run leaves alone, nothing is asked.
 
     Raises:
-        UserError: There is a symbolic link, dangling or not; a pipe or a device, at which a run would wait for ever; a file
-            where a folder belongs, or the reverse. Hard links need no check: what exists is replaced, not written to.
+        UserError: There is a symbolic link, dangling or not; a pipe or a device, at which a run would wait for ever; a
+            file where a folder belongs, or the reverse. Hard links need no check: what exists is replaced, not written
+            to.
     """
 
     def look(entry: os.DirEntry[str]) -> None:
         if entry.is_symlink():
             raise UserError(
-                f"{entry.path} is a link to {str(Path(entry.path).readlink())!r}: what the run writes or removes there would be "
-                "elsewhere. Put the file or folder itself in its place, remove the link, or make the whole run folder a link."
+                f"{entry.path} is a link to {str(Path(entry.path).readlink())!r}: what the run writes or removes there "
+                "would be elsewhere. Put the file or folder itself in its place, remove the link, or make the whole "
+                "run folder a link."
             )
         is_folder = entry.is_dir(follow_symlinks=False)
         if not is_folder and not entry.is_file(follow_symlinks=False):
@@ -92,7 +94,8 @@ def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
         if re.fullmatch(_FOLDERS, entry.name) if not is_folder else re.fullmatch(_FILES, entry.name):
             is_one, belongs = ("folder", "file") if is_folder else ("file", "folder")
             raise UserError(
-                f"{entry.path} is a {is_one}, and a run has a {belongs} of that name. Remove it, or use another run folder."
+                f"{entry.path} is a {is_one}, and a run has a {belongs} of that name. Remove it, or use another run "
+                "folder."
             )
         if is_folder:
             with os.scandir(entry) as entries:

@@ -1,6 +1,7 @@
 """Every use of what Lightning does not document, one function each.
 
-``tests/runs/test_lightning_internals.py`` has a test for each of them, which tells what a new version of Lightning broke.
+``tests/runs/test_lightning_internals.py`` has a test for each of them, which tells what a new version of Lightning
+broke.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 
 
 def epoch_to_begin(trainer: Any) -> int:
-    """The number of the epoch that begins next, also where ``current_epoch`` is one behind: after resuming at an epoch's end."""
+    """The number of the epoch that begins next. ``current_epoch`` is one behind after resuming at an epoch's end."""
     return int(trainer.fit_loop.epoch_progress.current.processed)
 
 
@@ -23,9 +24,10 @@ def resumes_inside_epoch(trainer: Any) -> bool:
 
 
 def end_finished_epoch(checkpoint: dict[str, Any]) -> None:
-    """Rewrite a checkpoint that was saved after an epoch's last batch but before its end, as one saved at the epoch's end.
+    """Rewrite a checkpoint that was saved after an epoch's last batch but before its end.
 
-    Lightning would resume inside of the finished epoch, and skip the start of the next.
+    It becomes one that was saved at the epoch's end. Lightning would resume inside of the finished epoch, and skip the
+    start of the next.
     """
     loop = checkpoint["loops"]["fit_loop"]
     epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
@@ -47,7 +49,7 @@ def remake_optimizers(trainer: Any) -> None:
 
 
 def received_sigterm(trainer: Any) -> bool:
-    """Whether Lightning's own signal handler noted a SIGTERM, which Lightning itself looks at only after a training batch."""
+    """Whether Lightning's own handler noted a SIGTERM. Lightning itself looks at it only after a training batch."""
     return bool(trainer.received_sigterm)
 
 
@@ -74,14 +76,14 @@ def forward_context(trainer: Any) -> AbstractContextManager[Any]:
 
 
 def keep_weights_as_loaded(trainer: Any) -> None:
-    """Of ``bf16-true`` and the like: a model is loaded in that dtype, but for what it keeps in float32, as routers are."""
+    """For ``bf16-true`` and the like: a model is loaded in that dtype, except what it keeps in float32, as routers."""
     plugin: Any = trainer.precision_plugin
     if isinstance(plugin, HalfPrecision | DoublePrecision):
         plugin.convert_module = _as_it_is  # type: ignore[method-assign, assignment]
 
 
 def keep_batches_as_collated(trainer: Any) -> None:
-    """``bf16-true`` rounds every float of a batch to 8 bits; ours are stored log-probs, and off by up to half a nat then."""
+    """Keep the floats of a batch: ``bf16-true`` would round stored log-probs to 8 bits, off by up to half a nat."""
     trainer.precision_plugin.convert_input = _as_it_is
 
 

@@ -29,7 +29,8 @@ _HASH = re.compile(r"(^|_)(revision|commit|sha\d*|hash|digest|fingerprint|checks
 _PLACE = re.compile(r"(^|_)(dir|dirpath|folder|path|file|data|name|run|uuid|experiment|project|split)$")
 
 _SHAPES = re.compile(
-    r"(?<=://)[^/@\s:]*:[^/?#\s]+(?=@)|(?<=://)[^/@\s:]{12,}(?=@)|(?<=[a-z0-9]:/)[^/@\s:]+:[^/?#\s]+(?=@)"  # user:password@host, token@host
+    # user:password@host, token@host
+    r"(?<=://)[^/@\s:]*:[^/?#\s]+(?=@)|(?<=://)[^/@\s:]{12,}(?=@)|(?<=[a-z0-9]:/)[^/@\s:]+:[^/?#\s]+(?=@)"
     r"|\bAIza[\w-]{30,}|\bya29\.[\w-]{16,}|\bAGE-SECRET-KEY-\w+|\bSG\.[\w-]{16,}\.[\w-]{16,}"
     r"|\bdapi[0-9a-f]{32}\b|\b(?:SK|AC)[0-9a-f]{32}\b|\bA[KS]IA[0-9A-Z]{16}\b|\bey[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
     r"|(?<=hooks\.slack\.com/)\S+|(?<=/api/webhooks/)\S+"

@@ -63,7 +63,8 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
     Args:
         dirpath: Folder of the checkpoints. None: ``checkpoints`` in the SelfPlay callback's ``output_dir``.
         every_n_steps: Also save after this many optimiser steps. None: only at the end of each epoch.
-        allow_changes: Settings that may differ from those the run began with, such as ``[model.beta]``. Each is recorded.
+        allow_changes: Settings that may differ from those the run began with, such as ``[model.beta]``. Each is
+            recorded.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(
-                f"checkpoint.every_n_steps must be at least 1, got {every_n_steps!r}. Leave it out to save at epoch ends only."
+                f"checkpoint.every_n_steps must be at least 1, got {every_n_steps!r}. Leave it out to save at epoch "
+                "ends only."
             )
         self.dirpath = None if dirpath is None else str(run_folder(dirpath, "checkpoint.dirpath"))
         self.every_n_steps = every_n_steps
@@ -88,7 +90,8 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
             game = getattr(trainer.datamodule, "game", None)  # type: ignore[attr-defined]
             if game is None:
                 raise UserError(
-                    "RunCheckpoint needs a dirpath where there is no SelfPlay callback. Give RunCheckpoint(dirpath=...)."
+                    "RunCheckpoint needs a dirpath where there is no SelfPlay callback. Give "
+                    "RunCheckpoint(dirpath=...)."
                 )
             self.dirpath = checkpoint_folder(game.output_dir)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -107,8 +110,9 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
             return
         if trainer.ckpt_path is None and checkpoints_in(self.folder):
             raise UserError(
-                f"{self.folder} holds the checkpoints of a run, but this one was told to begin anew and would overwrite "
-                "them. Continue it with trainer.fit(..., ckpt_path=last_checkpoint(output_dir)), or use another folder."
+                f"{self.folder} holds the checkpoints of a run, but this one was told to begin anew and would "
+                "overwrite them. Continue it with trainer.fit(..., ckpt_path=last_checkpoint(output_dir)), or use "
+                "another folder."
             )
         check_settings(trainer, self.folder.parent / SETTINGS, self.allow_changes)
         self._set_aside()

@@ -133,7 +133,9 @@ def _missing(old: dict[str, Any], thing: Any, prefix: str) -> dict[str, Any]:
 
 
 def check_finished(trainer: L.Trainer, module: Any, data: Any, path: Path, allow_changes: list[str]) -> None:
-    """Make sure that a run that is over is the one this command would play. Without model and fit; the rows only if they were read.
+    """Make sure that a run that is over is the one this command would play.
+
+    Without model and fit, and with the rows only if they were read.
 
     Raises:
         UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new.
@@ -146,8 +148,9 @@ def check_finished(trainer: L.Trainer, module: Any, data: Any, path: Path, allow
     old = {key: value for key, value in old.items() if key in settings or key not in OF_DATA}
     if refused := [key for key in _differing(old, settings) if key not in allow_changes]:
         raise UserError(
-            f"the run in {path.parent} is over, and had other settings than this command gives:{_shown(refused, old, settings)}\n"
-            "Use another folder to play with these settings, or the settings it had to see that it is over."
+            f"the run in {path.parent} is over, and had other settings than this command "
+            f"gives:{_shown(refused, old, settings)}\nUse another folder to play with these settings, or the settings "
+            "it had to see that it is over."
         )
 
 
@@ -165,8 +168,8 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
     changes: list[dict[str, Any]] = []
     if record is None and trainer.ckpt_path is not None and path.name not in allow_changes:
         raise UserError(
-            f"{path} is missing, so nothing tells which settings this run began with. Restore it from a copy, or continue "
-            f"with those of this command: --checkpoint.allow_changes '[{path.name}]'."
+            f"{path} is missing, so nothing tells which settings this run began with. Restore it from a copy, or "
+            f"continue with those of this command: --checkpoint.allow_changes '[{path.name}]'."
         )
     if record is not None:
         old, changes = (
@@ -193,8 +196,8 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
             changes += [{**since, "setting": name, "from": before.get(name), "to": now[name]} for name in drifted]
             drift = [f"{name} {before.get(name)} -> {now[name]}" for name in drifted]
             say(
-                f"note: what it runs on changed since this run began ({', '.join(drift)}): it continues, but its weights need not be "
-                "those of an undisturbed run, bit by bit."
+                f"note: what it runs on changed since this run began ({', '.join(drift)}): it continues, but its "
+                "weights need not be those of an undisturbed run, bit by bit."
             )
     write_json(path, {"settings": settings, "changes": changes, "versions": now})
 

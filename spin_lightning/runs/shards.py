@@ -23,12 +23,13 @@ class ShardStore:
     """Reads and writes a folder of shards.
 
     Args:
-        folder: Where the shards are. The manifest is beside it, ``FOLDER_manifest.json``, so that a folder holds Parquet and
-            nothing else.
+        folder: Where the shards are. The manifest is beside it, ``FOLDER_manifest.json``, so that a folder holds
+            Parquet and nothing else.
         binding: What the rows depend on. None to read a finished folder as it is.
 
     Attributes:
-        manifest: Whether the table is complete, its binding, its shards with their hashes, and what ``finish`` was told.
+        manifest: Whether the table is complete, its binding, its shards with their hashes, and what ``finish`` was
+            told.
 
     Raises:
         UserError: The folder holds rows that something else made; the message names each difference.
@@ -48,15 +49,17 @@ class ShardStore:
         if manifest is None:
             if binding is None:
                 raise UserError(
-                    f"{self.manifest_path} is missing, so nothing vouches for the {self.rows_are} in {folder}. Let the run make them."
+                    f"{self.manifest_path} is missing, so nothing vouches for the {self.rows_are} in {folder}. Let the "
+                    "run make them."
                 )
             shutil.rmtree(folder, ignore_errors=True)  # shards that nothing vouches for are not read
             manifest = {"complete": False, "binding": dict(binding), "shards": []}
             write_json(self.manifest_path, manifest)
         elif binding is not None and (differing := _differing(binding, manifest["binding"])):
             raise UserError(
-                f"the {self.rows_are} in {folder} were made by something else than this run; what differs: {', '.join(differing)}. "
-                "Use another self_play.output_dir, or remove that iteration's folder to have its pairs made again."
+                f"the {self.rows_are} in {folder} were made by something else than this run; what differs: "
+                f"{', '.join(differing)}. Use another self_play.output_dir, or remove that iteration's folder to have "
+                "its pairs made again."
             )
         self.manifest: dict[str, Any] = manifest
 
@@ -99,8 +102,8 @@ class ShardStore:
         path = self._path(name)
         if (state := self._damage(name)) is not None:
             raise UserError(
-                f"{path} {state}, so the {self.rows_are} cannot be trusted. Restore it from a copy, or remove the folder "
-                f"{self.folder} and every later iteration, and run the same command again."
+                f"{path} {state}, so the {self.rows_are} cannot be trusted. Restore it from a copy, or remove the "
+                f"folder {self.folder} and every later iteration, and run the same command again."
             )
         return pq.read_table(path.absolute(), columns=columns, page_checksum_verification=True, partitioning=None)
 
@@ -146,7 +149,9 @@ class ShardStore:
 
 
 def refuse_broken_chain(stores: Sequence[ShardStore], newest: str | None) -> None:
-    """Make sure that tables belong together: each manifest names the hash of the one before it, so no other run's can slip in.
+    """Make sure that tables belong together.
+
+    Each manifest names the hash of the one before it, so no other run's can slip in.
 
     Args:
         stores: From the newest to the oldest.
@@ -158,8 +163,8 @@ def refuse_broken_chain(stores: Sequence[ShardStore], newest: str | None) -> Non
     for store in stores:
         if store.sha256 != newest:
             raise UserError(
-                f"the {store.rows_are} in {store.folder} are not those that this game made for iteration {store.binding.get('iteration')}. "
-                "Restore the folder, or use another self_play.output_dir."
+                f"the {store.rows_are} in {store.folder} are not those that this game made for iteration "
+                f"{store.binding.get('iteration')}. Restore the folder, or use another self_play.output_dir."
             )
         newest = store.binding[store.chained_by]
 
@@ -172,8 +177,8 @@ def refuse_other_binding(store: ShardStore, binding: Mapping[str, Any], keys: It
     """
     if differing := [key for key in keys if store.binding[key] != binding[key]]:
         raise UserError(
-            f"the {store.rows_are} in {store.folder} were made with other settings than this run has now; what differs: "
-            f"{', '.join(differing)}. Use the settings they were made with, or another self_play.output_dir."
+            f"the {store.rows_are} in {store.folder} were made with other settings than this run has now; what "
+            f"differs: {', '.join(differing)}. Use the settings they were made with, or another self_play.output_dir."
         )
 
 

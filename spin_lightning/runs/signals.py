@@ -61,5 +61,6 @@ def _keep(number: int, frame: FrameType | None) -> None:
     above = "\r\x1b[2K" if display.is_drawn else "\n"
     os.write(
         2,
-        f"{above}{name} received: ending at the next point that can be continued from. Once more ends at once.\n".encode(),
+        f"{above}{name} received: ending at the next point that can be continued from. Once more ends at "
+        "once.\n".encode(),
     )

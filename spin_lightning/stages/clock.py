@@ -1,7 +1,7 @@
 """When an iteration begins and when it is over, in Lightning's terms. What is done then is in ``iteration``.
 
-One ``Trainer.fit`` plays all iterations: ``train_dataloader`` asks ``ensure_iteration`` for the training set of the epoch
-about to begin, which is the moment a new iteration starts.
+One ``Trainer.fit`` plays all iterations: ``train_dataloader`` asks ``ensure_iteration`` for the training set of the
+epoch about to begin, which is the moment a new iteration starts.
 
 Any callback may define the game's hooks; they are called where they exist:
 ``on_iteration_start(trainer, module, iteration)``,
@@ -81,9 +81,10 @@ class SelfPlay(HoldsFolder):
     Args:
         output_dir: Folder of the run. Everything the game makes is in it, under relative names.
         iterations: How many times the policy becomes the next opponent. The paper played 4.
-        epochs: Passes over the pairs in each iteration; one number, or a list with one number an iteration. The paper: 2.
-        reset_optimizer: Start each iteration with an empty optimiser state, as the paper does. The learning rate schedule
-            starts anew in any case.
+        epochs: Passes over the pairs in each iteration; one number, or a list with one number an iteration. The paper:
+            2.
+        reset_optimizer: Start each iteration with an empty optimiser state, as the paper does. The learning rate
+            schedule starts anew in any case.
         shard_size: Prompts in one shard of pairs: the most that is generated again after a kill.
 
     Raises:
@@ -134,7 +135,7 @@ class SelfPlay(HoldsFolder):
 
     @property
     def last_checkpoint(self) -> str | None:
-        """The checkpoint to continue from, or None for a new game: ``trainer.fit(..., ckpt_path=game.last_checkpoint)``."""
+        """The checkpoint to continue from (None: a new game): ``trainer.fit(..., ckpt_path=game.last_checkpoint)``."""
         return last_checkpoint(self.output_dir)
 
     def folder(self, iteration: int) -> Path:
@@ -149,7 +150,7 @@ class SelfPlay(HoldsFolder):
     # --- an iteration begins --------------------------------------------------------------------------------------
 
     def ensure_iteration(self) -> TrainingSet:
-        """The training set of the epoch that is about to begin; a new iteration starts here. Empty when the game is over.
+        """The training set of the epoch about to begin; a new iteration starts here. Empty when the game is over.
 
         Raises:
             StopIteration: The game ended while the training set was made. Lightning's loop ends on it.
@@ -247,7 +248,7 @@ class SelfPlay(HoldsFolder):
         notify(self.trainer, "on_iteration_end", iteration.number, summary)
 
     def _end_if_missed(self, number: int) -> None:
-        """Export what a checkpoint of another callback, saved between an iteration's last step and its export, left out."""
+        """Export the policy that a checkpoint saved between an iteration's last step and its export left out."""
         if not (self.folder(number) / "summary.json").exists():
             self._end_iteration(self._make_iteration(number))
 
@@ -306,11 +307,13 @@ def refuse_unplayable(trainer: Any, module: Any, epochs: list[int]) -> None:
     """
     if not isinstance(module, IterativeModule):
         raise UserError(
-            f"SelfPlay plays with a SpinLightningModule, or with another module that has iterations, got {type(module).__name__}."
+            "SelfPlay plays with a SpinLightningModule, or with another module that has iterations, got "
+            f"{type(module).__name__}."
         )
     if not isinstance(data := trainer.datamodule, SyntheticDataModule):
         raise UserError(
-            f"SelfPlay needs a SyntheticDataModule, got {type(data).__name__}. Use trainer.fit(module, SyntheticDataModule(...))."
+            f"SelfPlay needs a SyntheticDataModule, got {type(data).__name__}. Use trainer.fit(module, "
+            "SyntheticDataModule(...))."
         )
     if trainer.world_size > 1:
         raise UserError(f"self-play runs in one process so far, got {trainer.world_size}. Set trainer.devices: 1.")
@@ -322,7 +325,8 @@ def refuse_unplayable(trainer: Any, module: Any, epochs: list[int]) -> None:
     if not trainer.fast_dev_run:
         if trainer.max_steps != -1:
             raise UserError(
-                f"trainer.max_steps cannot be used with self-play, got {trainer.max_steps}. Set self_play.iterations and epochs."
+                f"trainer.max_steps cannot be used with self-play, got {trainer.max_steps}. Set self_play.iterations "
+                "and epochs."
             )
         if trainer.max_epochs != sum(epochs):
             raise UserError(

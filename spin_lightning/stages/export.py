@@ -89,7 +89,8 @@ class ExportPolicy(L.Callback):
             "stored_dtype": module.stored_dtype,
         }
         card = (
-            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [sft, spin-lightning]\n---\n\n# Supervised fine-tuned policy\n\n"
+            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [sft, spin-lightning]\n---\n\n# "
+            "Supervised fine-tuned policy\n\n"
             + "\n".join(f"- {name}: {value}" for name, value in summary.items())
             + f"\n\n{how_to_cast(summary)}"
         )

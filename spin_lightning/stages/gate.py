@@ -3,9 +3,9 @@
 At that step every margin is 0 and the loss is what the loss gives a model against itself (ln 2 for the logistic
 link). When it is not, something differs between how the pairs were scored and how they are trained on.
 
-Rounding moves a response's log-prob like a random walk: by about sqrt(tokens) times what it moves a token. Other weights,
-another template or a shifted mask move all tokens their own way, and mostly by more. So responses are judged by their
-log-ratio over sqrt(tokens), and how far rounding moves a token of this batch is measured on the model itself.
+Rounding moves a response's log-prob like a random walk: by about sqrt(tokens) times what it moves a token. Other
+weights, another template or a shifted mask move all tokens their own way, and mostly by more. So responses are judged
+by their log-ratio over sqrt(tokens), and how far rounding moves a token of this batch is measured on the model itself.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from spin_lightning.types import PairBatch, PairLogProbs, UserError
 
 #: |log-ratio| over sqrt(tokens) that needs no reason, in nats: rounding that two passes may happen not to show.
 FLOOR = {torch.float64: 2e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-#: So many times the measured rounding may be added to it, in the worst response; down to half of all that in the typical one
-#: (root mean square), the more responses there are.
+#: So many times the measured rounding may be added to it, in the worst response; down to half of all that in the
+#: typical one (root mean square), the more responses there are.
 TIMES_ROUNDING = 5.0
 
 
@@ -45,8 +45,8 @@ def check_gate(
         dtype: The dtype of the computation, which sets the floor of what is allowed.
         iteration: For the message.
         recompute: Gives the policy's log-probs again, as in training (False) or in evaluation mode (True).
-        rounding: Measures how far rounding moves the log-prob of one token of this batch, in nats (root mean square). Asked
-            only if it matters. None: not at all.
+        rounding: Measures how far rounding moves the log-prob of one token of this batch, in nats (root mean square).
+            Asked only if it matters. None: not at all.
 
     Raises:
         UserError: They differ; the message gives the numbers and the likely cause.
@@ -75,9 +75,15 @@ def check_gate(
     with torch.no_grad():
         again, evaluated = recompute(False), recompute(True)
     if ratios.isfinite().all() and not expected.isfinite().all():
-        cause = f"the loss: {type(loss).__name__} gives no finite number for a model against itself. Mend it, or its settings"
+        cause = (
+            f"the loss: {type(loss).__name__} gives no finite number for a model against itself. Mend it, or its "
+            "settings"
+        )
     elif not (policy.real.isfinite().all() and policy.generated.isfinite().all()):
-        cause = "log-probs of the policy that are not numbers. Its weights are damaged, or the dtype overflows: try float32, or another model"
+        cause = (
+            "log-probs of the policy that are not numbers. Its weights are damaged, or the dtype overflows: try "
+            "float32, or another model"
+        )
     elif not torch.equal(again.real, policy.real):
         cause = (
             "the policy is random: two passes over one batch differ, so dropout is on. Set model.dropout: false "
@@ -89,8 +95,8 @@ def check_gate(
         )
     elif dtype in (torch.bfloat16, torch.float16) and agrees(ratios, 3 * limit):
         cause = (
-            f"the dtype: {dtype} rounds more on this model than was measured. Score and train in float32, or in the same "
-            "precision. Or else the stored log-probs are of slightly other weights"
+            f"the dtype: {dtype} rounds more on this model than was measured. Score and train in float32, or in the "
+            "same precision. Or else the stored log-probs are of slightly other weights"
         )
     else:
         cause = (
@@ -99,15 +105,16 @@ def check_gate(
         )
     worst = int((ratios / root).argmax())
     raise UserError(
-        f"iteration {iteration} does not start where it should: policy and opponent are the same model at its first step, so the loss "
-        f"must be {float(expected.mean()):.6f} and every log-ratio 0 (within {limit * float(root[worst]):.3g} nats for a response of "
-        f"{int(lengths[worst])} tokens), but the loss is {float(found.mean()):.6f} and the log-ratio of such a response "
-        f"{float(ratios[worst]):.3g} nats. Likely cause: {cause}."
+        f"iteration {iteration} does not start where it should: policy and opponent are the same model at its first "
+        f"step, so the loss must be {float(expected.mean()):.6f} and every log-ratio 0 (within "
+        f"{limit * float(root[worst]):.3g} nats for a response of {int(lengths[worst])} tokens), but the loss is "
+        f"{float(found.mean()):.6f} and the log-ratio of such a response {float(ratios[worst]):.3g} nats. Likely "
+        f"cause: {cause}."
     )
 
 
 def _log_ratios(policy: PairLogProbs, opponent: PairLogProbs) -> tuple[Tensor, Tensor]:
-    """Size of the log-ratio of every response of a batch, real and generated ones, infinite if not a number; and their lengths."""
+    """Sizes of the log-ratios of a batch's responses, real and generated ones, infinite for NaN; and their lengths."""
     ratios = torch.cat([policy.real - opponent.real, policy.generated - opponent.generated]).detach().abs()
     lengths = torch.cat([opponent.real_lengths, opponent.generated_lengths])
     return ratios.nan_to_num(nan=torch.inf), lengths

@@ -23,8 +23,9 @@ class Health(L.Callback):
     """Reads real-answer reward, accuracy, lengths, clipped and identical shares, and held-out NLL each iteration.
 
     Args:
-        stop: ``equilibrium`` ends the game when nearly all generated answers equal the real ones. ``harm`` does so too, and
-            when the held-out NLL is worse than that of the model the game started from, or no number. ``never`` only speaks.
+        stop: ``equilibrium`` ends the game when nearly all generated answers equal the real ones. ``harm`` does so too,
+            and when the held-out NLL is worse than that of the model the game started from, or no number. ``never``
+            only speaks.
 
     Attributes:
         remarks: What was said, as ``(iteration, sentence)``.
@@ -58,7 +59,8 @@ class Health(L.Callback):
         if identical >= EQUILIBRIUM_SHARE:
             self._say(
                 iteration,
-                f"{identical:.0%} of the generated answers equal the real ones: the game is at its equilibrium on this data",
+                f"{identical:.0%} of the generated answers equal the real ones: the game is at its equilibrium on this "
+                "data",
             )
             if self.stop != "never":
                 trainer.datamodule.game.stop(f"equilibrium: {identical:.0%} of the answers are identical")  # type: ignore[attr-defined]
@@ -70,7 +72,8 @@ class Health(L.Callback):
         if clipped > report["real_clipped_share"] + 0.1:
             self._say(
                 iteration,
-                f"{clipped:.0%} of the generated answers hit the length cap (real {report['real_clipped_share']:.0%}): the opponent may not know how to stop, or max_new_tokens is small",
+                f"{clipped:.0%} of the generated answers hit the length cap (real {report['real_clipped_share']:.0%}): "
+                "the opponent may not know how to stop, or max_new_tokens is small",
             )
         if report["empty_share"] > 0.05:
             self._say(
@@ -80,7 +83,8 @@ class Health(L.Callback):
         if not 2 / 3 <= gap <= 1.5:
             self._say(
                 iteration,
-                f"generated answers are {gap:.1f} times as long as real ones: length alone tells them apart, and the policy may learn only that",
+                f"generated answers are {gap:.1f} times as long as real ones: length alone tells them apart, and the "
+                "policy may learn only that",
             )
 
     def on_iteration_end(
@@ -108,7 +112,8 @@ class Health(L.Callback):
         if loss.reference is not None and reward < 0:
             self._say(
                 iteration,
-                f"the policy finds the real answers less likely than {loss.reference} did (reward {reward:.3f}): {loss.remedy}",
+                f"the policy finds the real answers less likely than {loss.reference} did (reward {reward:.3f}): "
+                f"{loss.remedy}",
             )
         if accuracy > 0.95:
             why = "they are memorised, or a trivial cue such as length or format gives them away"

@@ -1,7 +1,7 @@
-"""What is done in an iteration: a table is opened, filled and read, and when it has been trained on, the policy is exported.
+"""What is done in an iteration: a table is opened, filled and read, and after training the policy is exported.
 
-``Iteration`` is what the clock runs, and all that it knows of a stage that plays. ``SpinIteration`` is that of self-play. Both
-are handed values: models, data and settings, and neither a trainer nor a module.
+``Iteration`` is what the clock runs, and all that it knows of a stage that plays. ``SpinIteration`` is that of
+self-play. Both are handed values: models, data and settings, and neither a trainer nor a module.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Iteration(ABC):
         """The table of this iteration, empty or as far as it was filled before.
 
         Args:
-            known: The hash of the newest manifest that the run's checkpoint knows: if the iteration is fresh, that of the
-                iteration before; else that of this one.
+            known: The hash of the newest manifest that the run's checkpoint knows: if the iteration is fresh, that of
+                the iteration before; else that of this one.
             is_fresh: Whether the iteration begins. Else it continues after training steps, and its table is complete.
 
         Raises:
@@ -167,8 +167,8 @@ class SpinIteration(Iteration):
         store = self._pairs_of(self.number)
         if store.sha256 != known:
             raise UserError(
-                f"the pairs in {store.folder} are not those that iteration {self.number} began with, so it cannot be continued. "
-                "Restore the folder, or use another self_play.output_dir."
+                f"the pairs in {store.folder} are not those that iteration {self.number} began with, so it cannot be "
+                "continued. Restore the folder, or use another self_play.output_dir."
             )
         keys = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *_LAYOUT)
         refuse_other_binding(store, self._depends_on(), keys)
@@ -181,7 +181,8 @@ class SpinIteration(Iteration):
         data, number, sampling = self.run.data, self.number, self.run.data.generator.sampling
         say(
             f"iteration {number}: the opponent answers {len(data.prompts)} prompts, {data.answers_per_prompt} each, "
-            f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}, at most {sampling['max_new_tokens']} tokens"
+            f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}, at most "
+            f"{sampling['max_new_tokens']} tokens"
         )
         initial = None
         if self.loss.needs_initial_log_probs:
@@ -229,10 +230,10 @@ class SpinIteration(Iteration):
             "completions/identical_ratio": report["identical_share"],
         }
         sentence = (
-            f"iteration {self.number}: {table.num_rows} pairs to train on ({dropped} identical ones dropped); generated answers have "
-            f"{report['generated_mean_length']:.1f} tokens on average (real {report['real_mean_length']:.1f}), "
-            f"{report['generated_clipped_share']:.0%} hit the cap, {report['empty_share']:.0%} are empty, "
-            f"{report['identical_share']:.0%} equal the real one"
+            f"iteration {self.number}: {table.num_rows} pairs to train on ({dropped} identical ones dropped); "
+            f"generated answers have {report['generated_mean_length']:.1f} tokens on average (real "
+            f"{report['real_mean_length']:.1f}), {report['generated_clipped_share']:.0%} hit the cap, "
+            f"{report['empty_share']:.0%} are empty, {report['identical_share']:.0%} equal the real one"
         )
         return TrainingSet(table, collate_pairs, report, metrics, sentence, why)
 
@@ -269,7 +270,10 @@ class SpinIteration(Iteration):
         return f"iteration_{self.number - 1}/policy" if self.number else self.policy.name
 
     def _load_opponent(self, store: PairStore) -> PreTrainedModel:
-        refusal = f"so iteration {self.number} cannot be continued. Restore it from a copy, or use another self_play.output_dir."
+        refusal = (
+            f"so iteration {self.number} cannot be continued. Restore it from a copy, or use another "
+            "self_play.output_dir."
+        )
         name = store.manifest["opponent"]
         try:
             opponent = self.policy.load(self._opponent_folder)

@@ -65,5 +65,5 @@ class IterativeModule(PolicyModule):
         return {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Begin with the next epoch where another callback saved a checkpoint between an epoch's last batch and its end."""
+        """Begin with the next epoch where a checkpoint was saved between an epoch's last batch and its end."""
         end_finished_epoch(checkpoint)

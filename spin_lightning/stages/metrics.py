@@ -71,7 +71,7 @@ class PairMetrics(nn.Module):
 
     @torch.no_grad()
     def forward(self, parts: Sequence[tuple[PairLossOutput, PairLogProbs]], is_first: bool = True) -> dict[str, Tensor]:
-        """Add a batch, given in parts, and return the values over all batches of its update. ``is_first`` begins another."""
+        """Add a batch, given in parts; return the values over all batches of its update. ``is_first`` begins one."""
         real = torch.cat([output.real_rewards for output, _ in parts])
         generated = torch.cat([output.generated_rewards for output, _ in parts])
         values = {

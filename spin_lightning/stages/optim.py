@@ -15,7 +15,7 @@ WEIGHTS_AT_A_TIME = 2**25
 
 
 def refuse_unusable(make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:
-    """Try an optimiser on one small weight with an ordinary gradient: a step, which is given the pass that makes the gradient.
+    """Try a step of an optimiser on one small weight, with an ordinary gradient; the step is given the pass to make it.
 
     Raises:
         UserError: It cannot be made, its step fails, or it does not call the pass exactly once. The message names it.
@@ -51,8 +51,8 @@ def refuse_unusable(make_optimizer: Callable[..., torch.optim.Optimizer]) -> Non
 class Float32Master(torch.optim.Optimizer):
     """Steps a float32 copy of the weights, then rounds it into the model's own.
 
-    In pure bfloat16 an update below 1/256 of a weight is rounded away, and at the learning rates of self-play nearly all
-    are. The copy costs 4 bytes a weight beside the optimiser's own state. A step uses the gradients up.
+    In pure bfloat16 an update below 1/256 of a weight is rounded away, and at the learning rates of self-play nearly
+    all are. The copy costs 4 bytes a weight beside the optimiser's own state. A step uses the gradients up.
 
     Args:
         parameters: The model's trainable weights, in bfloat16 or float16.
@@ -113,7 +113,7 @@ def _by_size(pairs: list[tuple[Tensor, Tensor]], limit: int) -> list[list[tuple[
 
 
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimiser, updating in one pass over memory where it can and was not told otherwise. Three times faster on CPU."""
+    """The same optimiser, updating in one pass over memory where it can and was not told otherwise: 3 times as fast."""
     for group in optimizer.param_groups:
         if group.get("fused", ...) is None and not group.get("foreach"):
             group["fused"] = True

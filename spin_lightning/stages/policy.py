@@ -218,13 +218,14 @@ class PolicyModule(L.LightningModule):
                 if is_random(self.policy):
                     calm(self.policy)
                     say(
-                        f"note: {type(self.policy).__name__} is random in training mode, as the router of a mixture of experts may be; "
-                        "it is trained as it answers, without that. model.dropout: true keeps it."
+                        f"note: {type(self.policy).__name__} is random in training mode, as the router of a mixture of "
+                        "experts may be; it is trained as it answers, without that. model.dropout: true keeps it."
                     )
         if self.stored_dtype in ("bfloat16", "float16") and self.policy.dtype is torch.float32:
             say(
-                f"note: the weights of {self.model_name_or_path} are stored in {self.stored_dtype}; they are trained and exported in "
-                "float32, twice as large, for most of what training changes is too small for 16 bits. trainer.precision bf16-true keeps 16."
+                f"note: the weights of {self.model_name_or_path} are stored in {self.stored_dtype}; they are trained "
+                "and exported in float32, twice as large, for most of what training changes is too small for 16 bits. "
+                "trainer.precision bf16-true keeps 16."
             )
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -330,7 +331,7 @@ class PolicyModule(L.LightningModule):
         return self._update.is_complete
 
     def on_after_backward(self) -> None:
-        """Make the gradient that of the update's mean, before anything reads it. Lightning divided by the number of batches asked for."""
+        """Make the gradient that of the update's mean before anything reads it. Lightning divides by the full count."""
         update = self._update
         if not update.is_complete or not update.count:  # a training step of one's own
             return
@@ -441,6 +442,7 @@ def _checked(model: Any, attn_implementation: str | None, revision: str | None) 
     for name, value in (("attn_implementation", attn_implementation), ("revision", revision)):
         if value is not None:
             raise UserError(
-                f"{name} {value!r} says how a model is loaded, but this {type(model).__name__} is loaded already. Load it so."
+                f"{name} {value!r} says how a model is loaded, but this {type(model).__name__} is loaded already. Load "
+                "it so."
             )
     return model

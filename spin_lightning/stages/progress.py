@@ -19,9 +19,9 @@ from spin_lightning.types import ResponseBatch
 class ShowProgress(ProgressBar):
     """One line for what a ``Trainer`` does: iteration, step, time left, loss, margin, tokens per second.
 
-    It is in the place of Lightning's own bar, which writes over whatever else is shown. The command line adds it, unless
-    ``trainer.enable_progress_bar`` is false. On a terminal the line is live; elsewhere a plain line comes every thirty
-    seconds or ten per cent. What is on it of a module's own is whatever it logs with ``prog_bar=True``.
+    It is in the place of Lightning's own bar, which writes over whatever else is shown. The command line adds it,
+    unless ``trainer.enable_progress_bar`` is false. On a terminal the line is live; elsewhere a plain line comes every
+    thirty seconds or ten per cent. What is on it of a module's own is whatever it logs with ``prog_bar=True``.
 
     Example:
         >>> import lightning as L

@@ -35,14 +35,14 @@ class SpinLightningModule(IterativeModule):
     ``PolicyModule`` too.
 
     Args:
-        model_name_or_path: The SFT model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In Python also
-            a model of ``transformers``, which is then trained in place.
-        beta: The paper's lambda. At 1 an exact iteration lands on the data's distribution; below 1/2 exact iterations overshoot
-            and diverge. The paper ran 0.1, with few and small steps.
+        model_name_or_path: The SFT model to start from: a hub name, a Hugging Face folder or a ``.gguf`` file. In
+            Python also a model of ``transformers``, which is then trained in place.
+        beta: The paper's lambda. At 1 an exact iteration lands on the data's distribution; below 1/2 exact iterations
+            overshoot and diverge. The paper ran 0.1, with few and small steps.
         loss: The pair loss, as a class path with its settings.
         learning_rate: Peak of the schedule. The paper used 5e-7, later 1e-7, for 7B; small models want more (1e-5).
-        opponent: ``stored`` computes its log-probs once an iteration; ``resident`` keeps a frozen copy in memory; or an ``Opponent`` of
-            your own by its class path.
+        opponent: ``stored`` computes its log-probs once an iteration; ``resident`` keeps a frozen copy in memory; or an
+            ``Opponent`` of your own by its class path.
 
     Raises:
         UserError: A setting is outside its range.
@@ -103,8 +103,9 @@ class SpinLightningModule(IterativeModule):
         super().on_fit_start()
         if getattr(self.trainer.datamodule, "game", None) is None:  # type: ignore[attr-defined]
             raise UserError(
-                "SpinLightningModule needs the SelfPlay callback, which plays the iterations, and a SyntheticDataModule. "
-                "Use Trainer(callbacks=[SelfPlay(...), ...]).fit(module, SyntheticDataModule(...))."
+                "SpinLightningModule needs the SelfPlay callback, which plays the iterations, and a "
+                "SyntheticDataModule. Use Trainer(callbacks=[SelfPlay(...), ...]).fit(module, "
+                "SyntheticDataModule(...))."
             )
 
     def pair_log_probs(self, batch: PairBatch) -> PairLogProbs:

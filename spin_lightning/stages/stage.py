@@ -14,8 +14,8 @@ from typing import Any
 class Stage:
     """What ``cli`` builds a command from.
 
-    Classes are named by import path, so that a record imports none of them. ``--help`` reads the texts, dicts and numbers of a
-    record from its source without importing anything: write them as literals.
+    Classes are named by import path, so that a record imports none of them. ``--help`` reads the texts, dicts and
+    numbers of a record from its source without importing anything: write them as literals.
 
     Attributes:
         module: The LightningModule that is trained: section ``model``.
@@ -23,7 +23,8 @@ class Stage:
         callbacks: The stage's callbacks, by section.
         folder: The section whose ``output_dir`` is the run's folder.
         over_file: What is written last in the run's folder.
-        mark: A setting, or how its name begins, that every run of this stage records in ``run.json`` and no run of another stage.
+        mark: A setting, or how its name begins, that every run of this stage records in ``run.json`` and no run of
+            another stage.
         absent: What to answer where a setting is given that other stages have and this one does not, by setting.
         defaults: Defaults that are not those of the classes, by setting.
         links: Settings that follow from others: for each, from which, and the function of these that gives it.

@@ -34,7 +34,10 @@ def fit(tmp_path, model):
 
 
 def test_help_teaches_and_imports_nothing_heavy():
-    code = "import sys, spin_lightning.cli.commands as c; c.main(['--help']); assert not {'torch', 'lightning'} & set(sys.modules)"
+    code = (
+        "import sys, spin_lightning.cli.commands as c; c.main(['--help']); assert not {'torch', 'lightning'} & "
+        "set(sys.modules)"
+    )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for words in ("spin-lightning fit --config", "--model.beta", "--print_config", "--data.train_data my_data.jsonl"):
         assert words in printed
@@ -111,7 +114,8 @@ class MyLoss(PairLoss):
         self.tau = tau
 
     def forward(self, policy, opponent, beta, initial=None):
-        rewards = [beta * (a - b) / self.tau for a, b in ((policy.real, opponent.real), (policy.generated, opponent.generated))]
+        sides = (policy.real, opponent.real), (policy.generated, opponent.generated)
+        rewards = [beta * (a - b) / self.tau for a, b in sides]
         return PairLossOutput((1 - rewards[0] + rewards[1]).square(), rewards[0].detach(), rewards[1].detach())
 
 class MyGenerator(TransformersGenerator):

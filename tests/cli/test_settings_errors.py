@@ -101,7 +101,10 @@ def test_a_logger_whose_package_is_missing(said):
 
 
 def test_what_follows_from_other_settings(said):
-    words = "trainer.max_epochs follows from self_play.iterations and self_play.epochs: leave it out, and set self_play.epochs."
+    words = (
+        "trainer.max_epochs follows from self_play.iterations and self_play.epochs: leave it out, and set "
+        "self_play.epochs."
+    )
     assert said("fit", "--trainer.max_epochs=4") == words
     assert said("fit", "--checkpoint.dirpath=x") == (
         "checkpoint.dirpath follows from self_play.output_dir: leave it out, and set self_play.output_dir."
@@ -373,9 +376,10 @@ def test_missing_settings_are_asked_for_as_they_are_given(refusal):
     ("message", "sentence"),
     [
         (
-            'Parser key "trainer.precision":\n  Does not validate against any of the Union subtypes\n  Subtypes: [typing.Literal[64, 32], '
-            "typing.Literal['16-true'], <class 'NoneType'>]\n  Errors:\n    - Expected a typing.Literal[64, 32]\n  Given value type: "
-            "<class 'str'>\n  Given value: 8",
+            'Parser key "trainer.precision":\n  Does not validate against any of the Union subtypes\n  Subtypes: '
+            "[typing.Literal[64, 32], "
+            "typing.Literal['16-true'], <class 'NoneType'>]\n  Errors:\n    - Expected a typing.Literal[64, 32]\n  "
+            "Given value type: <class 'str'>\n  Given value: 8",
             "trainer.precision must be 64 or 32 or '16-true' or null, got '8'.",
         ),
         (

@@ -44,7 +44,8 @@ def counts(section: dict[str, Any]) -> dict[str, int]:
     return {name: value["count"] for name, value in section.items() if isinstance(value, dict) and value.get("count")}
 
 
-#: Around each prompt the template writes <|im_start|>user\n and <|im_end|>\n<|im_start|>assistant\n: one token a letter.
+#: Around each prompt the template writes <|im_start|>user\n and <|im_end|>\n<|im_start|>assistant\n: one token a
+#: letter.
 AROUND = 1 + 5 + 1 + 1 + 1 + 10
 ROWS = [
     ("p1", "a"),  # line 1
@@ -168,8 +169,8 @@ def test_fewer_rows_than_a_batch_are_refused_with_what_became_of_the_others(tmp_
     with pytest.raises(UserError) as caught:
         report_of(source, batch_size=8, max_prompt_tokens=40, val_fraction=0.1, seed=1)
     assert str(caught.value) == (
-        "7 rows to train on are fewer than data.batch_size 8: of 10 rows 1 are held out and 2 have prompts that are too long. "
-        "Lower data.batch_size, or give more rows."
+        "7 rows to train on are fewer than data.batch_size 8: of 10 rows 1 are held out and 2 have prompts that are "
+        "too long. Lower data.batch_size, or give more rows."
     )
 
 

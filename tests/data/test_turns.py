@@ -1,4 +1,4 @@
-"""From rows to answers: where an answer ends, what a generator has to give, and what a template reads from the world."""
+"""From rows to responses: where one ends, what a generator has to give, and what a template reads from the world."""
 
 from __future__ import annotations
 

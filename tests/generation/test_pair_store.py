@@ -518,8 +518,8 @@ def test_model_is_in_evaluation_mode_while_it_plays_and_back_afterwards(
 
 def test_training_reads_ids_and_log_probs_only() -> None:
     assert sorted(TRAINING_COLUMNS) == sorted([
-        "prompt_id", "prompt_ids", "real_ids", "generated_ids", "initial_ids", "generated_log_prob", "opponent_real_log_prob",
-        "opponent_generated_log_prob", "initial_real_log_prob", "initial_generated_log_prob",
+        "prompt_id", "prompt_ids", "real_ids", "generated_ids", "initial_ids", "generated_log_prob",
+        "opponent_real_log_prob", "opponent_generated_log_prob", "initial_real_log_prob", "initial_generated_log_prob",
     ])  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def test_an_answer_s_random_numbers_come_from_the_lower_32_bits_of_its_seed() ->
 
 
 def test_as_many_streams_are_shared_as_32_bits_let_expect_and_none_within_a_prompt() -> None:
-    """Two iterations, 25,000 prompts, four answers each: 200,000 seeds, of which n^2 / 2^33 = 4.7 pairs share 32 bits."""
+    """2 iterations, 25,000 prompts, 4 responses each: 200,000 seeds, of which n^2 / 2^33 = 4.7 pairs share 32 bits."""
     seeds = {
         (iteration, prompt): [seed_of(0, iteration, prompt, answer) for answer in range(4)]
         for iteration in range(2)

@@ -1,4 +1,4 @@
-"""What is refused before a model's weights are read: no whole model, pickles, code from the hub, ids without a row, no hub."""
+"""What is refused before weights are read: no whole model, pickles, code from the hub, ids without a row, no hub."""
 
 from __future__ import annotations
 
@@ -248,7 +248,8 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused_by_every_c
     byte_tokenizer().save_pretrained(tmp_path / "m")  # 259 tokens
     for said in endings(str(tmp_path / "m"), tmp_path, capsys):
         assert said.startswith(
-            "the model's embedding has 258 rows, for the ids 0 to 257, but the tokenizer's ids go up to 258 ('<|im_end|>')"
+            "the model's embedding has 258 rows, for the ids 0 to 257, but the tokenizer's ids go up to 258 "
+            "('<|im_end|>')"
         )
 
 
@@ -278,7 +279,8 @@ def test_a_pad_id_without_a_row_is_refused_by_every_command(
     change(model, "config.json", pad_token_id=259)
     for said in endings(model, tmp_path, capsys):
         assert said.startswith(
-            "the model's embedding has 259 rows (vocab_size), for the ids 0 to 258, but its config's pad_token_id is 259."
+            "the model's embedding has 259 rows (vocab_size), for the ids 0 to 258, but its config's pad_token_id is "
+            "259."
         )
 
 

@@ -149,7 +149,7 @@ def reference(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def rounding(model: nn.Module) -> float:
-    """Of the model's dtype, or of the float32 in which some take their softmax or normalise whatever their own dtype is."""
+    """Of the model's dtype, or of the float32 in which some take softmax and norms whatever their own dtype is."""
     if next(model.parameters()).dtype is torch.float32:
         return 1e-4
     config = getattr(model, "config", None)
@@ -630,8 +630,8 @@ def test_whatever_a_probe_raises_leads_to_the_next_way(capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert said.count("note: ") == 1 and "Temperamental cannot share a prompt" in said
     assert (
-        "its log-probs take a longer forward path: the logits of all tokens of each response behind a prompt of its own."
-        in said
+        "its log-probs take a longer forward path: the logits of all tokens of each response behind a prompt of its "
+        "own." in said
     )
 
 

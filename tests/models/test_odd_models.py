@@ -77,9 +77,10 @@ def deepseek() -> DeepseekV3ForCausalLM:
     torch.manual_seed(0)
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
-            vocab_size=len(byte_tokenizer()), hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
-            first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+            vocab_size=len(byte_tokenizer()), hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4,
+            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+            qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
             max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )
     )  # fmt: skip
@@ -127,7 +128,7 @@ def test_an_opponent_of_slightly_other_weights_is_stopped_in_bfloat16(tmp_path: 
 
 
 def test_the_sampler_is_trusted_in_float32_only() -> None:
-    """In bfloat16 it decodes with other rounding than a whole pass, and would agree by chance where answers are certain."""
+    """In bfloat16 it rounds otherwise than a whole pass, and would agree by chance where responses are certain."""
     model = tiny_model()
     assert _is_exact(model) and not _is_exact(tiny_model().to(torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):

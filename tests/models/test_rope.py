@@ -1,4 +1,4 @@
-"""Models whose positions change with the length of a pass: every sequence has the numbers and the answer it has alone."""
+"""Models whose positions change with the length of a pass: a sequence has the numbers and the response it has alone."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ RANDOM = "q7Rt2Lm9Xc4Vb8Nz1Ks6Wd3P"  # as keys are: 24 letters and digits
 
 @pytest.mark.parametrize(
     "name",
-    "api_key apiKey APIKEY x-api-key openai_api_key api_key_2 secret clientSecret aws_secret_access_key password db_password PASSWD "
-    "passphrase pass pwd db_pwd token hf_token HF_TOKEN pushToken auth AUTH authToken auth_header oauth bearer authorization jwt "
-    "cookie session_id credentials private_key ssh_key account_key dsn webhook_url connection_string sas sig "
+    "api_key apiKey APIKEY x-api-key openai_api_key api_key_2 secret clientSecret aws_secret_access_key password "
+    "db_password PASSWD passphrase pass pwd db_pwd token hf_token HF_TOKEN pushToken auth AUTH authToken auth_header "
+    "oauth bearer authorization jwt cookie session_id credentials private_key ssh_key account_key dsn webhook_url "
+    "connection_string sas sig "
     "init_args.api_key --api-key".split(),
 )
 def test_a_secret_by_name_is_left_out_whatever_it_is(name: str) -> None:
@@ -32,7 +33,8 @@ def test_a_name_that_may_be_one_hides_only_what_looks_like_a_key(name: str) -> N
 
 @pytest.mark.parametrize(
     "name",
-    "max_new_tokens pad_token eos_token eos_token_id num_tokens micro_batch_tokens keep_prompts_together tokenizer_name_or_path author "
+    "max_new_tokens pad_token eos_token eos_token_id num_tokens micro_batch_tokens keep_prompts_together "
+    "tokenizer_name_or_path author "
     "key_heads num_key_value_heads image_token sort_key bypass passes design signal pin_memory compass monkey".split(),
 )
 def test_names_that_only_sound_like_it_are_kept(name: str) -> None:
@@ -41,14 +43,18 @@ def test_names_that_only_sound_like_it_are_kept(name: str) -> None:
 
 
 SHAPES = {
-    "hub": "hf_{}", "openai": "sk-proj-{}", "anthropic": "sk-ant-api03-{}", "github": "ghs_{}", "github fine": "github_pat_{}",
+    "hub": "hf_{}", "openai": "sk-proj-{}", "anthropic": "sk-ant-api03-{}", "github": "ghs_{}",
+    "github fine": "github_pat_{}",
     "gitlab": "glpat-{}", "slack": "xoxp-{}", "google": "AIza{}abcdefghijk", "google oauth": "ya29.{}", "npm": "npm_{}",
     "replicate": "r8_{}", "stripe": "sk_live_{}", "unknown": "{}", "unknown with words": "key={}, please",
-    "jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.{}", "pem": "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----",
+    "jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.{}",
+    "pem": "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----",
     "userinfo": "https://me:{}@host/x", "userinfo alone": "https://{}@host/x", "query": "https://h/x?page=1&access_token={}",
     "signature": "https://h/x?sv=1&sig={}", "path": "https://hooks.example.com/services/T0/B0/{}", "basic": "Basic {}",
-    "bearer": "bearer {}", "flag": "--api-key={}", "flag apart": "--api-key {}", "mangled": "s3:/me:{}@host/x", "groq": "gsk_{}",
-    "header": "Cookie: {}", "json": '{{"password": "{}"}}', "quoted": "Made(password='{}')", "connection": "Server=db;User=me;Password={}",
+    "bearer": "bearer {}", "flag": "--api-key={}", "flag apart": "--api-key {}", "mangled": "s3:/me:{}@host/x",
+    "groq": "gsk_{}",
+    "header": "Cookie: {}", "json": '{{"password": "{}"}}', "quoted": "Made(password='{}')",
+    "connection": "Server=db;User=me;Password={}",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The record of a run's settings holds every setting that decides its results, wherever in a class's bases it is declared."""
+"""A run's record holds every setting that decides its results, wherever in a class's bases it is declared."""
 
 from __future__ import annotations
 

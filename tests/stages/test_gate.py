@@ -110,7 +110,7 @@ def test_gate_names_the_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("side", ["real", "generated"])
 @pytest.mark.parametrize("factor", [0.9, 1.1, -1.1])
 def test_gate_allows_rounding_and_no_more_on_both_sides(side: str, factor: float) -> None:
-    """A nat over sqrt(tokens) in one response of one pair, where means would hide it: the floor, or what was measured too."""
+    """A nat over sqrt(tokens) in one response of one pair, which means would hide: the floor, or what was measured."""
     model = tiny_model().train()
     for rounding, limit in ((None, 0.002), (lambda: 0.01, 0.002 + 5 * 0.01)):
         batch = scored_batch(model)

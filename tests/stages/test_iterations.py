@@ -1,6 +1,7 @@
-"""A stage that plays in iterations and is not self-play: the policy imitates its own responses, sampled anew each iteration.
+"""A stage that plays in iterations and is not self-play: the policy imitates its own responses.
 
-It brings an ``Iteration`` of its own, and the clock, the checkpoints and the export know nothing of it.
+They are sampled anew each iteration. It brings an ``Iteration`` of its own, and the clock, the checkpoints and the
+export know nothing of it.
 """
 
 from __future__ import annotations

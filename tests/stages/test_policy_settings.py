@@ -1,4 +1,4 @@
-"""The settings of a policy are declared once, and every stage has them: on the command line, in Python and in the help."""
+"""The settings of a policy are declared once, and every stage has them: on the command line, in Python, in the help."""
 
 from __future__ import annotations
 

@@ -289,7 +289,7 @@ def test_p5_pairs_and_models_of_another_game_are_not_mixed_in(
 def test_p5_pairs_of_a_game_that_differs_in_its_model_alone_are_not_mixed_in(
     exchanged_after: int, model: str, rows: str, tmp_path: Path
 ) -> None:
-    """Same rows, tokenizer, settings and seeds: only the chain of manifests tells that another model made these pairs."""
+    """Same rows, tokenizer, settings and seeds: only the chain of manifests tells that another model made the pairs."""
     other = save_tiny_model(tmp_path / "other_model", seed=1)
     play = {"iterations": 3, "epochs": 1}
     for name, first, stop in (("run", model, exchanged_after), ("other", other, 0)):

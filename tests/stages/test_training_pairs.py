@@ -73,7 +73,7 @@ def test_identical_pairs_are_dropped_and_counted(model: str, rows: str, tmp_path
 
 
 class RepeatsMore(FakeGenerator):
-    """Repeats no real answer in iteration 0, and the six smallest of the ten sums in iteration 1; says ``no`` otherwise."""
+    """Repeats no real response in iteration 0, the six smallest of the ten sums in iteration 1; else says ``no``."""
 
     def generate(self, *args: Any) -> Any:
         self.rule = repeating(self.model, 0.6 if self.module.iteration else 0.0).rule
@@ -95,7 +95,8 @@ def test_what_is_said_of_an_iteration_s_answers_is_of_its_own_and_not_of_earlier
     assert [(p["pairs"], p["identical"], p["identical_share"]) for p in pairs] == [(10, 0, 0.0), (10, 6, 0.6)]
     assert logged == [0.0, 0.6]
     assert [(p["training_pairs"], p["training_pairs_dropped"]) for p in pairs] == [(10, 0), (14, 6)]
-    # sums 1, 3, ..., 19: five of one digit, five of two; an answer is its digits and a terminator, "no" has three tokens
+    # sums 1, 3, ..., 19: five of one digit, five of two; an answer is its digits and a terminator, "no" has three
+    # tokens
     real = (5 * 2 + 5 * 3) / 10
     assert [p["real_mean_length"] for p in pairs] == pytest.approx([real, real])
     own = (5 * 2 + 1 * 3 + 4 * 3) / 10  # 1, 3, 5, 7, 9 and 11 repeated, four times "no"

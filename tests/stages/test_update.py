@@ -121,7 +121,7 @@ def test_accumulated_pairs_are_one_batch_of_all_their_pairs(
 
 
 def test_reported_losses_and_metrics_are_those_of_whole_updates(model: str, rows: str, tmp_path: Path) -> None:
-    """Five batches of 2, 2, 2, 2 and 1 pairs, two at a time: three updates, whose means are worked out from single pairs."""
+    """Five batches of 2, 2, 2, 2 and 1 pairs, two at a time: three updates, whose means come from single pairs."""
     pairs: list[list[float]] = []  # of each batch, the losses of its pairs
     margins: list[list[float]] = []
     reported: list[tuple[float, float]] = []
@@ -208,7 +208,7 @@ def test_gradients_clipped_by_value_have_no_larger_entry(model: str, rows: str, 
 
 
 def test_the_schedule_counts_a_short_last_window_as_an_update(model: str, rows: str, tmp_path: Path) -> None:
-    """Six batches, four at a time, are two updates an epoch: four in two epochs, and the rate reaches 0 after the last one."""
+    """Six batches, four at a time, are two updates an epoch: four in two epochs; the rate reaches 0 after the last."""
     game = Game(
         model, rows, tmp_path, play={"iterations": 1, "epochs": 2}, data={"batch_size": 2, "val_fraction": 0.0},
         module={"learning_rate": 1e-3, "warmup_ratio": 0.25}, trainer={"accumulate_grad_batches": 4},
@@ -254,7 +254,7 @@ def test_rows_of_an_update_that_is_not_finite_are_those_of_its_whole_window(
 
 
 def test_a_rollback_takes_weights_and_optimiser_from_the_last_checkpoint(model: str, rows: str, tmp_path: Path) -> None:
-    """Saved at update 3; the gradient of update 5 is no number: what updates 4 and 5 did is gone, and the run goes on."""
+    """Saved at update 3, and update 5 has a NaN gradient: what updates 4 and 5 did is gone, and the run goes on."""
     states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def poison(trainer: Trainer, module: Any, *_: Any) -> None:
