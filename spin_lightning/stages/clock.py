@@ -288,6 +288,10 @@ class SelfPlay(HoldsFolder):
                 logger.log_metrics(start, step=0)
             write_json(self.output_dir / "start.json", start)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Begin with the next epoch where a checkpoint was saved between an epoch's last batch and its end."""
+        internals.end_finished_epoch(checkpoint)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         self.remembered.keep_time()

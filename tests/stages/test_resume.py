@@ -225,6 +225,7 @@ def test_a_checkpoint_of_lightning_saved_after_an_epochs_last_batch_continues(
         with pytest.raises(Stopped):
             Game(model, rows, folder, every_n_steps=None, last=[theirs, stop], **settings).play()
         game = Game(model, rows, folder, **settings)
+        game.module.on_load_checkpoint = lambda checkpoint: None  # type: ignore[method-assign]  # as a module of a user may
         game.trainer.fit(game.module, game.data, ckpt_path=str(folder / "theirs" / f"step={last}.ckpt"))
         assert game.weights == whole.weights
         assert game.losses == whole.losses[last:]
