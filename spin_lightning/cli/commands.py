@@ -152,8 +152,13 @@ Commented examples are in the folder configs/.
 def main(args: list[str] | None = None) -> None:
     """Run the command line. What the user can mend ends with a sentence instead of a traceback.
 
-    Exit codes: 0 done; 1 a bug, or NaN or infinite numbers; 2 wrong usage, settings or data; 75 a disk that is full
-    or cannot be written, to be tried again; 130 and 143 ended by a signal, to be continued by the same command.
+    Exit codes:
+
+    - 0: done
+    - 1: a bug, or NaN or infinite numbers
+    - 2: wrong usage, settings or data
+    - 75: a disk that is full or cannot be written, to be tried again
+    - 130 and 143: ended by a signal, to be continued by the same command
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):

@@ -455,7 +455,7 @@ def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, tuple
     """The row of a record, whose columns have our names.
 
     Returns:
-        The row; how many turns after its real response were dropped; and the keys of its turns that have no effect.
+        The row, how many turns after its real response were dropped, and the keys of its turns that have no effect.
 
     Raises:
         BadRow: The record has no question, no real response, or something of the wrong type.

@@ -63,7 +63,7 @@ def _decode(data: bytes, offset: int = 0) -> str:
 
 
 def _read_json(file: BinaryIO, path: Path, source: Source, key: str) -> Records:
-    """Objects one a line; or one JSON document of them; or objects that each take several lines."""
+    """Objects one a line, or one JSON document of them, or objects that each take several lines."""
     start, filled = [], []  # up to the second line that is not blank
     for line in file:
         start.append(line)

@@ -103,7 +103,7 @@ def pack_rows(
         max_tokens: Tokens in one pass. A row that is longer by itself gets a pass of its own.
 
     Returns:
-        For each pass: which rows are in it; their batch; and for every row and side the index of its response in the
+        For each pass: which rows are in it, their batch, and for every row and side the index of its response in the
         batch, shape ``(rows, sides)``.
     """
     groups: list[_Group] = []

@@ -190,7 +190,7 @@ def _sides(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list
         yield own_places, move_data_to_device(packed, batch.input_ids.device)
 
 
-#: Forward paths, fastest first; what a model that is not up to one cannot do; and how its log-probs are computed by it.
+#: Forward paths, fastest first. With each what a model that is not up to it cannot do, and how log-probs are computed.
 FORWARD_PATHS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
     (_shared, "share a prompt between its responses", ""),
     (_separate, "hand over its hidden states", "each response behind a prompt of its own"),

@@ -2,7 +2,7 @@
 
 A chunk of tokens at a time meets the vocabulary, under a budget of bytes. Logits come from the model's own code, so
 scaling, soft-capping, biases and adapters on the head are what the model makes of them; a head that is one matrix and
-nothing else takes a shorter way through the same numbers.
+nothing else takes a shorter forward path to the same numbers.
 """
 
 from __future__ import annotations

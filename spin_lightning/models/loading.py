@@ -70,7 +70,7 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
     """Refuse what could not be loaded or would run code of others, as far as names tell. Reads no weights, asks no hub.
 
     Raises:
-        UserError: Nothing is there; it is an adapter or holds pickles only; or the attention is code from the hub,
+        UserError: Nothing is there, it is an adapter or holds pickles only, or the attention is code from the hub,
             which needs ``trust_remote_code``.
     """
     where = locate(name_or_path)

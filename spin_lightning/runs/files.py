@@ -76,9 +76,9 @@ def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
     and all that is in them; of other names there, which a run leaves alone, nothing is asked.
 
     Raises:
-        UserError: There is a symbolic link, dangling or not; a pipe or a device, at which a run would wait for ever; a
-            file where a folder belongs, or the reverse. Hard links need no check: what exists is replaced, not written
-            to.
+        UserError: There is a symbolic link, dangling or not. Or a pipe or a device, at which a run would wait for ever.
+            Or a file where a folder belongs, or the reverse. Hard links need no check: what exists is replaced, not
+            written to.
     """
 
     def look(entry: os.DirEntry[str]) -> None:

@@ -42,7 +42,7 @@ _PREFIXED = re.compile(
     r"\b(?:hf|api_org|sk|rk|pk|gh[a-z]|github_pat|glpat|wandb|xox[a-z]|xapp|npm|pypi|nvapi|r8|gsk|secret|lin_api|tgp_v1|do[opr]_v1"
     r"|hvs|shpat|dckr_pat)[_-]([\w-]{16,})"
 )
-_ASSIGNED = re.compile(  # of a URL's query, a header, a flag; of JSON in a text; a line of YAML
+_ASSIGNED = re.compile(  # of a URL's query, a header, a flag, of JSON in a text, or a line of YAML
     r"(^|[?&;,\s'(])(-{0,2}[A-Za-z][\w.-]*='?|--[A-Za-z][\w.-]*\s+)([^&;,\s#']+)"
     r"""|(")([\w.-]+"\s*:\s*")([^"]+)"""
     r"|^(\s*)([A-Za-z][\w-]*:\s+)(\S+)$",

@@ -89,7 +89,7 @@ class PolicyModule(L.LightningModule):
             default.
         revision: Commit or tag of a hub model. Pin it for results that last.
         trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
-        on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows; ``skip`` the update;
+        on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows, ``skip`` the update,
             or ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in
             any case.
 
