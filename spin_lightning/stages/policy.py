@@ -137,7 +137,7 @@ class PolicyModule(L.LightningModule):
             model_name_or_path = str(model_name_or_path)
             check_model(model_name_or_path, attn_implementation, trust_remote_code)
         else:
-            self._given = (_checked(model_name_or_path, attn_implementation, revision),)
+            self._given = (_check_model(model_name_or_path, attn_implementation, revision),)
             self.has_no_name = not model_name_or_path.name_or_path
             model_name_or_path = model_name_or_path.name_or_path or type(model_name_or_path).__name__
         self.model_name_or_path: str = model_name_or_path
@@ -432,7 +432,7 @@ class PolicyModule(L.LightningModule):
         self.log("val/nll_per_token", self.held_out_nll_per_token, on_epoch=True, on_step=False, batch_size=size)
 
 
-def _checked(model: Any, attn_implementation: str | None, revision: str | None) -> Any:
+def _check_model(model: Any, attn_implementation: str | None, revision: str | None) -> Any:
     """A model object, if it is one and no setting is of how it is loaded."""
     from transformers import PreTrainedModel
 
