@@ -80,7 +80,7 @@ class Watch(L.Callback):
             self.tokens["scored"] += asked + answered
             if (
                 row["prompt_id"] not in scored_prompts
-            ):  # a real response is scored once, whatever the answers to its prompt
+            ):  # a real response is scored once, whatever the responses to its prompt
                 scored_prompts.add(row["prompt_id"])
                 self.tokens["scored"] += asked + len(row["real_ids"])
         self.identical_shares.append(report["identical_share"])
