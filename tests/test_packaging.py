@@ -34,7 +34,7 @@ def test_every_package_that_is_imported_is_declared():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).partition(".")[0])
-    named = {MODULES.get(name, name) for name in declared()}
+    named = {MODULES.get(name, name).replace("-", "_") for name in declared()}
     others = {
         "spin_lightning",
         "matplotlib",

@@ -23,6 +23,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf
 from spin_lightning import ShowProgress
 from spin_lightning import progress as module
 from spin_lightning.cli.commands import run
+from spin_lightning.cli.stage_cli import StageCLI
 from spin_lightning.models.loading import load_policy, load_tokenizer, without_bars
 from spin_lightning.models.saving import save_model
 from spin_lightning.progress import Display, Phase
@@ -471,7 +472,14 @@ def test_the_command_line_has_this_display_and_says_little(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module.display, "is_on", True)
+    shown: list[bool] = []
+    begin = StageCLI.before_fit
+
+    def look(cli: StageCLI) -> None:
+        shown.append(module.display.is_on)
+        begin(cli)
+
+    monkeypatch.setattr(StageCLI, "before_fit", look)
     more = {
         "no bar": ["--trainer.enable_progress_bar=false"],
         "a bar of one's own": ["--trainer.callbacks+=TQDMProgressBar"],
@@ -483,7 +491,7 @@ def test_the_command_line_has_this_display_and_says_little(
     ])  # fmt: skip
     bars = [type(callback).__name__ for callback in cli.trainer.callbacks if isinstance(callback, ProgressBar)]
     assert bars == {"nothing": ["ShowProgress"], "no bar": [], "a bar of one's own": ["TQDMProgressBar"]}[choice]
-    assert module.display.is_on is (choice != "no bar")
+    assert shown == [choice != "no bar"] and module.display.is_on  # in this run, and not for ever
     said = capfd.readouterr()
     if choice == "nothing":
         assert re.sub(r"\d+\.\d{3}", "#", said.out).splitlines() == [

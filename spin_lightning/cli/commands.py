@@ -243,12 +243,16 @@ def run(args: list[str]) -> LightningCLI | None:
     check_configs(args)
     from spin_lightning.cli.settings_errors import explaining_plugins, explaining_settings
     from spin_lightning.cli.stage_cli import RunIsOver, StageCLI
+    from spin_lightning.progress import display
 
+    was_on = display.is_on
     try:
         with explaining_settings(), explaining_plugins():
             return StageCLI(args[0], args[1:])
     except RunIsOver:
         return None
+    finally:
+        display.is_on = was_on  # trainer.enable_progress_bar is of this run
 
 
 def config_folder() -> Path:

@@ -118,12 +118,19 @@ class ResponseGenerator(ABC):
         """Refuse a ``sampling`` that a manifest cannot keep, and a ``generate`` of another form.
 
         Raises:
-            UserError: JSON cannot hold it, or a key is missing. Or ``generate`` wants the model, which ``open`` gets.
+            UserError: JSON cannot hold it, or a key is missing. Or ``generate`` wants other arguments, such as the
+                model, which ``open`` gets.
         """
-        if "model" in inspect.signature(self.generate).parameters:
+        taken = inspect.signature(self.generate)
+        try:
+            taken.bind("prompts", "seeds", "terminator_ids", "pad_id")
+            is_taken = "model" not in taken.parameters
+        except TypeError:
+            is_taken = False
+        if not is_taken:
             raise UserError(
-                f"{type(self).__name__}.generate must take (prompts, seeds, terminator_ids, pad_id), got a parameter "
-                "'model'. Use self.opponent.model, of the opponent that open() was given."
+                f"{type(self).__name__}.generate must take (prompts, seeds, terminator_ids, pad_id), got {taken}. "
+                "The model is self.opponent.model, of the opponent that open() was given."
             )
         sampling, wanted = self.sampling, ("max_new_tokens", "temperature", "top_p")
         try:

@@ -98,6 +98,11 @@ class SyntheticDataModule(RowDataModule):
         **rows: Any,
     ) -> None:
         generator = generator if generator is not None else ContinuousGenerator()
+        if not isinstance(generator, ResponseGenerator):
+            raise UserError(
+                f"data.generator must be a ResponseGenerator, got {generator!r}. "
+                "Of the settings, give all but the data by name."
+            )
         generator.check_contract()
         if max_response_tokens not in (None, generator.max_new_tokens):
             raise UserError(
@@ -114,6 +119,10 @@ class SyntheticDataModule(RowDataModule):
         self.keep_prompts_together = keep_prompts_together
         #: The clock of the game, set by the SelfPlay callback. None: plain SFT.
         self.game: Game | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        self.max_response_tokens = self.generator.max_new_tokens  # of another generator, perhaps, than at first
+        super().setup(stage)
 
     def train_dataloader(self) -> ResumableLoader:
         """Pairs of the iteration the next epoch belongs to; without a game, the real responses."""

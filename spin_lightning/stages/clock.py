@@ -241,7 +241,7 @@ class SelfPlay(HoldsFolder):
             "dtype": dtype_name(module.policy.dtype),
             "stored_dtype": module.stored_dtype,
             "val_nll": None if nll is None else float(nll),
-            **module.describe_iteration(),
+            **module.describe_iteration(iteration.number),
             "pairs": self._report,
         }
         iteration.close(summary)
@@ -287,6 +287,10 @@ class SelfPlay(HoldsFolder):
             for logger in trainer.loggers:
                 logger.log_metrics(start, step=0)
             write_json(self.output_dir / "start.json", start)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Begin with the next epoch where a checkpoint was saved between an epoch's last batch and its end."""
+        internals.end_finished_epoch(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

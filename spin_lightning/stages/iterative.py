@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from spin_lightning.models.loading import load_policy
-from spin_lightning.runs.lightning_internals import end_finished_epoch
 from spin_lightning.schedule import check_schedule
 from spin_lightning.stages.iteration import Iteration, Policy, Run
 from spin_lightning.stages.policy import PolicyModule
@@ -60,10 +59,6 @@ class IterativeModule(PolicyModule):
         self.epochs_in_iteration = epochs
         self.first_step = self.trainer.global_step if is_fresh else -1
 
-    def describe_iteration(self) -> dict[str, Any]:
+    def describe_iteration(self, iteration: int) -> dict[str, Any]:
         """What this stage adds to an iteration's summary, as JSON holds it."""
         return {}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Begin with the next epoch where a checkpoint was saved between an epoch's last batch and its end."""
-        end_finished_epoch(checkpoint)

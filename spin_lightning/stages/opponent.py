@@ -22,7 +22,7 @@ from spin_lightning.types import PairBatch, PairLogProbs
 class Opponent(nn.Module):
     """The frozen player of an iteration. Subclass it to bring another form; turn it on by class path."""
 
-    #: Whether it needs weights in memory, so that ``restore`` has to be able to load those of the start, too.
+    #: Whether it needs its weights again where an iteration continues in its middle, those of the run's start too.
     holds_weights = False
 
     def become(self, policy: nn.Module) -> None:
@@ -30,6 +30,8 @@ class Opponent(nn.Module):
 
     def restore(self, load: Callable[[], nn.Module]) -> None:
         """Be who it was, where an iteration continues in its middle. ``load`` gives its model, checked by its hash."""
+        if self.holds_weights:
+            self.become(load())
 
     @abstractmethod
     def log_probs(self, batch: PairBatch) -> PairLogProbs:
@@ -64,9 +66,6 @@ class ResidentOpponent(Opponent):
         else:
             self.model.load_state_dict(policy.state_dict())
         self.model.requires_grad_(False).eval()
-
-    def restore(self, load: Callable[[], nn.Module]) -> None:
-        self.become(load())
 
     @torch.no_grad()
     def log_probs(self, batch: PairBatch) -> PairLogProbs:

@@ -95,9 +95,9 @@ class SpinLightningModule(IterativeModule):
         self.loss.iteration = iteration
         self._gate_is_due = is_fresh
 
-    def describe_iteration(self) -> dict[str, Any]:
+    def describe_iteration(self, iteration: int) -> dict[str, Any]:
         metrics = {name: float(value) for name, value in self.metrics.compute().items()}
-        return {"beta": at_iteration(self.beta, self.iteration), "epoch_metrics": metrics}
+        return {"beta": at_iteration(self.beta, iteration), "epoch_metrics": metrics}
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -106,7 +106,7 @@ def test_the_records_of_the_package_name_what_is_there(word):
     stage = resolve_name(STAGES[word])
     settings = parse_settings(word, ["--model.model_name_or_path=a/b", "--data.train_data=c"])
     assert {"model", "data", "checkpoint", *stage.callbacks} <= set(vars(settings))
-    assert (word, settings[stage.folder].output_dir) in (("fit", "runs/spin"), ("sft", "runs/sft"))
+    assert settings[stage.folder].output_dir.startswith("runs/")
     for name, value in stage.defaults.items():
         given = settings[name]
         assert given == value or given.class_path == value["class_path"]

@@ -58,6 +58,13 @@ def test_one_cap_for_real_and_generated_responses(path: str) -> None:
         UserError, match=r"data\.max_response_tokens is 8, and data\.generator\.max_new_tokens 7: real and"
     ):
         SyntheticDataModule(path, generator=generator, max_response_tokens=8)
+    data = SyntheticDataModule(path, batch_size=2)
+    data.generator = ContinuousGenerator(max_new_tokens=3)
+    assert max(len(prompt.real_ids) for prompt in ready(data).prompts) == 3
+    with pytest.raises(
+        UserError, match=r"data\.generator must be a ResponseGenerator, got 0\.1\. Of the settings, give"
+    ):
+        SyntheticDataModule(path, None, 0.1)
     with pytest.raises(UserError, match=r"data\.max_response_tokens must be at least 1, got 0"):
         RowDataModule(path, max_response_tokens=0)
     for data, advice in (

@@ -142,3 +142,17 @@ def test_a_generator_whose_sampling_cannot_be_kept_is_named(sampling: dict[str, 
 
     with pytest.raises(UserError, match=r"Mine.sampling must be a dict that JSON can hold, with max_new_tokens"):
         SyntheticDataModule("rows.jsonl", generator=Mine())
+
+
+def test_a_generator_of_another_form_is_named() -> None:
+    from spin_lightning import SyntheticDataModule, TransformersGenerator
+
+    class Old(TransformersGenerator):
+        def generate(self, model, prompts, seeds, terminator_ids, pad_id=0): ...  # type: ignore
+
+    class Short(TransformersGenerator):
+        def generate(self, prompts, seeds): ...  # type: ignore
+
+    for kind, got in ((Old, r"\(model, prompts, seeds, terminator_ids, pad_id=0\)"), (Short, r"\(prompts, seeds\)")):
+        with pytest.raises(UserError, match=rf"generate must take .*, got {got}. The model is self.opponent.model"):
+            SyntheticDataModule("rows.jsonl", generator=kind())

@@ -148,7 +148,7 @@ def test_gradient_is_that_of_the_plain_padded_batch_in_float64(max_tokens: int) 
 
     found = sum_in_passes(loss_of, collate_pairs(pairs, max_tokens), list(model.parameters()))
     found.backward()
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):  # its norms are taken in float32
         assert (parameter.grad - gradient).norm() <= 2e-6 * gradient.norm()
 
@@ -157,7 +157,7 @@ def test_passes_add_up_scale_and_leave_unused_weights_alone() -> None:
     used, unused = (torch.tensor([value], requires_grad=True) for value in (3.0, 5.0))
     parts = [1.0, 2.0, 4.0]
     total = sum_in_passes(lambda part: (part * used**2).sum(), parts, [used, unused])
-    assert float(total) == 63.0 and used.grad is None  # nothing before the backward pass asks
+    assert total.item() == 63.0 and used.grad is None  # nothing before the backward pass asks
     (0.5 * total).backward()
     assert used.grad.tolist() == [21.0] and unused.grad is None
     used.grad = None

@@ -76,3 +76,19 @@ def test_missing_policy_weights_are_still_refused() -> None:
         del saved[f"policy.{name}"]
         with pytest.raises(RuntimeError, match=rf"Missing key.*policy\.{name}"):
             game.load_state_dict(saved, strict=True)
+
+
+def test_an_opponent_of_ones_own_that_holds_weights_has_them_again_where_an_iteration_continues() -> None:
+    class Mine(StoredOpponent):
+        was: tuple[nn.Module, ...] = ()
+
+        def become(self, policy: nn.Module) -> None:
+            self.was = (policy,)
+
+    class Holding(Mine):
+        holds_weights = True
+
+    model, opponents = tiny_model(), (Mine(), Holding())
+    for opponent in opponents:
+        opponent.restore(lambda: model)
+    assert [opponent.was for opponent in opponents] == [(), (model,)]

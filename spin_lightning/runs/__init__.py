@@ -1,0 +1,1 @@
+"""A run's folder outlives its process: files, checkpoints, settings, signals."""
