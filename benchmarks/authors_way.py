@@ -1,7 +1,7 @@
 """The training step of the SPIN authors' released code, in our words and in plain torch. A worker.
 
 Two resident models, policy and opponent. Real and generated rows are concatenated and padded to the longest of the
-batch; both models give logits of every position; these are cast to float32, and log-softmax over the vocabulary is
+batch. Both models give logits of every position. These are cast to float32, and log-softmax over the vocabulary is
 taken of all of them. Gradient checkpointing as in their configuration, or without. Here with AdamW, as everybody else
 in this measurement (theirs was RMSprop), and without their sharding over GPUs.
 """

@@ -17,7 +17,7 @@ Ids = Sequence[int]
 def least_flops(pairs: Sequence[Mapping[str, Ids]], shape: Shape) -> float:
     """Floating-point operations that any exact step of these pairs needs, forward and backward.
 
-    Each prompt once, each response once; attention over what is visible only; the LM head on responses only. The
+    Each prompt once, each response once, attention over what is visible only, the LM head on responses only. The
     backward pass costs twice the forward pass. The optimiser, norms and softmax are not counted.
     """
     forward = 0.0

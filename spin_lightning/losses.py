@@ -41,23 +41,23 @@ def log_ratios(policy: PairLogProbs, opponent: PairLogProbs) -> tuple[Tensor, Te
     return policy.real - opponent.real, policy.generated - opponent.generated
 
 
-def _output(losses: Tensor, real_rewards: Tensor, generated_rewards: Tensor) -> PairLossOutput:
+def _make_output(losses: Tensor, real_rewards: Tensor, generated_rewards: Tensor) -> PairLossOutput:
     return PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach())
 
 
-def _described(value: object) -> str:
+def _describe(value: object) -> str:
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
 
 
-def _values(setting: T | list[T]) -> list[T]:
+def _values_of(setting: T | list[T]) -> list[T]:
     return setting if isinstance(setting, list) else [setting]
 
 
-def _require(
+def _require_value(
     is_right: Callable[[float], bool], name: str, setting: float | list[float], expected: str, advice: str
 ) -> None:
-    for value in _values(setting):
+    for value in _values_of(setting):
         if not (math.isfinite(value) and is_right(value)):
             raise UserError(f"model.loss.{name} must be {expected}, got {value!r}. {advice}")
 
@@ -118,10 +118,10 @@ class PairLoss(nn.Module, ABC):
         output = super().__call__(policy, *args, **kwargs)
         wanted = tuple(policy.real.shape)
         if not isinstance(output, PairLossOutput):
-            found = _described(output)
+            found = _describe(output)
         else:
             wrong = {key: value for key, value in vars(output).items() if getattr(value, "shape", None) != wanted}
-            found = ", ".join(f"{key} as {_described(value)}" for key, value in wrong.items())
+            found = ", ".join(f"{key} as {_describe(value)}" for key, value in wrong.items())
             if not found and not output.losses.is_floating_point():
                 found = f"losses of {output.losses.dtype}"
             if not found and policy.real.requires_grad and torch.is_grad_enabled() and not output.losses.requires_grad:
@@ -187,9 +187,9 @@ class SpinLoss(PairLoss):
         _require_choice("link", link, list(LINKS))
         _require_choice("nll_per", nll_per, ["sequence", "token"])
         advice = "At 0.5 real and generated weigh the same; 0 turns smoothing off."
-        _require(lambda value: 0 <= value < 0.5, "label_smoothing", label_smoothing, "in [0, 0.5)", advice)
+        _require_value(lambda value: 0 <= value < 0.5, "label_smoothing", label_smoothing, "in [0, 0.5)", advice)
         advice = "0 turns the term off; 0.05 a sequence stabilises beta = 0.1."
-        _require(lambda value: value >= 0, "nll_weight", nll_weight, "0 or positive", advice)
+        _require_value(lambda value: value >= 0, "nll_weight", nll_weight, "0 or positive", advice)
         self.link = link
         self.label_smoothing = label_smoothing
         self.nll_weight = nll_weight
@@ -197,7 +197,7 @@ class SpinLoss(PairLoss):
 
     @property
     def learns_from_identical(self) -> bool:
-        """Only through the term on the real response alone: the margin of an identical pair is constant."""
+        """True with the term on the real response alone: the margin of an identical pair is constant."""
         return self.now(self.nll_weight) > 0
 
     @property
@@ -217,7 +217,7 @@ class SpinLoss(PairLoss):
             losses = (1 - smoothing) * losses + smoothing * ell(-margin)
         if nll_weight:
             losses = losses - nll_weight * policy.real / (policy.real_lengths if self.nll_per == "token" else 1)
-        return _output(losses, beta * real, beta * generated)
+        return _make_output(losses, beta * real, beta * generated)
 
 
 class AlphaSpinLoss(SpinLoss):
@@ -249,7 +249,9 @@ class AlphaSpinLoss(SpinLoss):
         nll_per: Literal["sequence", "token"] = "sequence",
     ) -> None:
         super().__init__(link, label_smoothing, nll_weight, nll_per)
-        _require(lambda value: 0 <= value <= 1, "alpha", alpha, "in [0, 1]", "0 is SPIN; 1 always refers to the start.")
+        _require_value(
+            lambda value: 0 <= value <= 1, "alpha", alpha, "in [0, 1]", "0 is SPIN; 1 always refers to the start."
+        )
         self.alpha = alpha
 
     def forward(
@@ -290,7 +292,7 @@ class TSpinLoss(PairLoss):
     def __init__(self, link: Link = "logistic", anchor_weight: float | list[float] = 0.1) -> None:
         super().__init__()
         _require_choice("link", link, list(LINKS))
-        _require(lambda value: value >= 0, "anchor_weight", anchor_weight, "0 or positive", "0 drops the anchor.")
+        _require_value(lambda value: value >= 0, "anchor_weight", anchor_weight, "0 or positive", "0 drops the anchor.")
         if isinstance(anchor_weight, list) and anchor_weight and anchor_weight[0] != 0:
             raise UserError(
                 f"model.loss.anchor_weight must start with 0, got {anchor_weight!r}: in iteration 0 the anchor is "
@@ -301,7 +303,7 @@ class TSpinLoss(PairLoss):
 
     @property
     def learns_from_identical(self) -> bool:
-        """Where the anchor counts: it compares the generated response with a third one."""
+        """True where the anchor counts, because it compares the generated response with a third one."""
         return self._anchor_weight_now > 0
 
     @property
@@ -320,7 +322,7 @@ class TSpinLoss(PairLoss):
                     "policy.initial_response=None. Fill it in, or set model.loss.anchor_weight: 0."
                 )
             losses = losses + anchor_weight * ell(beta * (policy.generated - policy.initial_response))
-        return _output(losses, beta * policy.real, beta * policy.generated)
+        return _make_output(losses, beta * policy.real, beta * policy.generated)
 
 
 class SpaceLoss(PairLoss):
@@ -343,12 +345,12 @@ class SpaceLoss(PairLoss):
 
     def __init__(self, mu: float | list[float] = 1.0) -> None:
         super().__init__()
-        _require(lambda value: value > 0, "mu", mu, "positive", "1 weighs real and generated alike.")
+        _require_value(lambda value: value > 0, "mu", mu, "positive", "1 weighs real and generated alike.")
         self.mu = mu
 
     @property
     def learns_from_identical(self) -> bool:
-        """Always: an identical pair pulls its log-ratio to 0, and dropping it would bias the optimum."""
+        """Always True: an identical pair pulls its log-ratio to 0, and dropping it would bias the optimum."""
         return True
 
     @property
@@ -358,7 +360,7 @@ class SpaceLoss(PairLoss):
 
     def check(self, beta: float | list[float], iterations: int) -> None:
         super().check(beta, iterations)
-        for value in _values(beta):
+        for value in _values_of(beta):
             if value != 1:
                 raise UserError(
                     f"SpaceLoss needs model.beta: 1, got {value!r}: only then is the data's distribution its optimum. "
@@ -371,7 +373,7 @@ class SpaceLoss(PairLoss):
         mu, (real, generated) = self.now(self.mu), log_ratios(policy, opponent)
         real, generated = beta * real, beta * generated
         losses = -F.logsigmoid(real - math.log(mu)) - mu * F.logsigmoid(math.log(mu) - generated)
-        return _output(losses, real, generated)
+        return _make_output(losses, real, generated)
 
 
 class IpoLoss(PairLoss):
@@ -390,7 +392,7 @@ class IpoLoss(PairLoss):
     def __init__(self, target: float | list[float] | None = None) -> None:
         super().__init__()
         if target is not None:
-            _require(lambda value: value > 0, "target", target, "positive or null", "null is 1 / (2 beta) nats.")
+            _require_value(lambda value: value > 0, "target", target, "positive or null", "null is 1 / (2 beta) nats.")
         self.target = target
 
     @property
@@ -403,7 +405,7 @@ class IpoLoss(PairLoss):
     ) -> PairLossOutput:
         real, generated = log_ratios(policy, opponent)
         target = 1 / (2 * beta) if self.target is None else self.now(self.target)
-        return _output((real - generated - target) ** 2, beta * real, beta * generated)
+        return _make_output((real - generated - target) ** 2, beta * real, beta * generated)
 
 
 class DpopLoss(PairLoss):
@@ -420,12 +422,12 @@ class DpopLoss(PairLoss):
 
     def __init__(self, penalty_weight: float | list[float] = 50.0) -> None:
         super().__init__()
-        _require(lambda value: value >= 0, "penalty_weight", penalty_weight, "0 or positive", "0 is plain SPIN.")
+        _require_value(lambda value: value >= 0, "penalty_weight", penalty_weight, "0 or positive", "0 is plain SPIN.")
         self.penalty_weight = penalty_weight
 
     @property
     def learns_from_identical(self) -> bool:
-        """Through the penalty: it lifts a real response that fell, whatever the generated one is."""
+        """True with the penalty: it lifts a real response that fell, whatever the generated one is."""
         return self.now(self.penalty_weight) > 0
 
     @property
@@ -439,7 +441,7 @@ class DpopLoss(PairLoss):
         real, generated = log_ratios(policy, opponent)
         # relu, not clamp: its gradient at 0 is 0, so an iteration's first step is SPIN's
         penalty = self.now(self.penalty_weight) * F.relu(-real)
-        return _output(-F.logsigmoid(beta * (real - generated - penalty)), beta * real, beta * generated)
+        return _make_output(-F.logsigmoid(beta * (real - generated - penalty)), beta * real, beta * generated)
 
 
 class LengthNormalizedLoss(PairLoss):
@@ -465,4 +467,4 @@ class LengthNormalizedLoss(PairLoss):
         real, generated = log_ratios(policy, opponent)
         real = beta * real / policy.real_lengths
         generated = beta * generated / policy.generated_lengths
-        return _output(-F.logsigmoid(real - generated), real, generated)
+        return _make_output(-F.logsigmoid(real - generated), real, generated)

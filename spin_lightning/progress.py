@@ -130,8 +130,8 @@ class Display:
             if self._live is not None or not phase.waits or now - first.began >= LEAST_SECONDS:
                 self._draw(now)
         elif self._is_due(now, phase, is_inner=phase is not first):
-            self._shown_at, self._shown_share = now, _share(first)
-            self._say(self._segments(phase, now))
+            self._shown_at, self._shown_share = now, _share_done(first)
+            self._say(self._make_segments(phase, now))
 
     def close(self, phase: Phase, is_done: bool = True) -> None:
         """End a phase; once the outermost ends, its line goes. One that is closed already stays so."""
@@ -145,7 +145,7 @@ class Display:
         if is_outer:
             self.stop()
             if self.is_on and is_done and seconds >= LEAST_SECONDS:
-                self._say(self._segments(phase, now, is_over=True))
+                self._say(self._make_segments(phase, now, is_over=True))
         else:
             self.show(is_new=True)
 
@@ -160,7 +160,7 @@ class Display:
 
     def _is_due(self, now: float, phase: Phase, is_inner: bool) -> bool:
         since = now - max(self._shown_at, self.phases[0].began)
-        has_moved = round(_share(phase) - self._shown_share, 9) >= PACE_SHARE and not is_inner
+        has_moved = round(_share_done(phase) - self._shown_share, 9) >= PACE_SHARE and not is_inner
         return since >= PACE_SECONDS or (has_moved and since >= LEAST_SECONDS)
 
     def _draw(self, now: float) -> None:
@@ -178,10 +178,10 @@ class Display:
             self._live.start()
             self._redirect_logs()
         phase, width = self.phases[-1], self._live.console.width
-        segments = self._segments(phase, now, phase.brevity)
+        segments = self._make_segments(phase, now, phase.brevity)
         while phase.brevity < 2 and len(", ".join(segments)) > width:
             phase.brevity += 1
-            segments = self._segments(phase, now, phase.brevity)
+            segments = self._make_segments(phase, now, phase.brevity)
         while len(segments) > 1 and len(", ".join(segments)) > width:
             segments.pop()
         line = Text(printable(", ".join(segments)), style="cyan", end="")
@@ -200,25 +200,29 @@ class Display:
     def _say(self, segments: list[str]) -> None:
         say(", ".join(segments), file=sys.stderr)
 
-    def _segments(self, phase: Phase, now: float, brevity: int = 0, is_over: bool = False) -> list[str]:
+    def _make_segments(self, phase: Phase, now: float, brevity: int = 0, is_over: bool = False) -> list[str]:
         """What a line says, in parts, the least important last; ``brevity`` 1 does not count, and 2 abbreviates too."""
         seconds, new = now - phase.began, phase.done - phase.skipped
         head, has_total = ", ".join(filter(None, (self.heading, phase.name))), math.isfinite(phase.total)
         parts = []
         if brevity:
             head = f"{self.heading.replace(' of ', '/')} {phase.name}".lstrip() if brevity > 1 else head
-            head += f" {_share(phase):.0%}" if has_total else f" {phase.done:,}" if phase.unit else ""
+            head += f" {_share_done(phase):.0%}" if has_total else f" {phase.done:,}" if phase.unit else ""
         elif is_over:
-            head += f": {phase.done:,} {phase.unit} in {_time(seconds)}" if phase.unit else f": {_time(seconds)}"
+            head += (
+                f": {phase.done:,} {phase.unit} in {_format_time(seconds)}"
+                if phase.unit
+                else f": {_format_time(seconds)}"
+            )
         elif phase.unit:
-            of = f" of {phase.total:,.0f} {phase.unit} ({_share(phase):.0%})" if has_total else f" {phase.unit}"
+            of = f" of {phase.total:,.0f} {phase.unit} ({_share_done(phase):.0%})" if has_total else f" {phase.unit}"
             head += f": {phase.done:,}{of}"
         if has_total and not is_over and new > 0 and phase.done < phase.total:
-            parts.append(f"{_time(seconds / new * (phase.total - phase.done))} left")
+            parts.append(f"{_format_time(seconds / new * (phase.total - phase.done))} left")
         parts += [f"{name} {value}" for name, value in phase.facts().items()]
         rate = phase.tokens / max(seconds - phase.elsewhere, 1e-9)
         if phase.tokens:
-            parts.append(f"{_thousands(rate)} tok/s" if brevity > 1 else f"{rate:,.0f} tokens/s")
+            parts.append(f"{_format_number(rate)} tok/s" if brevity > 1 else f"{rate:,.0f} tokens/s")
         return [head, *parts]
 
 
@@ -276,19 +280,19 @@ def is_live() -> bool:
     return all(stream is not None and stream.isatty() for stream in streams)
 
 
-def _share(phase: Phase) -> float:
+def _share_done(phase: Phase) -> float:
     return phase.done / phase.total if phase.total else 1.0
 
 
-def _thousands(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:.0f}" if value < 1000 else f"{value / 1000:.1f}k" if value < 99_950 else f"{value / 1000:.0f}k"
 
 
-def _time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     """A time in the two largest units that matter.
 
     Example:
-        >>> [_time(seconds) for seconds in (0.4, 99, 119, 5000)]
+        >>> [_format_time(seconds) for seconds in (0.4, 99, 119, 5000)]
         ['0 s', '99 s', '2 min', '1 h 23 min']
     """
     if seconds < 99.5:

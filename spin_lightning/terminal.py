@@ -15,7 +15,7 @@ import traceback
 import warnings
 from typing import Any, TextIO
 
-#: C0 (but the newline), DEL and C1; soft hyphen; marks of width zero, of direction and of lines; halves of characters.
+#: C0 (but the newline), DEL and C1, soft hyphen, marks of width zero, of direction and of lines, halves of characters.
 _OBEYED = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"

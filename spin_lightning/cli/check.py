@@ -53,10 +53,10 @@ def main(args: list[str]) -> None:
         UserError: A run with these settings and data could not begin.
     """
     sample, args = _take_sample(args)
-    stage, settings, data = _parse(args)
+    stage, settings, data = _find_stage(args)
     model = settings.model
-    callbacks = {section: _make(kind, settings[section]) for section, kind in stage.callbacks.items()}
-    stage.check(_make(stage.module, model), callbacks)
+    callbacks = {section: _make_object(kind, settings[section]) for section, kind in stage.callbacks.items()}
+    stage.check(_make_object(stage.module, model), callbacks)
     if data.tokenizer_name_or_path is not None:
         data.tokenizer = load_tokenizer(data.tokenizer_name_or_path)
     else:
@@ -77,7 +77,7 @@ def main(args: list[str]) -> None:
         data.refuse_longer_than(limit)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     refuse_ids_beyond(rows, data.encoder.tokenizer, data.encoder.pad_id, data.encoder.terminator_id)
-    say("\n".join(["", *_summary(data), ""]))
+    say("\n".join(["", *_summarize(data), ""]))
     print("\n".join(show_pair(data)))  # whose tokens are printable, and colours are wanted
 
 
@@ -95,7 +95,7 @@ def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
     return None if value is None else int(value), rest
 
 
-def _parse(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
+def _find_stage(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
     """The first stage that the settings fit, the settings, and the data made of them.
 
     Raises:
@@ -105,14 +105,14 @@ def _parse(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
     for word, path in STAGES.items():
         try:
             stage, settings = resolve_name(path), parse_settings(word, args)
-            return stage, settings, _make(stage.data, settings.data)
+            return stage, settings, _make_object(stage.data, settings.data)
         except UserError as error:
             first = first or error
     assert first is not None
     raise first from None
 
 
-def _make(class_path: str, settings: Any) -> Any:
+def _make_object(class_path: str, settings: Any) -> Any:
     from jsonargparse import ArgumentParser, Namespace
 
     parser = ArgumentParser(exit_on_error=False)
@@ -121,7 +121,7 @@ def _make(class_path: str, settings: Any) -> Any:
         return parser.instantiate_classes(Namespace(made=settings)).made
 
 
-def _summary(data: RowDataModule) -> list[str]:
+def _summarize(data: RowDataModule) -> list[str]:
     """What a run trains on, and the places of all that was dropped or is strange."""
     report = data.report
     lines = [f"format: {report['train_data']['format']}"]
@@ -165,18 +165,18 @@ def show_pair(data: RowDataModule) -> list[str]:
         lines += ["", title]
         for kind, ids in parts.items():
             if ids:
-                lines += _block(kind, [_visible(data.encoder.tokenizer, token) for token in ids])
-    return [*lines, "", *(_coloured(kind, f"  {kind:<10}  ") + meaning for kind, (_, meaning) in KINDS.items())]
+                lines += _lay_out_tokens(kind, [_show_token(data.encoder.tokenizer, token) for token in ids])
+    return [*lines, "", *(_colour(kind, f"  {kind:<10}  ") + meaning for kind, (_, meaning) in KINDS.items())]
 
 
-def _block(kind: str, tokens: Sequence[str]) -> list[str]:
+def _lay_out_tokens(kind: str, tokens: Sequence[str]) -> list[str]:
     label = f"  {kind:<10} {len(tokens):>5}  "
     width = max(shutil.get_terminal_size((100, 24)).columns, 60) - len(label)
     wrapped = textwrap.wrap(" ".join(tokens), width, break_on_hyphens=False)
-    return [(label if number == 0 else " " * len(label)) + _coloured(kind, line) for number, line in enumerate(wrapped)]
+    return [(label if number == 0 else " " * len(label)) + _colour(kind, line) for number, line in enumerate(wrapped)]
 
 
-def _visible(tokenizer: Any, token: int) -> str:
+def _show_token(tokenizer: Any, token: int) -> str:
     """A token's text with nothing in it that moves a terminal's cursor, or cannot be seen."""
     piece = str(tokenizer.convert_ids_to_tokens(token))
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
@@ -188,7 +188,7 @@ def _visible(tokenizer: Any, token: int) -> str:
     )
 
 
-def _coloured(kind: str, text: str) -> str:
+def _colour(kind: str, text: str) -> str:
     is_wanted = bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
     if not is_wanted or os.environ.get("NO_COLOR"):
         return text

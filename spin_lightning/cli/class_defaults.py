@@ -32,7 +32,7 @@ def own_defaults() -> Iterator[None]:
             forget_defaults(before["class_path"], before["init_args"])
         original(parser, before, after)
         if changes:
-            kept = [name for name in _names(before["init_args"]) if name not in (after.get("init_args") or ())]
+            kept = [name for name in _names_of(before["init_args"]) if name not in (after.get("init_args") or ())]
             note = f"{after['class_path']} keeps what was set for {before['class_path']}: {', '.join(kept)}"
             if kept and note not in said:
                 said.add(note)
@@ -51,10 +51,10 @@ def forget_defaults(class_path: str, settings: Any) -> None:
     add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
     add(made, "made", fail_untyped=False)
     defaults = parser.get_defaults().get("made", {})
-    for name in _names(settings):
+    for name in _names_of(settings):
         if name in defaults and settings[name] == defaults[name]:
             settings.pop(name)
 
 
-def _names(settings: Any) -> list[str]:
+def _names_of(settings: Any) -> list[str]:
     return list(settings if isinstance(settings, dict) else vars(settings))

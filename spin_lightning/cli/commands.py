@@ -41,7 +41,7 @@ class Command:
     help: str = ""
 
 
-def _check(args: list[str]) -> None:
+def _run_check(args: list[str]) -> None:
     from spin_lightning.cli.config_files import check_configs
 
     check_configs(args)
@@ -50,13 +50,13 @@ def _check(args: list[str]) -> None:
     main(args)
 
 
-def _demo(args: list[str]) -> None:
+def _run_demo(args: list[str]) -> None:
     from spin_lightning.demos.small_model import play
 
     play(*args)
 
 
-def _lab(args: list[str]) -> None:
+def _run_lab(args: list[str]) -> None:
     from spin_lightning.demos.known_language import play
 
     play(*args)
@@ -98,17 +98,17 @@ COMMANDS = {
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
     "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
     "check": Command(
-        "what the data looks like to the game, without loading the model", function=_check, help=_OF_CHECK
+        "what the data looks like to the game, without loading the model", function=_run_check, help=_OF_CHECK
     ),
     "demo": Command(
         "the whole game on a small real model, on CPU",
-        function=_demo,
+        function=_run_demo,
         usage="[FOLDER [MODEL [--KEY VALUE ...]]]",
         fits=_folder_is_first,
     ),
     "lab": Command(
         "the game on a known language, measured exactly",
-        function=_lab,
+        function=_run_lab,
         usage="[FOLDER]",
         fits=lambda args: len(args) < 2 and _folder_is_first(args),
     ),
@@ -152,8 +152,13 @@ Commented examples are in the folder configs/.
 def main(args: list[str] | None = None) -> None:
     """Run the command line. What the user can mend ends with a sentence instead of a traceback.
 
-    Exit codes: 0 done; 1 a bug, or NaN or infinite numbers; 2 wrong usage, settings or data; 75 a disk that is full
-    or cannot be written, to be tried again; 130 and 143 ended by a signal, to be continued by the same command.
+    Exit codes:
+
+    - 0: done
+    - 1: a bug, or NaN or infinite numbers
+    - 2: wrong usage, settings or data
+    - 75: a disk that is full or cannot be written, to be tried again
+    - 130 and 143: ended by a signal, to be continued by the same command
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -164,7 +169,7 @@ def main(args: list[str] | None = None) -> None:
         return
     if args[0] not in COMMANDS:
         close = get_close_matches(args[0].lower(), COMMANDS, 1)
-        _end(
+        _end_with(
             f"there is no command {args[0]!r}; the commands are {', '.join(COMMANDS)}."
             + (
                 f" Did you mean {close[0]}?"
@@ -174,7 +179,7 @@ def main(args: list[str] | None = None) -> None:
         )
     word, command = args[0], COMMANDS[args[0]]
     if {"-h", "--help", "--help=all"} & set(args) and not (command.stage and "--help=all" in args):
-        print(_help(word))
+        print(_print_help(word))
         return
     args = ["--help" if arg == "--help=all" else arg for arg in args]  # of the parser, with everything
     if not command.fits(args[1:]):
@@ -193,11 +198,11 @@ def main(args: list[str] | None = None) -> None:
         else:
             run(args)
     except (UserError, StorageError, NonFiniteError, Interrupted) as error:
-        _end(str(error), error.exit_code, "" if isinstance(error, Interrupted) else "error: ")
+        _end_with(str(error), error.exit_code, "" if isinstance(error, Interrupted) else "error: ")
     except OSError as error:  # of a logger, say
         if error.errno not in STORAGE_ERRORS:
             raise
-        _end(f"{error}. Mend that, and run the same command again.", StorageError.exit_code)
+        _end_with(f"{error}. Mend that, and run the same command again.", StorageError.exit_code)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning turns into 1
             sys.exit(130)
@@ -208,7 +213,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _help(word: str) -> str:
+def _print_help(word: str) -> str:
     command = COMMANDS[word]
     if command.stage is not None:
         from spin_lightning.cli.short_help import page
@@ -218,7 +223,7 @@ def _help(word: str) -> str:
     return "\n\n".join(filter(None, (f"usage: spin-lightning {word} {command.usage}", summary, command.help)))
 
 
-def _end(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:
+def _end_with(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:
     from spin_lightning.runs.redaction import redacted
     from spin_lightning.terminal import say
 

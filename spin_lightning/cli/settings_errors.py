@@ -58,7 +58,7 @@ def explaining_settings(settings: Mapping[str, Any] | None = None) -> Iterator[N
         for cause in causes:  # the parser wraps what a class says about its settings; the user needs only that
             if isinstance(cause, UserError):
                 raise cause from None
-        where = _refused_by(error)
+        where = _name_refusing_library(error)
         if where is None:
             raise
         said, known = in_a_sentence(str(error)), settings or {}
@@ -69,7 +69,7 @@ def explaining_settings(settings: Mapping[str, Any] | None = None) -> Iterator[N
         }
         shown = redacted(meant or dict(known))  # a value alone does not tell what it is
         mend = ", ".join(f"{name} (now {value!r})" for name, value in shown.items()) or _LIBRARIES[where]
-        raise UserError(f"{said}{_stop(said)}{mend and f' Change {mend}.'}") from error
+        raise UserError(f"{said}{_full_stop_of(said)}{mend and f' Change {mend}.'}") from error
 
 
 @contextmanager
@@ -89,8 +89,8 @@ def explaining_plugins() -> Iterator[None]:
         if place := _place_in_plugin(error):
             said = in_a_sentence(str(error))
             raise UserError(
-                f"{place} ends with {type(error).__name__}{said and f': {said}'}{_stop(said)} It is code of your own: "
-                "mend it there."
+                f"{place} ends with {type(error).__name__}{said and f': {said}'}{_full_stop_of(said)} It is code of "
+                "your own: mend it there."
             ) from error
         raise
 
@@ -125,7 +125,7 @@ def _place_in_plugin(error: Exception) -> str | None:
     return None
 
 
-def _refused_by(error: Exception) -> str | None:
+def _name_refusing_library(error: Exception) -> str | None:
     """Which of the libraries said no, if it is about a setting."""
     if isinstance(error, MisconfigurationException):
         return "lightning."
@@ -138,10 +138,10 @@ def _refused_by(error: Exception) -> str | None:
 def refusal_of_arguments(error: Exception, args: Sequence[str]) -> str | None:
     """What an error while arguments are parsed is about, in a sentence; None where that is no mistake in them."""
     for name in _imports_tried(error):
-        if problem := _import_problem(name):
+        if problem := _find_import_problem(name):
             key = next((arg for arg in args if name in arg), name).partition("=")[0]
             key = args[args.index(key) - 1] if key == name and key in args[1:] else key
-            return f"{key.strip('-+')}: {name!r} cannot be used: {problem}{_stop(problem)}"
+            return f"{key.strip('-+')}: {name!r} cannot be used: {problem}{_full_stop_of(problem)}"
     return in_a_sentence(str(error)) if isinstance(error, ArgumentError) else None
 
 
@@ -182,49 +182,50 @@ def in_a_sentence(message: str) -> str:
     value = (got or wanted)[1].strip() if got or wanted else ""  # type: ignore[index]
     if made := re.search(r"callable class: (.*?)\. Got value: Namespace\(class_path='(.+?)'", message):
         problem = made[1] + _options_of(made[2], made[1])
-        return f"{name}{made[2]!r} cannot be used: {problem}{_stop(problem)}"
+        return f"{name}{made[2]!r} cannot be used: {problem}{_full_stop_of(problem)}"
     takes_classes = re.search(r"<class '\w+\.\w", message.partition("Errors:")[0])
-    if takes_classes and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _import_problem(value)):
-        return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
+    if takes_classes and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _find_import_problem(value)):
+        return f"{name}{value!r} cannot be used: {problem}{_full_stop_of(problem)}"
     if made := re.search(r"Errors:\s+- (.*)(?s:.*)Given value: (?:\[.*)?Namespace\(class_path='(.+?)'", message):
         problem = made[1]
         if not re.search("class_path '.+?':", message):  # which says more
-            return f"{name}{made[2]!r} cannot be made: {problem}{_stop(problem)}"
+            return f"{name}{made[2]!r} cannot be made: {problem}{_full_stop_of(problem)}"
     path = re.search(r"class_path '(.+?)':\s*(.*)", message)
-    if path and (problem := _import_problem(path[1]) or path[2].strip()):
+    if path and (problem := _find_import_problem(path[1]) or path[2].strip()):
         problem += _options_of(path[1], problem)
-        return f"{name}{path[1]!r} cannot be used: {problem}{_stop(problem)}"
+        return f"{name}{path[1]!r} cannot be used: {problem}{_full_stop_of(problem)}"
     is_number = re.search(r"Subtypes: \[<class '(float|int)'>", message)
     if not is_number and ("import path" in message.lower() or "callable class" in message):
         if "." not in value:
             return (
-                f"{name}no class is called {value!r}. Give its import path, such as my_module.{value}.{_among(value)}"
+                f"{name}no class is called {value!r}. Give its import path, such as "
+                f"my_module.{value}.{_find_similar(value)}"
             )
         wanted = re.search(r"subclass of (\w+)", message)
-        problem = _import_problem(value) or f"it is no {wanted[1] if wanted else 'class for this setting'}"
-        return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
-    if setting and "." in value and takes_classes and (problem := _import_problem(value)):
-        return f"{name}{value!r} cannot be used: {problem}{_stop(problem)}"
+        problem = _find_import_problem(value) or f"it is no {wanted[1] if wanted else 'class for this setting'}"
+        return f"{name}{value!r} cannot be used: {problem}{_full_stop_of(problem)}"
+    if setting and "." in value and takes_classes and (problem := _find_import_problem(value)):
+        return f"{name}{value!r} cannot be used: {problem}{_full_stop_of(problem)}"
     if setting and got:
         kinds = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected an? (.+?)\. Got", message)
         if kinds:
-            return f"{setting[1]} must be {_readable(kinds[1])}, got {value!r}."
+            return f"{setting[1]} must be {_make_readable(kinds[1])}, got {value!r}."
     message = re.sub(r"\b(fit|validate)\.(?=model\.|data\.)", "--", message)  # in a list of what is required
     return re.sub(r"^Parser key \"(.+?)\":", r"\1:", " ".join(message.split()))
 
 
-def _stop(text: str) -> str:
+def _full_stop_of(text: str) -> str:
     return "" if text.endswith((".", "?", "!")) else "."
 
 
-def _readable(kinds: str) -> str:
+def _make_readable(kinds: str) -> str:
     kinds = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", kinds)
     kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kinds)
     kinds = re.sub(r"(?:\w+\.)+(\w+)", r"\1", kinds).replace("NoneType", "null")
     return " or ".join(dict.fromkeys(re.split(r", (?![^\[]*\])", kinds)))
 
 
-def _import_problem(class_path: str) -> str | None:
+def _find_import_problem(class_path: str) -> str | None:
     """Why a class cannot be imported, or None."""
     module, _, name = class_path.rpartition(".")
     if not all(part.isidentifier() for part in class_path.split(".")):
@@ -237,7 +238,7 @@ def _import_problem(class_path: str) -> str | None:
         missing = str(error.name)
         if module == missing or module.startswith(f"{missing}."):
             here = [path.stem for path in Path.cwd().glob("*.py")]
-            return f"there is no module {missing!r}, in the current folder or installed.{_among(missing, here)}"
+            return f"there is no module {missing!r}, in the current folder or installed.{_find_similar(missing, here)}"
         return f"the module {module!r} needs {missing!r}, which is not installed. Install it"
     except SyntaxError as error:
         return f"{error.filename or module}, line {error.lineno or 1}: {error.msg}"
@@ -247,7 +248,7 @@ def _import_problem(class_path: str) -> str | None:
             f"importing {module!r} ends with {type(error).__name__}: {error} ({frame.f_code.co_filename}, line {line})"
         )
     if not hasattr(found, name):
-        return f"the module {module!r} has no {name!r}.{_among(name, dir(found))}"
+        return f"the module {module!r} has no {name!r}.{_find_similar(name, dir(found))}"
     if abstract := sorted(getattr(getattr(found, name), "__abstractmethods__", ())):
         return f"it does not say what {', '.join(abstract)} does, which a class of this kind must"
     return None
@@ -260,10 +261,10 @@ def _options_of(class_path: str, problem: str) -> str:
     if not wrong or not module:
         return ""
     options = list(inspect.signature(getattr(import_module(module), name)).parameters)
-    return f". It takes {', '.join(options) or 'no settings'}.{_among(wrong[1], options)}"
+    return f". It takes {', '.join(options) or 'no settings'}.{_find_similar(wrong[1], options)}"
 
 
-def _among(name: str, known: Sequence[str] | None = None) -> str:
+def _find_similar(name: str, known: Sequence[str] | None = None) -> str:
     """Those of the known names that read like this one. None: the classes that need no path."""
     if known is None:
         import lightning.pytorch.callbacks as callbacks

@@ -63,7 +63,7 @@ def page(word: str, usage: str, summary: str, record: str) -> str:
     for section, (title, settings) in settings_of(record).items():
         lines += ["", *textwrap.wrap(f"{section}: {title}", width, subsequent_indent="  ")]
         for setting in settings:
-            lines += _entry(f"--{setting.name}", f"{setting.text} [{setting.default}]", width)
+            lines += _lay_out_entry(f"--{setting.name}", f"{setting.text} [{setting.default}]", width)
     lines += ["", "More:"]
     for flag, text in {
         "-c, --config FILE": "A YAML file of settings by section. Flags that follow it win.",
@@ -71,11 +71,11 @@ def page(word: str, usage: str, summary: str, record: str) -> str:
         "--model.optimizer.help CLASS": "The settings of a class; so for every setting that names one.",
         "--help=all": "All settings, and the classes that they can name.",
     }.items():
-        lines += _entry(flag, text, width)
+        lines += _lay_out_entry(flag, text, width)
     return "\n".join(lines)
 
 
-def _entry(flag: str, text: str, width: int) -> list[str]:
+def _lay_out_entry(flag: str, text: str, width: int) -> list[str]:
     wrapped = textwrap.wrap(text, width - COLUMN, break_long_words=False, break_on_hyphens=False)
     lines = [" " * COLUMN + line for line in wrapped]
     if len(flag) + 4 > COLUMN:
@@ -102,7 +102,7 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
         module, node = _find_class(path)
         settings = _settings_of_class(module, node, section, stage.get("defaults", {}))
         found[section] = (
-            _first_sentence(ast.get_docstring(node) or ""),
+            _take_first_sentence(ast.get_docstring(node) or ""),
             [setting for setting in settings if setting.name not in follow],
         )
     words = {f"trainer.{name}": text for name, text in OF_TRAINER.items()}
@@ -120,14 +120,14 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
     names = set()
     if init is not None:
         docs = [param for part in (node, init) for param in parse(ast.get_docstring(part) or "").params]
-        texts = {param.arg_name: _first_sentence(param.description or "") for param in docs}
+        texts = {param.arg_name: _take_first_sentence(param.description or "") for param in docs}
         values: list[ast.expr | None] = [*init.args.defaults, *init.args.kw_defaults]
         arguments = [*init.args.args, *init.args.kwonlyargs][1:]
         for argument, value in zip(arguments, [None] * (len(arguments) - len(values)) + values, strict=True):
             names.add(name := f"{prefix}.{argument.arg}")
-            default = defaults.get(name, _in_yaml(value))
+            default = defaults.get(name, _write_yaml(value))
             named = default["class_path"] if isinstance(default, dict) else ""
-            choices = [choice for choice in _choices(argument.annotation) if choice != default]
+            choices = [choice for choice in _choices_of(argument.annotation) if choice != default]
             shown = [named.rpartition(".")[2] or str(default), *([f"or {', '.join(choices)}"] if choices else [])]
             yield Setting(name, "; ".join(shown), texts.get(argument.arg, ""))
             if named:
@@ -137,7 +137,7 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
         yield from (setting for setting in _settings_of_class(*base, prefix, defaults) if setting.name not in names)
 
 
-def _in_yaml(value: ast.expr | None) -> str:
+def _write_yaml(value: ast.expr | None) -> str:
     if value is None:
         return "required"
     if not isinstance(value, ast.Constant):
@@ -145,7 +145,7 @@ def _in_yaml(value: ast.expr | None) -> str:
     return str(value.value) if isinstance(value.value, str) else json.dumps(value.value).replace("e-0", "e-")
 
 
-def _choices(annotation: ast.expr | None) -> list[str]:
+def _choices_of(annotation: ast.expr | None) -> list[str]:
     """The values of each ``Literal`` in an annotation."""
     literals = [
         ast.unparse(node.slice).strip("()")
@@ -155,13 +155,13 @@ def _choices(annotation: ast.expr | None) -> list[str]:
     return [str(choice) for literal in literals for choice in ast.literal_eval(f"[{literal}]")]
 
 
-def _first_sentence(text: str) -> str:
+def _take_first_sentence(text: str) -> str:
     r"""In plain text, with the words of YAML.
 
     Example:
-        >>> _first_sentence("Of ``beta``, by Chen et al. (2024).  None: 1.\n``0`` is greedy.")
+        >>> _take_first_sentence("Of ``beta``, by Chen et al. (2024).  None: 1.\n``0`` is greedy.")
         'Of beta, by Chen et al. (2024).'
-        >>> _first_sentence("None takes the model's.")
+        >>> _take_first_sentence("None takes the model's.")
         "null takes the model's."
     """
     sentence = re.split(r"(?<=[.!?])(?<! al\.)(?<!\.g\.) (?=[A-Z0-9`{])", " ".join(text.split()), maxsplit=1)[0]

@@ -169,7 +169,7 @@ class StageCLI(FlagsWin, LightningCLI):
             if self.subcommand == "fit":
                 self._try_optimizer()
         if self.is_over:
-            self._end()
+            self._end_if_over()
 
     def _try_optimizer(self) -> None:
         """Refuse an optimiser that cannot be used before the model is loaded.
@@ -179,7 +179,7 @@ class StageCLI(FlagsWin, LightningCLI):
         """
         chosen = self.config[self.subcommand].model.optimizer
         settings = dict(chosen.get("init_args") or {}) if chosen else {}
-        if "lr" in settings and settings["lr"] != _default_lr(chosen.class_path):
+        if "lr" in settings and settings["lr"] != _find_default_lr(chosen.class_path):
             say(f"note: model.optimizer.lr {settings['lr']!r} is not used: model.learning_rate is.")
         refuse_unusable(self.model.optimizer)
 
@@ -201,7 +201,7 @@ class StageCLI(FlagsWin, LightningCLI):
             close |= {
                 key
                 for key in known
-                if ".init_args." not in key and last in (name := key.rpartition(".")[2], _initials(name))
+                if ".init_args." not in key and last in (name := key.rpartition(".")[2], _initials_of(name))
             }
         return f" Did you mean {' or '.join(sorted(close))}?" if close else ""
 
@@ -244,7 +244,7 @@ class StageCLI(FlagsWin, LightningCLI):
                     f"Set --{self.stage.folder}.output_dir to another folder."
                 )
 
-    def _end(self) -> None:
+    def _end_if_over(self) -> None:
         """Say that the run is over, if it is the one that this command would play. No model is loaded.
 
         Raises:
@@ -333,11 +333,11 @@ def parse_settings(word: str, args: Sequence[str]) -> Any:
         return parsed.args[0]
 
 
-def _default_lr(class_path: str) -> Any:
+def _find_default_lr(class_path: str) -> Any:
     module, _, name = class_path.rpartition(".")
     parameter = inspect.signature(getattr(import_module(module), name)).parameters.get("lr")
     return parameter and parameter.default
 
 
-def _initials(name: str) -> str:
+def _initials_of(name: str) -> str:
     return "".join(word[:1] for word in name.split("_"))

@@ -135,13 +135,13 @@ def shown(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _listed(values: Iterable[Any]) -> str:
+def _list_first(values: Iterable[Any]) -> str:
     """The first of many, each cut: a message is for a screen."""
     first = [str(value)[:40] for value in islice(values, 9)]
     return repr(first[:8]) if len(first) < 9 else f"{first[:8]} and more"
 
 
-def _names(columns: Sequence[str]) -> str:
+def _list_columns(columns: Sequence[str]) -> str:
     """The columns of a source as a message names them."""
     return ", ".join(repr(column[:60]) for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
 
@@ -154,13 +154,13 @@ def near(name: str, choices: Iterable[str]) -> str:
     return f"{listed} (did you mean {' or '.join(map(repr, close))}?)" if close else listed
 
 
-def _wrong_type(value: Any, expected: str) -> BadRow:
+def _make_type_error(value: Any, expected: str) -> BadRow:
     return BadRow("missing" if value is None else "wrong type", f"{expected}, got {shown(value)}")
 
 
-def _text(value: Any, what: str) -> str:
+def _check_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise _wrong_type(value, f"{what} must be text")
+        raise _make_type_error(value, f"{what} must be text")
     if "\0" in value:  # ends the text in some tokenizers, and is never meant
         raise BadRow("NUL character", f"{what} holds a NUL character at character {value.index(chr(0))}")
     try:
@@ -171,24 +171,24 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _content(value: Any, what: str) -> str:
+def _read_content(value: Any, what: str) -> str:
     """The text of a turn, which may be a list of text parts."""
     if not isinstance(value, list):
-        return _text(value, what)
+        return _check_text(value, what)
     texts = []
     for part in value:
         if not isinstance(part, dict):
-            raise _wrong_type(value, f"{what} must be text")
+            raise _make_type_error(value, f"{what} must be text")
         kind = part.get("type") or "text"
         if kind not in TEXT_PARTS or "text" not in part:
             raise BadRow(
                 "not text", f"{what} has a part of type {str(kind)[:40]!r}, only parts of type 'text' are read"
             )
-        texts.append(_text(part["text"], f"a part of {what}"))
+        texts.append(_check_text(part["text"], f"a part of {what}"))
     return "".join(texts)
 
 
-def _parsed(value: Any) -> Any:
+def _parse_json(value: Any) -> Any:
     """A list or an object that is written as JSON text, as in a CSV cell; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -198,33 +198,33 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def _list(value: Any, expected: str) -> list[Any]:
-    value = _parsed(value)
+def _read_list(value: Any, expected: str) -> list[Any]:
+    value = _parse_json(value)
     if not isinstance(value, list):
-        raise _wrong_type(value, f"{expected}")
+        raise _make_type_error(value, f"{expected}")
     return value
 
 
-def _cleaned(value: Any, what: str) -> Any:
+def _clean_json(value: Any, what: str) -> Any:
     """A JSON value with checked texts, and without the keys that have no value."""
     if isinstance(value, str):
-        return _text(value, what)
+        return _check_text(value, what)
     if isinstance(value, list):
-        return [_cleaned(item, what) for item in value]
+        return [_clean_json(item, what) for item in value]
     if isinstance(value, dict):
-        return {_text(key, what): _cleaned(item, what) for key, item in value.items() if item is not None}
+        return {_check_text(key, what): _clean_json(item, what) for key, item in value.items() if item is not None}
     return value
 
 
-def _objects(value: Any, what: str) -> Iterator[Any]:
+def _read_objects(value: Any, what: str) -> Iterator[Any]:
     """The objects of a list, or the only one, each of them or all as JSON text, with checked texts.
 
     What JSON text spells as null was meant; elsewhere a data set fills it in, and the key is absent.
     """
-    items = _parsed(value)
+    items = _parse_json(value)
     for item in items if isinstance(items, list) else [items]:
-        found = _parsed(item)
-        cleaned = _cleaned(found, what)
+        found = _parse_json(item)
+        cleaned = _clean_json(found, what)
         yield found if isinstance(value, str) or isinstance(item, str) else cleaned
 
 
@@ -236,63 +236,63 @@ def is_turn(value: Any) -> bool:
     return isinstance(value, dict) and any({*keys} <= value.keys() for keys in TURN_KEYS)
 
 
-def _turns(value: Any, column: str) -> list[Turn]:
+def _read_turns(value: Any, column: str) -> list[Turn]:
     lists = [*value.values()] if isinstance(value, dict) else []  # one list for each key
     if lists and all(isinstance(items, list) and len(items) == len(lists[0]) for items in lists):
         value = [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
-    turns = _list(value, f"column {column!r} must be a list of turns")
+    turns = _read_list(value, f"column {column!r} must be a list of turns")
     if column == "conversations" and turns and all(isinstance(turn, str) for turn in turns):  # who speaks first asks
-        sides = (_user, _assistant)
+        sides = (_make_user_turn, _make_assistant_turn)
         return [sides[n % 2](text, f"turn {n + 1} of {column!r}") for n, text in enumerate(turns)]
     read = []
     for number, turn in enumerate(turns, 1):
         where = f"turn {number} of {column!r}"
         keys = next((keys for keys in EXCHANGE_KEYS if isinstance(turn, dict) and turn.keys() == {*keys}), None)
         if keys is None:
-            read.append(_turn(turn, where))
+            read.append(_read_turn(turn, where))
         else:
             read += [
-                _user(turn[keys[0]], f"{keys[0]!r} of {where}"),
-                _assistant(turn[keys[1]], f"{keys[1]!r} of {where}"),
+                _make_user_turn(turn[keys[0]], f"{keys[0]!r} of {where}"),
+                _make_assistant_turn(turn[keys[1]], f"{keys[1]!r} of {where}"),
             ]
     return read
 
 
-def _transcript(text: Any) -> list[Turn]:
+def _read_transcript(text: Any) -> list[Turn]:
     r"""The turns of a text that tells them as Anthropic's: each behind a blank line and ``Human:`` or ``Assistant:``.
 
     Example:
-        >>> [turn.message["content"] for turn in _transcript("\n\nHuman: 1 + 1?\n\nAssistant: 2")]
+        >>> [turn.message["content"] for turn in _read_transcript("\n\nHuman: 1 + 1?\n\nAssistant: 2")]
         ['1 + 1?', '2']
     """
     if not isinstance(text, str) or not re.match(r"\s*Human: .*?\n\nAssistant:", text, re.DOTALL):
         return []
     parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", text.lstrip())[1:]
-    sides = {"Human": _user, "Assistant": _assistant}
+    sides = {"Human": _make_user_turn, "Assistant": _make_assistant_turn}
     return [sides[who](said, "a turn of the text") for who, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _turn(turn: Any, where: str) -> Turn:
+def _read_turn(turn: Any, where: str) -> Turn:
     if isinstance(turn, dict) and len(turn) == 2 and turn.get("role") in _PLAIN_ROLES and "content" in turn:  # most are
-        return Turn({"role": turn["role"], "content": _content(turn["content"], where)})
+        return Turn({"role": turn["role"], "content": _read_content(turn["content"], where)})
     given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
     role_key, text_key = next((keys for keys in TURN_KEYS if keys[0] in given), (None, None))
     if role_key is None or text_key is None:
-        got = f"the keys {_listed(turn)}" if isinstance(turn, dict) else shown(turn)
+        got = f"the keys {_list_first(turn)}" if isinstance(turn, dict) else shown(turn)
         raise BadRow("malformed turn", f"{where} must have 'role' and 'content', got {got}")
     speaker = given[role_key]
     role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         expected = ", ".join(ROLES)
         raise BadRow("wrong role", f"{where} has {role_key} {repr(speaker)[:40]}, expected one of {expected}")
-    content, extras = given.get(text_key), _extras(role, given, where)
+    content, extras = given.get(text_key), _read_extras(role, given, where)
     if speaker.lower() in CALLING_ROLES and "tool_calls" not in extras:
-        content, extras["tool_calls"] = "", _calls(content, where)
+        content, extras["tool_calls"] = "", _read_calls(content, where)
     if content is None and "tool_calls" in extras:
         content = ""
     elif content is None and text_key not in turn:
-        raise BadRow("malformed turn", f"{where} must have {text_key!r}, got the keys {_listed(turn)}")
-    message: Message = {"role": role, "content": _content(content, where), **extras}  # type: ignore[typeddict-item]
+        raise BadRow("malformed turn", f"{where} must have {text_key!r}, got the keys {_list_first(turn)}")
+    message: Message = {"role": role, "content": _read_content(content, where), **extras}  # type: ignore[typeddict-item]
     if given.keys() == {role_key, text_key}:
         return Turn(message)
     is_trained = role != "assistant" or _is_trained(given, where)
@@ -302,14 +302,14 @@ def _turn(turn: Any, where: str) -> Turn:
     return Turn(message, is_trained, tuple(k for k in given if k not in used and given[k] not in ("", [], {})))
 
 
-def _extras(role: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _read_extras(role: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a turn has beside role and text, as chat templates take it."""
     if role == "tool":
-        return {key: _text(given[key], f"{key} of {where}") for key in ("tool_call_id", "name") if given.get(key)}
+        return {key: _check_text(given[key], f"{key} of {where}") for key in ("tool_call_id", "name") if given.get(key)}
     if role != "assistant":
         return {}
     extras: dict[str, Any] = {}
-    reasoning = {_text(given[key], f"{key} of {where}") for key in REASONING_KEYS if key in given} - {""}
+    reasoning = {_check_text(given[key], f"{key} of {where}") for key in REASONING_KEYS if key in given} - {""}
     if len(reasoning) > 1:
         raise BadRow("malformed turn", f"{where} has two different texts under {', '.join(REASONING_KEYS)}")
     if reasoning:
@@ -318,14 +318,14 @@ def _extras(role: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     if len(calls) > 1:
         raise BadRow("malformed call", f"{where} has both tool_calls and function_call")
     if calls:
-        extras["tool_calls"] = _calls(calls[0], where)
+        extras["tool_calls"] = _read_calls(calls[0], where)
     return extras
 
 
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+def _read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's layout, with the arguments as an object, which is what chat templates expect."""
     calls = []
-    for call in _objects(value, f"a tool call of {where}"):
+    for call in _read_objects(value, f"a tool call of {where}"):
         function = call.get("function") or call if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow("malformed call", f"a tool call of {where} must have a name and arguments, got {shown(call)}")
@@ -334,8 +334,8 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
             (function[key] for key in ("arguments", "parameters") if function.get(key) is not None), {}
         )
         if isinstance(arguments, str):
-            arguments = _parsed(arguments) if arguments.strip() else {}
-            _cleaned(arguments, f"a tool call of {where}")
+            arguments = _parse_json(arguments) if arguments.strip() else {}
+            _clean_json(arguments, f"a tool call of {where}")
         if not isinstance(arguments, dict):
             reason = f"the arguments of {name[:40]!r} in {where} must be a JSON object, got {shown(arguments)}"
             raise BadRow("malformed call", reason)
@@ -346,27 +346,27 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 def _is_trained(given: Mapping[str, Any], where: str) -> bool:
     weight = given.get("weight", 1)
     if not isinstance(weight, int | float):
-        raise _wrong_type(weight, f"weight of {where} must be 0 or 1")
+        raise _make_type_error(weight, f"weight of {where} must be 0 or 1")
     return not any(isinstance(given.get(key), int | float) and not given[key] for key in TRAINED_KEYS)
 
 
 # --- Layouts --------------------------------------------------------------------------------------------------------
 
 
-def _user(text: Any, what: str) -> Turn:
-    return Turn({"role": "user", "content": _text(text, what)})
+def _make_user_turn(text: Any, what: str) -> Turn:
+    return Turn({"role": "user", "content": _check_text(text, what)})
 
 
-def _assistant(text: Any, what: str) -> Turn:
-    return Turn({"role": "assistant", "content": _text(text, what)})
+def _make_assistant_turn(text: Any, what: str) -> Turn:
+    return Turn({"role": "assistant", "content": _check_text(text, what)})
 
 
 def _read_alpaca(record: Mapping[str, Any]) -> list[Turn]:
-    asked = [_text(record["instruction"], "column 'instruction'")]
+    asked = [_check_text(record["instruction"], "column 'instruction'")]
     if record["input"] is not None:
-        asked.append(_text(record["input"], "column 'input'"))
+        asked.append(_check_text(record["input"], "column 'input'"))
     question = "\n".join(part for part in asked if part.strip())
-    return [_user(question, "the question"), _assistant(record["output"], "column 'output'")]
+    return [_make_user_turn(question, "the question"), _make_assistant_turn(record["output"], "column 'output'")]
 
 
 def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Turn]]:
@@ -377,17 +377,17 @@ def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Turn]]:
         if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's preferences
             prompt = prompt["messages"]
         if prompt is None or isinstance(prompt, list):
-            asked = _turns(prompt or [], "prompt")
+            asked = _read_turns(prompt or [], "prompt")
         else:
-            asked = [_user(prompt, "column 'prompt'")]
+            asked = [_make_user_turn(prompt, "column 'prompt'")]
         if not isinstance(answer, list):
-            if prompt is None and (turns := _transcript(answer)):
+            if prompt is None and (turns := _read_transcript(answer)):
                 return turns
             if prompt is None:
                 reason = f"column 'prompt' is empty, which is allowed only if {column!r} is a whole conversation"
                 raise BadRow("missing", reason)
-            return [*asked, _assistant(answer, f"column {column!r}")]
-        turns = _turns(answer, column)
+            return [*asked, _make_assistant_turn(answer, f"column {column!r}")]
+        turns = _read_turns(answer, column)
         if turns and turns[0].message["role"] == "assistant":
             return asked + turns
         if isinstance(prompt, list) and not _begins_with(turns, asked):
@@ -408,7 +408,7 @@ _PROMPTS = ("question", "instruction", "query", "input", "problem", "user")
 FORMATS: dict[str, Format] = {
     "messages": Format(
         ("messages",),
-        lambda record: _turns(record["messages"], "messages"),
+        lambda record: _read_turns(record["messages"], "messages"),
         "a list of {role, content} turns with an assistant turn after a user turn",
         aliases={"messages": ("conversation", "dialog", "dialogue", "chat")},
     ),
@@ -427,7 +427,7 @@ FORMATS: dict[str, Format] = {
     ),
     "sharegpt": Format(
         ("conversations",),
-        lambda record: _turns(record["conversations"], "conversations"),
+        lambda record: _read_turns(record["conversations"], "conversations"),
         "a list of {from, value} or {role, content} turns with an assistant turn after a user turn",
     ),
     "real_generated": Format(
@@ -455,7 +455,7 @@ def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, tuple
     """The row of a record, whose columns have our names.
 
     Returns:
-        The row; how many turns after its real response were dropped; and the keys of its turns that have no effect.
+        The row, how many turns after its real response were dropped, and the keys of its turns that have no effect.
 
     Raises:
         BadRow: The record has no question, no real response, or something of the wrong type.
@@ -466,9 +466,11 @@ def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, tuple
         common["tools"] = asked.get("tools")
     turns = layout.read(record)
     if any(value is not None for value in common.values()):
-        _common("label", common, _refuse_undesirable)
-        turns = _with_context(turns, _common("system", common, _system), _common("history", common, _history))
-    tools = () if common["tools"] is None else _common("tools", common, _tools)
+        _read_common("label", common, _refuse_undesirable)
+        turns = _add_context(
+            turns, _read_common("system", common, _read_system), _read_common("history", common, _read_history)
+        )
+    tools = () if common["tools"] is None else _read_common("tools", common, _read_tools)
     row, num_dropped = _split_last_answer([turn.message for turn in turns], [turn.is_trained for turn in turns], tools)
     unused = tuple(dict.fromkeys(key for turn in turns for key in turn.unused))
     return row, num_dropped, unused
@@ -485,12 +487,12 @@ def is_verdict(labels: Iterable[Any]) -> bool:
     return not values.isdisjoint(("true", "false")) or values <= {"0", "1"}
 
 
-def _common(column: str, values: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+def _read_common(column: str, values: Mapping[str, Any], read: Callable[[Any], T]) -> T:
     """What is read from a common column; a mistake in it says how the column is left unread."""
     try:
         return read(values[column])
     except BadRow as reason:
-        cure = f"If the column means something else, {_flag({column: ''})} leaves it unread"
+        cure = f"If the column means something else, {_write_option({column: ''})} leaves it unread"
         raise BadRow(reason.kind, f"{reason}. {cure}") from None
 
 
@@ -499,26 +501,29 @@ def _refuse_undesirable(label: Any) -> None:
         raise BadRow("undesirable answer", f"column 'label' is {label!r}: the answer is one to be avoided")
 
 
-def _system(value: Any) -> str:
-    return "" if value is None else _text(value, "column 'system'")
+def _read_system(value: Any) -> str:
+    return "" if value is None else _check_text(value, "column 'system'")
 
 
-def _history(value: Any) -> list[Turn]:
+def _read_history(value: Any) -> list[Turn]:
     if value is None or value == "":
         return []
     turns: list[Turn] = []
-    for number, item in enumerate(_list(value, "column 'history' must be a list of [question, answer] pairs"), 1):
+    for number, item in enumerate(_read_list(value, "column 'history' must be a list of [question, answer] pairs"), 1):
         where = f"item {number} of 'history'"
         if isinstance(item, dict):
-            turns.append(_turn(item, where))
+            turns.append(_read_turn(item, where))
         elif isinstance(item, list | tuple) and len(item) == 2:
-            turns += (_user(item[0], f"the question of {where}"), _assistant(item[1], f"the answer of {where}"))
+            turns += (
+                _make_user_turn(item[0], f"the question of {where}"),
+                _make_assistant_turn(item[1], f"the answer of {where}"),
+            )
         else:
             raise BadRow("malformed turn", f"{where} must be a pair of question and answer, got {shown(item)}")
     return turns
 
 
-def _with_context(turns: list[Turn], system: str, history: list[Turn]) -> list[Turn]:
+def _add_context(turns: list[Turn], system: str, history: list[Turn]) -> list[Turn]:
     """The conversation behind its ``system`` text and its ``history``, wherever these are not in it already."""
     head = list(takewhile(lambda turn: turn.message["role"] in ("system", "developer"), turns))
     rest = turns[len(head) :]
@@ -528,18 +533,18 @@ def _with_context(turns: list[Turn], system: str, history: list[Turn]) -> list[T
             raise BadRow(
                 "two system texts",
                 f"column 'system' has {system[:40]!r}, but a system turn has {written[0][:40]!r}. To read the turn, "
-                f"leave the column unread: {_flag({'system': ''})}",
+                f"leave the column unread: {_write_option({'system': ''})}",
             )
         head = head if written else [Turn({"role": "system", "content": system}), *head]
     return [*head, *([] if _begins_with(rest, history) else history), *rest]
 
 
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+def _read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Definitions of tools in OpenAI's layout: a list of objects or of their JSON texts, or JSON text of it all."""
     if value is None or value in ("", [], {}):
         return ()
     tools = []
-    for tool in _objects(value, "a definition in 'tools'"):
+    for tool in _read_objects(value, "a definition in 'tools'"):
         if not isinstance(tool, dict):
             raise BadRow(
                 "malformed tools",
@@ -562,7 +567,9 @@ def _split_last_answer(
         raise BadRow("too long", f"has {size:,} characters, but a row may have {MAX_ROW_CHARACTERS:,}")
     answers = [position for position, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
-        raise BadRow("no answer", f"there is no assistant turn, got roles {_listed(turn['role'] for turn in turns)}")
+        raise BadRow(
+            "no answer", f"there is no assistant turn, got roles {_list_first(turn['role'] for turn in turns)}"
+        )
     last = next((position for position in reversed(answers) if is_trained[position]), None)
     if last is None:
         marks = ", ".join(TRAINED_KEYS)
@@ -587,14 +594,14 @@ def prompt_key(row: Row) -> tuple[Any, ...]:
 
 
 def answer_key(row: Row) -> tuple[str, ...]:
-    """The same of the real response."""
+    """The row's real response, with all that decides it, as something to compare and to look up."""
     return (row.real, json.dumps(row.real_extras, sort_keys=True, default=str)) if row.real_extras else (row.real,)
 
 
 # --- Which layout fits ----------------------------------------------------------------------------------------------
 
 
-def _readings(name: str, columns: Mapping[str, str], found: Sequence[str]) -> Iterator[Reading]:
+def _find_readings(name: str, columns: Mapping[str, str], found: Sequence[str]) -> Iterator[Reading]:
     """Every way to find the layout's columns among those of the data."""
     layout = FORMATS[name]
     is_mapped = not columns.keys().isdisjoint(layout.required)  # then the user has said which column is which
@@ -624,7 +631,7 @@ def fits(columns: Sequence[str]) -> bool:
         >>> fits(["id", "question", "answer"]), fits(["version", "data"])
         (True, False)
     """
-    return any(True for name in FORMATS for _ in _readings(name, {}, columns))
+    return any(True for name in FORMATS for _ in _find_readings(name, {}, columns))
 
 
 def choose_format(
@@ -656,14 +663,14 @@ def choose_format(
     fitting = [
         reading
         for key in names
-        for reading in _readings(key, columns, found)
+        for reading in _find_readings(key, columns, found)
         if {*FORMATS[key].required} <= reading.origin.keys()
     ]
     plain = [r for r in fitting if all(r.origin[c] == columns.get(c, c) for c in FORMATS[r.format].required)]
-    best = _most_specific(plain or fitting)
+    best = _keep_most_specific(plain or fitting)
     if len(best) == 1:
         return best[0]
-    has = f"It has {_names(found)}."
+    has = f"It has {_list_columns(found)}."
     formats = list(dict.fromkeys(reading.format for reading in best))
     if len(formats) > 1:
         raise UserError(
@@ -671,7 +678,9 @@ def choose_format(
             f"to read: {' or '.join(f'--data.format {key}' for key in formats)}."
         )
     if best:
-        flags = [_flag({ours: reading.origin[ours] for ours in FORMATS[reading.format].required}) for reading in best]
+        flags = [
+            _write_option({ours: reading.origin[ours] for ours in FORMATS[reading.format].required}) for reading in best
+        ]
         raise UserError(
             f"the columns of {source} fit {formats[0]!r} in more than one way. {has} Say which is which: "
             f"{' or '.join(flags[:4])}."
@@ -679,12 +688,12 @@ def choose_format(
     listed = {name: FORMATS[name]} if name != "auto" else FORMATS
     layouts = "".join(f"\n  {key}: {', '.join(layout.required)}" for key, layout in listed.items())
     raise UserError(
-        f"the columns of {source} do not fit: it has {_names(found)}, expected for{layouts}"
-        f"\n{_remedy(name, found, example)}"
+        f"the columns of {source} do not fit: it has {_list_columns(found)}, expected for{layouts}"
+        f"\n{_suggest_remedy(name, found, example)}"
     )
 
 
-def _most_specific(readings: Sequence[Reading]) -> list[Reading]:
+def _keep_most_specific(readings: Sequence[Reading]) -> list[Reading]:
     """Those that do not use a part of what another one uses; of equals the first."""
     used = [{*reading.origin.values()} for reading in readings]
     return [
@@ -694,11 +703,11 @@ def _most_specific(readings: Sequence[Reading]) -> list[Reading]:
     ]
 
 
-def _flag(columns: Mapping[str, str]) -> str:
+def _write_option(columns: Mapping[str, str]) -> str:
     r"""The option that maps the columns, as it is typed in a shell.
 
     Example:
-        >>> _flag({"prompt": "text_in", "completion": "text out"})
+        >>> _write_option({"prompt": "text_in", "completion": "text out"})
         '--data.columns \'{prompt: text_in, completion: "text out"}\''
     """
     pairs = (
@@ -713,14 +722,14 @@ _ASKED = r"prompt|question|instruct|quer(y|ies)|problem|request|user|human|sourc
 _ANSWERED = r"complet|answer|respon|solution|reply|replies|assist|target|gpt|(^|_)(a|y|out|outputs?)(_|$)"
 
 
-def _remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
+def _suggest_remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
     """What to set so that these columns are read, made from their names and from one record."""
     for column, value in example.items():
-        parsed = _parsed(value)
+        parsed = _parse_json(value)
         if isinstance(parsed, list) and parsed and is_turn(parsed[0]) and name in ("auto", "messages", "sharegpt"):
             return (
                 f"Column {column!r} holds turns. Set "
-                f"{_flag({FORMATS[name if name != 'auto' else 'messages'].required[0]: column})}."
+                f"{_write_option({FORMATS[name if name != 'auto' else 'messages'].required[0]: column})}."
             )
     texts = [column for column in found if isinstance(example.get(column), str)]
     if "text" in texts and not any(re.search(_ANSWERED, column, re.IGNORECASE) for column in texts):
@@ -740,5 +749,5 @@ def _remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
     prompt = prompt or next(column for column in longest if column != answer)
     answer = answer or next(column for column in longest if column != prompt)
     ours = FORMATS[name].required if name != "auto" and len(FORMATS[name].required) == 2 else ("prompt", "completion")
-    flag = _flag(dict(zip(ours, (prompt, answer), strict=True)))
+    flag = _write_option(dict(zip(ours, (prompt, answer), strict=True)))
     return f"Say which of your columns is which: {flag}" + ("." if is_sure else ", if these are the right ones.")

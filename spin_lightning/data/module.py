@@ -137,7 +137,7 @@ class RowDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read, check and encode the rows: everything about the data that can fail, before a model is loaded."""
         if not self.prompts:
-            self._read()
+            self._read_rows()
         if stage == "fit":
             self._refuse_less_than_a_batch()
         if stage == "validate" and not self.val_prompts:
@@ -149,7 +149,7 @@ class RowDataModule(L.LightningDataModule):
         """Write ``data_report.json`` into a run's folder."""
         write_json(folder / "data_report.json", self.report)
 
-    def _read(self) -> None:
+    def _read_rows(self) -> None:
         read = partial(
             load_rows,
             split=self.split,
@@ -172,14 +172,14 @@ class RowDataModule(L.LightningDataModule):
             val_rows = [(where, row, 1) for where, row, _ in val_rows]
         tokenizer = self._load_tokenizer() if self.tokenizer is None else self.tokenizer
         self.encoder = self._make_encoder(tokenizer)
-        self.prompts = self._encode(_repeated(rows), "train")
+        self.prompts = self._encode_rows(_repeat_rows(rows), "train")
         if not self.prompts:
             raise UserError(
                 f"all {self.report['train']['rows']} prompts of {self.train_data} are longer than "
                 f"max_prompt_tokens={self.max_prompt_tokens}, so nothing is left to train on. Raise "
                 "data.max_prompt_tokens."
             )
-        self.val_prompts = self._encode(_repeated(val_rows), "held_out")
+        self.val_prompts = self._encode_rows(_repeat_rows(val_rows), "held_out")
         self.report["prompts_sha256"] = self.prompts_hash
         self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
 
@@ -247,7 +247,7 @@ class RowDataModule(L.LightningDataModule):
             if isinstance(folder := getattr(callback, "output_dir", None), str | Path):
                 report = read_json(Path(folder) / "data_report.json") or {}
                 began = began or report.get("template_time")
-        encoder = Encoder(tokenizer, self.prompt_template, None if began is None else _time(began))
+        encoder = Encoder(tokenizer, self.prompt_template, None if began is None else _parse_time(began))
         if self.end_ids is None and module is not None:
             model = getattr(module, "policy", None) or module.given_model
             settings = {"revision": module.revision, "trust_remote_code": module.trust_remote_code}
@@ -259,7 +259,7 @@ class RowDataModule(L.LightningDataModule):
             self.report["template_time"] = encoder.time
         return encoder
 
-    def _encode(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
+    def _encode_rows(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
         """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
         sample_of = {}
         if self.sample is not None and self.sample < len(rows):
@@ -329,12 +329,12 @@ class RowDataModule(L.LightningDataModule):
 
     @property
     def held_out_hash(self) -> str:
-        """The same of what is held out."""
+        """Hash of all held-out prompts and real responses as token ids."""
         return _hash_of(self.val_prompts)
 
     def train_dataloader(self) -> ResumableLoader:
         """The real responses."""
-        return self._loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
+        return self._make_loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
 
     def val_dataloader(self) -> list[Any] | DataLoader[Prompt]:
         if not self.val_prompts:
@@ -342,7 +342,7 @@ class RowDataModule(L.LightningDataModule):
         collate = partial(collate_prompts, max_tokens=self.micro_batch_tokens)
         return DataLoader(self.val_prompts, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
-    def _loader(
+    def _make_loader(
         self, rows: Any, prompt_ids: list[int], collate: Callable[..., Any], keeps_prompts_together: bool = False
     ) -> ResumableLoader:
         return ResumableLoader(
@@ -365,12 +365,12 @@ def refuse_below(least: int, **settings: int) -> None:
             raise UserError(f"data.{name} must be at least {least}, got {value!r}.")
 
 
-def _repeated(rows: list[tuple[str, Row, int]]) -> list[tuple[str, Row]]:
+def _repeat_rows(rows: list[tuple[str, Row, int]]) -> list[tuple[str, Row]]:
     """Each row as often as its source's weight says."""
     return [(where, row) for where, row, times in rows for _ in range(times)]
 
 
-def _time(text: Any) -> datetime:
+def _parse_time(text: Any) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):

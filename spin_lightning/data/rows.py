@@ -126,19 +126,19 @@ def load_rows(
     if on_bad_row not in ("error", "drop"):
         raise UserError(f"data.on_bad_row must be 'error' or 'drop', got {on_bad_row!r}.")
     settings = (split, format, columns or {}, revision, max_rows, on_bad_row)
-    with _collector_paused():
+    with _pause_collector():
         if isinstance(source, str | Path) and not re.fullmatch(r"\{.*\}|\[.*\]", str(source)):
             loaded = _load_source(str(source), *settings)
-            loaded.noted.update(_repeats(loaded.places, loaded.rows))
+            loaded.noted.update(_find_repeats(loaded.places, loaded.rows))
             return loaded
         _check_weights(source)
-        return _mixed(
+        return _mix_sources(
             [(str(name), weight, _load_source(str(name), *settings)) for name, weight in source.items()], seed
         )
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def _pause_collector() -> Iterator[None]:
     """Rows are made by the hundred thousand and stay: looking for cycles among them takes half of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -174,7 +174,7 @@ def _load_source(
         label = reading.origin.get("label")
         if label is not None and not is_verdict(record.get(label) for record in objects):
             del reading.origin["label"]
-    read_as = _read_as(reading, found)
+    read_as = _describe_reading(reading, found)
 
     rows: list[Row] = []
     places: list[str] = []
@@ -232,7 +232,7 @@ def _load_source(
     return LoadedRows(rows, reading.format, description, places, len(taken), dropped, noted, unused_keys, notes, times)
 
 
-def _read_as(reading: Reading, found: list[str]) -> str:
+def _describe_reading(reading: Reading, found: list[str]) -> str:
     """The format and its columns, in words."""
     used = [
         ours if theirs == ours else f"{ours} (yours: {theirs})"
@@ -242,7 +242,7 @@ def _read_as(reading: Reading, found: list[str]) -> str:
     return f"{reading.format!r}: column{'s' * (len(used) > 1)} {', '.join(used)}" if used else "objects with columns"
 
 
-def _repeats(places: list[str], rows: list[Row]) -> dict[str, Tally]:
+def _find_repeats(places: list[str], rows: list[Row]) -> dict[str, Tally]:
     """Rows that repeat an earlier one, and rows that only ask the same."""
     repeats = {"exact_duplicates": Tally(), "repeated_prompts": Tally()}
     first_places: dict[Any, str] = {}  # of each prompt, and of each row
@@ -277,11 +277,11 @@ def _check_weights(weights: Any) -> None:
             )
 
 
-def _mixed(parts: list[tuple[str, float, LoadedRows]], seed: int) -> LoadedRows:
+def _mix_sources(parts: list[tuple[str, float, LoadedRows]], seed: int) -> LoadedRows:
     """The sources one after the other, of each the share of its rows that its weight says."""
     rows, places, times, shares, described = [], [], [], [], []
     for position, (_, weight, part) in enumerate(parts):
-        how_often = _shares(len(part.rows), weight, f"share/{seed}/{position}")  # wherever the source lies
+        how_often = _count_shares(len(part.rows), weight, f"share/{seed}/{position}")  # wherever the source lies
         shares.append(how_often)
         taken = [index for index, often in enumerate(how_often) if often]
         rows += [part.rows[index] for index in taken]
@@ -295,20 +295,20 @@ def _mixed(parts: list[tuple[str, float, LoadedRows]], seed: int) -> LoadedRows:
         "\n".join(described),
         places,
         sum(part.num_read for part in loaded),
-        _added([part.dropped for part in loaded]),
-        _added([part.noted for part in loaded]) | _repeats(places, rows),
-        _added([part.unused_keys for part in loaded]),
+        _add_tallies([part.dropped for part in loaded]),
+        _add_tallies([part.noted for part in loaded]) | _find_repeats(places, rows),
+        _add_tallies([part.unused_keys for part in loaded]),
         [note for part in loaded for note in part.notes],
         times,
         [(name, weight, replace(part, times=often)) for (name, weight, part), often in zip(parts, shares, strict=True)],
     )
 
 
-def _shares(num_rows: int, weight: float, seed: str) -> list[int]:
+def _count_shares(num_rows: int, weight: float, seed: str) -> list[int]:
     """How often each row is taken: the whole part of the weight, and once more for a random share of the rows.
 
     Example:
-        >>> _shares(4, 2.0, "seed"), sum(_shares(4, 1.5, "seed")), sum(_shares(4, 0.25, "seed"))
+        >>> _count_shares(4, 2.0, "seed"), sum(_count_shares(4, 1.5, "seed")), sum(_count_shares(4, 0.25, "seed"))
         ([2, 2, 2, 2], 6, 1)
     """
     whole, share = divmod(weight, 1)
@@ -317,7 +317,7 @@ def _shares(num_rows: int, weight: float, seed: str) -> list[int]:
     return [int(whole) + (index in chosen) for index in range(num_rows)]
 
 
-def _added(counts: list[dict[str, Tally]]) -> dict[str, Tally]:
+def _add_tallies(counts: list[dict[str, Tally]]) -> dict[str, Tally]:
     """The tallies of several sources under the same names."""
     total: dict[str, Tally] = {}
     for name, tally in (item for tallies in counts for item in tallies.items()):

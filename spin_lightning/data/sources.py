@@ -63,7 +63,7 @@ def _decode(data: bytes, offset: int = 0) -> str:
 
 
 def _read_json(file: BinaryIO, path: Path, source: Source, key: str) -> Records:
-    """Objects one a line; or one JSON document of them; or objects that each take several lines."""
+    """Objects one a line, or one JSON document of them, or objects that each take several lines."""
     start, filled = [], []  # up to the second line that is not blank
     for line in file:
         start.append(line)
@@ -270,7 +270,7 @@ _MARKS = {
 _FILE_KINDS = f"{', '.join(_READERS)} (all but Parquet also with .gz or .zst behind)"
 
 
-def _kind(path: Path) -> tuple[str, str]:
+def _kind_of(path: Path) -> tuple[str, str]:
     """How a file is written and how it is packed, by its name: ``(".jsonl", ".gz")``. Empty where it cannot be read."""
     packed = path.suffix.lower() if path.suffix.lower() in _OPENERS else ""
     kind = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
@@ -279,7 +279,7 @@ def _kind(path: Path) -> tuple[str, str]:
 
 def _read_files(paths: Iterable[Path], source: Source, key: str = "") -> Records:
     for path in paths:
-        kind, packed = _kind(path)
+        kind, packed = _kind_of(path)
         if not kind:
             raise UserError(f"{path} must end in one of {_FILE_KINDS}. Convert it, or name its files.")
         try:
@@ -338,18 +338,18 @@ def _read_folder(folder: Path, split: str, source: Source) -> tuple[Records, boo
         if split not in dataset:
             raise UserError(f"{folder} has no split {split!r}, it has {sorted(dataset)}. Set data.split to one.")
         return _read_dataset(dataset[split], str(folder)), True
-    files = sorted(path for path in folder.iterdir() if _kind(path)[0] and path.is_file())
+    files = sorted(path for path in folder.iterdir() if _kind_of(path)[0] and path.is_file())
     chosen = [path for path in files if path.name.replace(".", "-").startswith(f"{split}-")]
     if chosen:
         return _read_files(chosen, source), True
-    is_named = any(SPLIT_WORDS & _words(path) for path in files)
-    if files and split == "train" and not is_named and len({_kind(path) for path in files}) == 1:
-        source.notes.append(f"no file in it is named after a split: read all {len(files)}, {_span(files)}")
+    is_named = any(SPLIT_WORDS & _words_in(path) for path in files)
+    if files and split == "train" and not is_named and len({_kind_of(path) for path in files}) == 1:
+        source.notes.append(f"no file in it is named after a split: read all {len(files)}, {_name_span(files)}")
         return _read_files(files, source), True
     inside = [
-        path for path in sorted(folder.iterdir()) if path.is_dir() and any(_kind(file)[0] for file in path.iterdir())
+        path for path in sorted(folder.iterdir()) if path.is_dir() and any(_kind_of(file)[0] for file in path.iterdir())
     ]
-    named = [path for path in files if split in _words(path)]
+    named = [path for path in files if split in _words_in(path)]
     cure = f", or name one: --data.train_data '{(named or files or inside)[0]}'" if files or inside else ""
     raise UserError(
         f"folder {folder} must hold files of split {split!r}, as {split}.jsonl or {split}-00000-of-00002.parquet, "
@@ -357,11 +357,11 @@ def _read_folder(folder: Path, split: str, source: Source) -> tuple[Records, boo
     )
 
 
-def _words(path: Path) -> set[str]:
+def _words_in(path: Path) -> set[str]:
     return set(re.split(r"[^a-z]+", path.name.lower()))
 
 
-def _span(files: list[Path]) -> str:
+def _name_span(files: list[Path]) -> str:
     return files[0].name if len(files) == 1 else f"{files[0].name} to {files[-1].name}"
 
 
@@ -391,9 +391,9 @@ def open_source(name: str, split: str, revision: str | None) -> Source:
     except (OSError, RuntimeError, ValueError) as error:  # too long; a user that nobody knows
         raise UserError(f"{name!r} is no name of data: {error}. Give another one.") from None
     base, _, behind = name.rpartition(":")
-    if behind and not path.exists() and _kind(Path(base))[0] in (".json", ".jsonl", ".ndjson"):
+    if behind and not path.exists() and _kind_of(Path(base))[0] in (".json", ".jsonl", ".ndjson"):
         path, key = Path(base).expanduser(), behind
-    looks_local = name.startswith((".", "/", "~")) or _kind(path)[0] or glob.has_magic(name)
+    looks_local = name.startswith((".", "/", "~")) or _kind_of(path)[0] or glob.has_magic(name)
     if not path.exists() and not looks_local:
         source.records = _read_hub(name, split, revision)
         return source

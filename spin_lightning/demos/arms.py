@@ -38,7 +38,7 @@ class Scale:
 
     Args:
         num_rows: Rows of the SFT data set, each with a prompt of its own.
-        answers_per_prompt: K, answers of the opponent to each prompt in each iteration.
+        answers_per_prompt: K, responses of the opponent to each prompt in each iteration.
         iterations: Of a game.
         epochs: Passes over the pairs in each iteration.
         batch_size: Pairs, or in SFT rows, in an update.
@@ -58,7 +58,7 @@ class Settings:
     Args:
         language: The distribution to learn.
         hidden_size: Width of the transformer.
-        seed: Of the weights, the rows, the answers and the batches.
+        seed: Of the weights, the rows, the responses and the batches.
         held_out_prompts: Prompts that no row has, on which every distance is averaged.
         pretraining_law: Probabilities of the rules sorted, reversed and copied before SFT.
         sft_updates: Updates of the light SFT that ends with the model all arms start from.

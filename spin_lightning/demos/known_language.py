@@ -80,7 +80,7 @@ class Watch(L.Callback):
             self.tokens["scored"] += asked + answered
             if (
                 row["prompt_id"] not in scored_prompts
-            ):  # a real response is scored once, whatever the answers to its prompt
+            ):  # a real response is scored once, whatever the responses to its prompt
                 scored_prompts.add(row["prompt_id"])
                 self.tokens["scored"] += asked + len(row["real_ids"])
         self.identical_shares.append(report["identical_share"])
@@ -293,7 +293,7 @@ def _fit(
 
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
-    """Send what many small runs say to a log, and compute on one thread: the matrices are too small for two."""
+    """Send the output of many small runs to a log, and compute on one thread: the matrices are too small for two."""
     logger = logging.getLogger("lightning.pytorch")
     level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """A language with a known distribution, a transformer small enough to learn it, and the exact distance between the two.
 
-A prompt is a string of digits. Its answer is the same digits sorted, reversed or copied, with fixed probabilities;
-where two rules give one answer, their probabilities add. So p_data(.|x) has at most three answers, and scoring these
-is all that an exact KL needs: no answer is sampled, and none is left out.
+A prompt is a string of digits. Its response is the same digits sorted, reversed or copied, with fixed probabilities;
+where two rules give one response, their probabilities add. So p_data(.|x) has at most three responses, and scoring
+these is all that an exact KL needs: no response is sampled, and none is left out.
 
 Nothing is trained here. What may surprise: distances are averaged over a fixed list of prompts, not over all of them,
 but for each of these prompts they are exact.
@@ -41,11 +41,11 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Language:
-    """Prompts of digits, and the distribution of their answers.
+    """Prompts of digits, and the distribution of their responses.
 
     Args:
         digits: The alphabet, in its order.
-        length: Digits in a prompt, and in its answers.
+        length: Digits in a prompt, and in its responses.
         probabilities: Of the rules sorted, reversed and copied. They add up to 1.
 
     Raises:
@@ -78,11 +78,11 @@ class Language:
 
     @property
     def response_tokens(self) -> int:
-        """Tokens of every valid answer, terminator included."""
+        """Tokens of every valid response, terminator included."""
         return self.length + 1
 
     def answers(self, prompt: str) -> dict[str, float]:
-        """p_data(.|prompt): each possible answer with its probability."""
+        """p_data(.|prompt): each possible response with its probability."""
         distribution: dict[str, float] = {}
         ordered = "".join(sorted(prompt, key=self.digits.index))
         for answer, probability in zip((ordered, prompt[::-1], prompt), self.probabilities, strict=True):
@@ -109,7 +109,7 @@ class Language:
         return Random(f"prompts/{seed}").sample(left, count)
 
     def rows(self, prompts: Sequence[str], seed: int) -> list[dict[str, Any]]:
-        """An SFT data set: to each prompt one answer drawn from p_data, as a message row."""
+        """An SFT data set: to each prompt one response drawn from p_data, as a message row."""
         rng = Random(f"answers/{seed}")
         rows = []
         for prompt in prompts:
@@ -127,7 +127,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def make_tokenizer(language: Language) -> PreTrainedTokenizerFast:
-    """One token a digit and four control tokens, with a chat template that ends every answer with ``<end>``.
+    """One token a digit and four control tokens, with a chat template that ends every response with ``<end>``.
 
     Example:
         >>> question = {"role": "user", "content": "31"}
@@ -183,9 +183,9 @@ class Distance:
     """How far a policy is from p_data, exactly, averaged over prompts.
 
     Attributes:
-        kl: KL(p_data, p_theta), in nats an answer.
+        kl: KL(p_data, p_theta), in nats a response.
         total_variation: Half the sum of absolute differences over all token strings, from 0 to 1.
-        validity: Probability that the policy's answer is one that p_data can give.
+        validity: Probability that the policy's response is one that p_data can give.
     """
 
     kl: float
@@ -196,9 +196,9 @@ class Distance:
 class ExactDistance:
     """Measures a policy against a language on a fixed list of prompts.
 
-    The at most three answers a prompt has under p_data are scored. KL needs p_theta nowhere else. Total variation
+    The at most three responses a prompt has under p_data are scored. KL needs p_theta nowhere else. Total variation
     needs only the sum of the rest: where p_data is 0, every string differs by p_theta itself, and these add up to the
-    mass that the scored answers leave.
+    mass that the scored responses leave.
 
     Args:
         language: The distribution.
@@ -225,7 +225,7 @@ class ExactDistance:
 
     @torch.no_grad()
     def log_probs(self, model: PreTrainedModel) -> torch.Tensor:
-        """Log-probs of all scored answers, prompt after prompt, in nats, float64, shape ``(A,)``."""
+        """Log-probs of all scored responses, prompt after prompt, in nats, float64, shape ``(A,)``."""
         was_training = model.training
         model.eval()
         values = [

@@ -43,7 +43,7 @@ class ContinuousGenerator(TransformersGenerator):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """That of ``TransformersGenerator``, its name included: the responses are the same, seed by seed."""
+        """The record of ``TransformersGenerator``, its name included: the responses are the same, seed by seed."""
         sampling = super().sampling
         if type(self) is ContinuousGenerator:
             sampling["generator"] = f"{TransformersGenerator.__module__}.{TransformersGenerator.__qualname__}"
@@ -116,7 +116,7 @@ def refusal(model: nn.Module, prompts: Sequence[list[int]], pad_id: int) -> str:
     """Why slots cannot serve a model; empty if they can. Tried once for each model, on a few tokens of the prompts."""
     if model not in _refusals:
         try:
-            difference, allowed = _trial(model, list(islice(cycle(chain(*prompts)), 28)), pad_id)
+            difference, allowed = _measure_slots(model, list(islice(cycle(chain(*prompts)), 28)), pad_id)
             reason = "" if difference <= allowed else f"its logits would be off by {difference:.1g} of their spread"
         except Exception as error:  # whatever a model's code does with a cache that it does not know
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
@@ -129,7 +129,7 @@ def refusal(model: nn.Module, prompts: Sequence[list[int]], pad_id: int) -> str:
     return _refusals[model]
 
 
-def _trial(model: nn.Module, ids: list[int], pad_id: int) -> tuple[float, float]:
+def _measure_slots(model: nn.Module, ids: list[int], pad_id: int) -> tuple[float, float]:
     """How far slots move logits from those of the model's own cache, relative to their spread; how far rounding may.
 
     Two rows of different lengths take two steps, then a third comes in the place of the longer one, and two steps more.
@@ -137,7 +137,7 @@ def _trial(model: nn.Module, ids: list[int], pad_id: int) -> tuple[float, float]
     sequences, seen = [ids[:11], ids[11:18], ids[18:]], [9, 3, 8]
     cache = SlotCache(model, slots=2)
     alone = [
-        _logits_alone(model, torch.tensor([row], device=cache.device), at)
+        _decode_alone(model, torch.tensor([row], device=cache.device), at)
         for row, at in zip(sequences, seen, strict=True)
     ]
     active: list[int] = []
@@ -157,7 +157,7 @@ def _trial(model: nn.Module, ids: list[int], pad_id: int) -> tuple[float, float]
     return float(difference), 2 * torch.finfo(cache.buffers[0][0].dtype).eps ** 0.5
 
 
-def _logits_alone(model: nn.Module, ids: Tensor, start: int) -> Iterator[Tensor]:
+def _decode_alone(model: nn.Module, ids: Tensor, start: int) -> Iterator[Tensor]:
     """Logits after one token and the next, from ``start`` on, in a batch of this row alone."""
     cache = cache_of(model(input_ids=ids[:, :start], use_cache=True))
     for column in range(start, ids.shape[1]):

@@ -43,7 +43,7 @@ def packed_forwards(model: nn.Module, rows: int) -> dict[nn.Linear, Forward]:
         return {}
     return {
         module: partial(
-            _forward,
+            _multiply_packed,
             packed=operators._reorder_linear_weight(module.weight.detach().to(dtype).contiguous(), rows),
             bias=None if module.bias is None else module.bias.detach().to(dtype),
         )
@@ -64,6 +64,6 @@ def decoding_with(forwards: dict[nn.Linear, Forward]) -> Iterator[None]:
             del module.forward
 
 
-def _forward(x: Tensor, *, packed: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_packed(x: Tensor, *, packed: Tensor, bias: Tensor | None) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), packed, bias, "none", [], "")
     return result

@@ -81,7 +81,7 @@ class PairMaker:
         """
         names = []
         starts = range(0, len(self.prompts), self.shard_size)
-        done = [store.has_shard(self._name(self.iteration, start)) for start in starts]
+        done = [store.has_shard(self._shard_name(self.iteration, start)) for start in starts]
         total = len(self.prompts) * self.answers_per_prompt
         with (
             torch.no_grad(),
@@ -96,32 +96,34 @@ class PairMaker:
                 if is_done:
                     phase.skip(len(prompts) * self.answers_per_prompt)
                 else:
-                    store.write_shard(self._name(self.iteration, start), self._new_pairs(prompts, earlier, phase))
-                names.append(self._name(self.iteration, start))
+                    store.write_shard(
+                        self._shard_name(self.iteration, start), self._make_pairs(prompts, earlier, phase)
+                    )
+                names.append(self._shard_name(self.iteration, start))
             for source in range(self.iteration - 1, max(-1, self.iteration - 1 - history), -1):
                 for start in track(starts, f"scoring the pairs of iteration {source}", len(starts), "shards"):
-                    name = self._name(source, start)
+                    name = self._shard_name(source, start)
                     if not store.has_shard(name):
                         self.poll()
-                        store.write_shard(name, self._rescored(earlier[source].read_shard(name), store, start))
+                        store.write_shard(name, self._rescore(earlier[source].read_shard(name), store, start))
                     names.append(name)
         return names
 
     @staticmethod
-    def _name(source: int, start: int) -> str:
+    def _shard_name(source: int, start: int) -> str:
         return f"iteration_{source}-{start:09d}.parquet"
 
-    def _new_pairs(
+    def _make_pairs(
         self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], phase: Phase
     ) -> list[dict[str, Any]]:
         wanted = [(prompt, answer) for prompt in prompts for answer in range(self.answers_per_prompt)]
         seeds = [seed_of(self.seed, self.iteration, prompt.prompt_id, answer) for prompt, answer in wanted]
         responses: dict[int, Any] = {}
-        for index, response in self._answers([prompt.prompt_ids for prompt, _ in wanted], seeds):
+        for index, response in self._generate_all([prompt.prompt_ids for prompt, _ in wanted], seeds):
             self.poll()
             responses[index] = response
             phase.advance(1, tokens=len(response.ids))
-        first_answers = self._first_answers(prompts, earlier)
+        first_answers = self._read_first_responses(prompts, earlier)
         rows = []
         for index, (prompt, answer) in enumerate(wanted):
             response = responses[index]
@@ -154,9 +156,9 @@ class PairMaker:
                     "seed": seeds[index],
                 }
             )
-        return self._scored(rows)
+        return self._score_rows(rows)
 
-    def _answers(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Response]]:
+    def _generate_all(self, prompts: list[list[int]], seeds: list[int]) -> Iterator[tuple[int, Response]]:
         """The opponent's responses.
 
         Where memory runs out, those that are missing are asked for again, half as many at a time: a response depends on
@@ -168,11 +170,11 @@ class PairMaker:
             try:
                 for number, response in self._generate([prompts[i] for i in asked], [seeds[i] for i in asked]):
                     if asked[number] not in missing:
-                        raise self._wrong(f"answered prompt {number} twice")
+                        raise self._make_error(f"answered prompt {number} twice")
                     del missing[asked[number]]
                     yield asked[number], response
                 if unanswered := sum(index in missing for index in asked):
-                    raise self._wrong(f"gave {len(asked) - unanswered} answers to {len(asked)} prompts")
+                    raise self._make_error(f"gave {len(asked) - unanswered} answers to {len(asked)} prompts")
                 continue
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 together = min(self.most_at_once, self.generator.batch_size)
@@ -189,59 +191,61 @@ class PairMaker:
         ends = self.encoder.end_ids
         answers = self.generator.generate(prompts, seeds, ends[0] if len(ends) == 1 else ends, self.encoder.pad_id)
         if not isinstance(answers, Iterable):
-            raise self._wrong(f"gave {type(answers).__name__} instead of answers one by one")
+            raise self._make_error(f"gave {type(answers).__name__} instead of answers one by one")
         for answer in answers:
-            yield self._checked(answer, len(prompts))
+            yield self._check_response(answer, len(prompts))
 
-    def _checked(self, answer: Any, num_asked: int) -> tuple[int, Response]:
+    def _check_response(self, answer: Any, num_asked: int) -> tuple[int, Response]:
         """What a generator yielded, if it is what it has to be.
 
         Raises:
             UserError: It is not. The message names the generator and what is wrong.
         """
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Response)):
-            raise self._wrong(f"yielded {_kind(answer)} instead of a pair of a prompt's number and its Response")
+            raise self._make_error(
+                f"yielded {_describe(answer)} instead of a pair of a prompt's number and its Response"
+            )
         number, response = answer
         if type(number) is not int or not 0 <= number < num_asked:
-            raise self._wrong(f"yielded an answer to prompt {number!r}, and there are {num_asked} prompts")
+            raise self._make_error(f"yielded an answer to prompt {number!r}, and there are {num_asked} prompts")
         ids, ends, cap = response.ids, self.encoder.end_ids, self.generator.max_new_tokens
         if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
-            raise self._wrong(f"gave {_kind(ids)} as ids, which must be a list of at least one int")
+            raise self._make_error(f"gave {_describe(ids)} as ids, which must be a list of at least one int")
         rows = len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
         if not 0 <= min(ids) <= max(ids) < rows:
-            raise self._wrong(f"gave the ids {min(ids)} to {max(ids)}, and the model has rows for 0 to {rows - 1}")
+            raise self._make_error(f"gave the ids {min(ids)} to {max(ids)}, and the model has rows for 0 to {rows - 1}")
         if len(ids) > cap:
-            raise self._wrong(f"gave an answer of {len(ids)} tokens, and max_new_tokens is {cap}")
+            raise self._make_error(f"gave an answer of {len(ids)} tokens, and max_new_tokens is {cap}")
         if any(token in ends for token in ids[:-1]):
-            raise self._wrong("gave an answer with the token that ends one before its last place")
+            raise self._make_error("gave an answer with the token that ends one before its last place")
         if response.finish_reason != ("stop" if ids[-1] in ends else "length"):
-            raise self._wrong(
+            raise self._make_error(
                 f"gave the finish_reason {response.finish_reason!r} to an answer that ends with token {ids[-1]}; it is "
                 f"'stop' if and only if that is one of {list(ends)}, else 'length'"
             )
         if not isinstance(response.log_prob, float | int) or not math.isfinite(response.log_prob):
-            raise self._wrong(
+            raise self._make_error(
                 f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats (a model with NaN "
                 "or infinite weights gives none)"
             )
         return number, response
 
-    def _wrong(self, what: str) -> UserError:
+    def _make_error(self, what: str) -> UserError:
         kind = type(self.generator)
         return UserError(
             f"the generator {kind.__module__}.{kind.__qualname__} {what}. Mend its generate method; "
             "ResponseGenerator.generate says what it has to yield."
         )
 
-    def _rescored(self, table: pa.Table, store: PairStore, start: int) -> list[dict[str, Any]]:
+    def _rescore(self, table: pa.Table, store: PairStore, start: int) -> list[dict[str, Any]]:
         """Rows of an earlier iteration as this one's opponent sees them. It has scored the real responses already."""
         own = store.read_shard(
-            self._name(self.iteration, start), ["prompt_id", "opponent_real_log_prob", "initial_real_log_prob"]
+            self._shard_name(self.iteration, start), ["prompt_id", "opponent_real_log_prob", "initial_real_log_prob"]
         )
         known = {row.pop("prompt_id"): row for row in own.to_pylist()}
-        return self._scored([{**row, **known[row["prompt_id"]]} for row in table.to_pylist()], generated_only=True)
+        return self._score_rows([{**row, **known[row["prompt_id"]]} for row in table.to_pylist()], generated_only=True)
 
-    def _scored(self, rows: list[dict[str, Any]], generated_only: bool = False) -> list[dict[str, Any]]:
+    def _score_rows(self, rows: list[dict[str, Any]], generated_only: bool = False) -> list[dict[str, Any]]:
         players = {"opponent": self.model} | ({"initial": self.initial} if self.initial is not None else {})
         sides = ["generated"] if generated_only else ["real", "generated"]
         for player, model in players.items():
@@ -250,18 +254,20 @@ class PairMaker:
                 compared = list(dict.fromkeys(row["prompt_id"] for row in rows))[:NUM_COMPARED]
                 first = [row for row in rows if row["prompt_id"] in compared]
                 rest = [row for row in rows if row["prompt_id"] not in compared]
-                self._score(player, model, first, sides)
+                self._add_log_probs(player, model, first, sides)
                 if _is_exact(model) and all(
                     map(_sampler_agrees, first)
                 ):  # then a pass over the generated responses would find what is known
                     for row in rest:
                         row["opponent_generated_log_prob"] = row["generated_log_prob"]
-                    self._score(player, model, rest, ["real"])
+                    self._add_log_probs(player, model, rest, ["real"])
                     continue
-            self._score(player, model, rest, sides)
+            self._add_log_probs(player, model, rest, sides)
         return rows
 
-    def _score(self, player: str, model: nn.Module, rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> None:
+    def _add_log_probs(
+        self, player: str, model: nn.Module, rows: Sequence[dict[str, Any]], sides: Sequence[str]
+    ) -> None:
         """Add a player's log-probs to the rows: each prompt once, however many responses it has."""
         device = next(model.parameters()).device
         with progress("scoring", len(rows), "pairs") as phase:
@@ -273,16 +279,18 @@ class PairMaker:
                         rows[index][f"{player}_{side}_log_prob"] = values[response]
                 phase.advance(len(indices), tokens=len(batch.input_ids))
 
-    def _first_answers(
+    def _read_first_responses(
         self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore]
     ) -> dict[tuple[int, int], list[int]]:
         if not self.initial_responses or self.iteration == 0:
             return {}
-        table = earlier[0].read_shard(self._name(0, prompts[0].prompt_id), ["prompt_id", "answer", "generated_ids"])
+        table = earlier[0].read_shard(
+            self._shard_name(0, prompts[0].prompt_id), ["prompt_id", "answer", "generated_ids"]
+        )
         return {(row["prompt_id"], row["answer"]): row["generated_ids"] for row in table.to_pylist()}
 
 
-def _kind(value: Any) -> str:
+def _describe(value: Any) -> str:
     """What something is, in few words."""
     if isinstance(value, list | tuple):
         return (

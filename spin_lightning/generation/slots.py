@@ -79,7 +79,9 @@ class SlotCache(Cache):
             for buffer in chain(*self.buffers):
                 buffer[targets, :, used] = buffer[sources, :, used]
         self.widths = [widths[row] for row in order]
-        self._prefill([(prompts[row - count][:-1], slot) for slot, row in enumerate(order) if row >= count], pad_id)
+        self._prefill_slots(
+            [(prompts[row - count][:-1], slot) for slot, row in enumerate(order) if row >= count], pad_id
+        )
         return order
 
     def step(self, last_ids: list[int]) -> Tensor:
@@ -101,7 +103,7 @@ class SlotCache(Cache):
         self.widths = [width + 1 for width in self.widths]
         return logits
 
-    def _prefill(self, prompts: list[tuple[list[int], int]], pad_id: int) -> None:
+    def _prefill_slots(self, prompts: list[tuple[list[int], int]], pad_id: int) -> None:
         slots: dict[tuple[int, ...], list[int]] = {}  # several responses to one prompt share its pass
         for prompt, slot in prompts:
             if prompt:
@@ -120,12 +122,12 @@ class SlotCache(Cache):
             self.model(input_ids=padded, **{self.argument_name: cache}, use_cache=True, logits_to_keep=no_logits)
             for layer_idx, layer in enumerate(cache.layers):
                 new: tuple[Any, Any] = layer.keys, layer.values
-                for buffer, rows in zip(self._layer(layer_idx, *new), new, strict=True):
+                for buffer, rows in zip(self._buffers_of(layer_idx, *new), new, strict=True):
                     for row, ids in enumerate(group):
                         for slot in slots[ids]:
                             buffer[slot, :, self.end - len(ids) : self.end] = rows[row, :, : len(ids)]
 
-    def _layer(self, layer_idx: int, *new: Tensor) -> list[Tensor]:
+    def _buffers_of(self, layer_idx: int, *new: Tensor) -> list[Tensor]:
         """The buffers of a layer, made when it first comes."""
         if layer_idx == len(self.buffers):
             device = self.device.type
@@ -154,7 +156,7 @@ class SlotCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self._layer(layer_idx, key_states, value_states)
+        keys, values = self._buffers_of(layer_idx, key_states, value_states)
         rows, columns = slice(len(self.widths)), slice(self.end - self.past, self.end + 1)
         keys[rows, :, self.end], values[rows, :, self.end] = key_states[:, :, 0], value_states[:, :, 0]
         return keys[rows, :, columns], values[rows, :, columns]

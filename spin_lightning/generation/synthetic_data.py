@@ -131,7 +131,7 @@ class SyntheticDataModule(RowDataModule):
         training_set = self.game.ensure_iteration()
         rows = training_set.rows
         prompt_ids = rows["prompt_id"].to_pylist() if rows.num_rows else []
-        return self._loader(PairDataset(rows), prompt_ids, training_set.collate, self.keep_prompts_together)
+        return self._make_loader(PairDataset(rows), prompt_ids, training_set.collate, self.keep_prompts_together)
 
 
 class PairDataset(Dataset[dict[str, Any]]):

@@ -69,7 +69,7 @@ class TransformersGenerator(ResponseGenerator):
             max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad_id
         )
         settings.use_cache = manner.cached
-        for indices in self._batches(model, prompts, manner):
+        for indices in self._plan_batches(model, prompts, manner):
             rope.settle(model)
             sampler = SeededSampler(
                 [seeds[index] for index in indices], self.max_new_tokens, self.temperature, self.top_p, device
@@ -85,7 +85,7 @@ class TransformersGenerator(ResponseGenerator):
                     Response(tokens[row][:length], "stop" if stopped else "length", sum(log_probs[row][:length])),
                 )
 
-    def _batches(self, model: Any, prompts: Sequence[list[int]], manner: Manner) -> Iterator[list[int]]:
+    def _plan_batches(self, model: Any, prompts: Sequence[list[int]], manner: Manner) -> Iterator[list[int]]:
         """The numbers of the prompts that are answered together."""
         size = self.batch_size if manner.together else 1
         for group in rope.groups_of(model, prompts):
@@ -128,7 +128,7 @@ def manner_of(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Manner:
         reason = ""
         for manner in MANNERS:
             try:
-                difference, allowed = _trial(model, ids, pad_id, manner)
+                difference, allowed = _measure_cache(model, ids, pad_id, manner)
                 if difference <= allowed:
                     break
                 why = f"its logits would be off by {difference:.1g} of their spread"
@@ -146,7 +146,7 @@ def manner_of(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Manner:
     return _manners[model]
 
 
-def _trial(model: Any, ids: list[int], pad_id: int, manner: Manner) -> tuple[float, float]:
+def _measure_cache(model: Any, ids: list[int], pad_id: int, manner: Manner) -> tuple[float, float]:
     """How far a cache takes logits from those of plain passes, relative to their spread; and how far rounding may.
 
     The logits are those before three tokens of a response, the plain passes go over prompt and response.

@@ -103,7 +103,7 @@ def pack_rows(
         max_tokens: Tokens in one pass. A row that is longer by itself gets a pass of its own.
 
     Returns:
-        For each pass: which rows are in it; their batch; and for every row and side the index of its response in the
+        For each pass: which rows are in it, their batch, and for every row and side the index of its response in the
         batch, shape ``(rows, sides)``.
     """
     groups: list[_Group] = []
@@ -114,7 +114,7 @@ def pack_rows(
             group = open_groups[row["prompt_id"]] = _Group(row["prompt_ids"])
             groups.append(group)
         group.add(index, row, sides)
-    return [_join(part) for part in _balance(groups, max_tokens)]
+    return [_join_rows(part) for part in _balance_parts(groups, max_tokens)]
 
 
 class _Group:
@@ -136,7 +136,7 @@ class _Group:
         self.indices.append([self.responses.setdefault(tuple(row[side]), len(self.responses)) for side in sides])
 
 
-def _balance(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
+def _balance_parts(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
     """As few parts as keep within the limit, of about equal size: the longest group first, to the lightest part."""
     if not groups:
         return []
@@ -154,7 +154,7 @@ def _balance(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
     return [[groups[index] for index in part] for part in sorted(map(sorted, parts))]
 
 
-def _join(groups: list[_Group]) -> tuple[list[int], ResponseBatch, torch.Tensor]:
+def _join_rows(groups: list[_Group]) -> tuple[list[int], ResponseBatch, torch.Tensor]:
     offsets = [0, *accumulate(len(group.responses) for group in groups)]
     rows = [row for group in groups for row in group.rows]
     indices = [
@@ -177,12 +177,12 @@ def collate_pairs(pairs: Sequence[Mapping[str, Any]], max_tokens: int) -> list[P
     """Pairs, as the pair store's columns name them, in as many passes as ``max_tokens`` asks for."""
     sides = ["real_ids", "generated_ids"] + (["initial_ids"] if pairs[0]["initial_ids"] is not None else [])
     return [
-        _pair_batch([pairs[row] for row in rows], batch, *indices.unbind(1))
+        _make_pair_batch([pairs[row] for row in rows], batch, *indices.unbind(1))
         for rows, batch, indices in pack_rows(pairs, sides, max_tokens)
     ]
 
 
-def _pair_batch(
+def _make_pair_batch(
     pairs: list[Mapping[str, Any]],
     responses: ResponseBatch,
     real: torch.Tensor,

@@ -57,7 +57,7 @@ def forward_path_of(model: nn.Module) -> ForwardPath:
 
 def is_shared(path: ForwardPath) -> bool:
     """Whether a forward path computes each prompt once for all its responses."""
-    return isinstance(path, partial) and path.func is _shared
+    return isinstance(path, partial) and path.func is _score_shared
 
 
 def token_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
@@ -90,14 +90,14 @@ def _token_log_probs(path: ForwardPath, model: nn.Module, batch: ResponseBatch) 
         return path(model, batch)
     places: list[int] = []
     values: list[Tensor] = []
-    for some, part in _sides(batch, boundary):
+    for some, part in _split_at_boundary(batch, boundary):
         boundary.settle()
         places += some
         values.append(path(model, part))
     return torch.cat(values)[torch.tensor(places, device=batch.input_ids.device).argsort()]
 
 
-def _shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
+def _score_shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
     """Each prompt once, responses side by side."""
     hidden = shared_prompt.hidden_states(head.decoder_of(model), batch)
     predictors, targets = round_up(batch.predictors), round_up(batch.input_ids[batch.scored])
@@ -105,30 +105,30 @@ def _shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
     return values[: len(batch.scored)]
 
 
-def _separate(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
+def _score_separate(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
     """Each response behind a prompt of its own: in padded rows; for FlashAttention, which wants none, end to end."""
     decoder, targets = head.decoder_of(model), batch.input_ids[batch.scored]
     if attention_of(decoder.config).startswith("flash_attention"):
-        places, predictors = _end_to_end(batch)
+        places, predictors = _lay_end_to_end(batch)
         ids, positions = batch.input_ids[places], batch.position_ids[places]
         hidden = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
     else:
-        places, mask, predictors = _in_rows(batch)
+        places, mask, predictors = _pad_in_rows(batch)
         output = decoder(input_ids=batch.input_ids[places], attention_mask=mask, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)
     return head.token_log_probs(model, hidden.index_select(0, predictors), targets, is_linear=is_linear)
 
 
-def _plain(model: nn.Module, batch: ResponseBatch) -> Tensor:
+def _score_plain(model: nn.Module, batch: ResponseBatch) -> Tensor:
     """Rows, and the whole model as it comes: what the other paths are compared with."""
-    places, mask, predictors = _in_rows(batch)
+    places, mask, predictors = _pad_in_rows(batch)
     output = model(input_ids=batch.input_ids[places], attention_mask=mask, use_cache=False)
     logits = output.logits.flatten(0, 1)[predictors]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(1, batch.input_ids[batch.scored][:, None]).squeeze(1) - logits.logsumexp(1)
 
 
-def _end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
+def _lay_end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
     """Places in the batch of all sequences one after the other, and where in these each scored token is predicted."""
     places: list[int] = []
     predictors: list[int] = []
@@ -139,8 +139,8 @@ def _end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
     return torch.tensor(places, device=device), torch.tensor(predictors, dtype=torch.long, device=device)
 
 
-def _in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in right padded rows ``(R, L)``, with their mask; predictors count through the flattened rows."""
+def _pad_in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of all sequences in right padded rows ``(R, L)``, and their mask; predictors count in the flat rows."""
     # a row in which nothing is predicted could have no token at all, and attention over nothing is NaN
     rows = [(length, places) for length, places in sequences(batch.lengths) if shifted(length, places)[1]]
     longest = max(len(sequence) for _, sequence in rows)
@@ -154,7 +154,7 @@ def _in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
     return places.to(device), mask.to(device), torch.tensor(predictors, dtype=torch.long, device=device)
 
 
-def _alone(model: nn.Module, batch: ResponseBatch) -> Tensor:
+def _score_alone(model: nn.Module, batch: ResponseBatch) -> Tensor:
     """Each response in a pass of its own, without padding or a mask: right by definition, and slow."""
     boundary, pieces = rope.boundary_of(model), []
     for prompt_length, sequence in sequences(batch.lengths):
@@ -169,7 +169,7 @@ def _alone(model: nn.Module, batch: ResponseBatch) -> Tensor:
     return torch.cat(pieces)
 
 
-def _sides(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list[int], ResponseBatch]]:
+def _split_at_boundary(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list[int], ResponseBatch]]:
     """The batch in parts whose sequences may share a pass, and which of its scored tokens each part has."""
     ids, responses, scored = batch.input_ids.tolist(), [], 0
     for prompt_length, sequence_places in sequences(batch.lengths):
@@ -190,12 +190,16 @@ def _sides(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list
         yield own_places, move_data_to_device(packed, batch.input_ids.device)
 
 
-#: Forward paths, fastest first; what a model that is not up to one cannot do; and how its log-probs are computed by it.
+#: Forward paths, fastest first. With each what a model that is not up to it cannot do, and how log-probs are computed.
 FORWARD_PATHS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
-    (_shared, "share a prompt between its responses", ""),
-    (_separate, "hand over its hidden states", "each response behind a prompt of its own"),
-    (_plain, "be computed in padded rows", "the logits of all tokens of each response behind a prompt of its own"),
-    (_alone, "be computed at all", "each response in a forward pass of its own"),
+    (_score_shared, "share a prompt between its responses", ""),
+    (_score_separate, "hand over its hidden states", "each response behind a prompt of its own"),
+    (
+        _score_plain,
+        "be computed in padded rows",
+        "the logits of all tokens of each response behind a prompt of its own",
+    ),
+    (_score_alone, "be computed at all", "each response in a forward pass of its own"),
 )
 
 
@@ -205,19 +209,21 @@ def _choose_forward_path(
 ) -> ForwardPath:
     """The first of some paths that gives the log-probs of plain passes. A note says why it is not the fastest."""
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
-        return _plain
+        return _score_plain
     config: Any = model.config
     own = attention_of(config).removesuffix(shared_prompt.SUFFIX)
     failures, taken = [f"cannot {failed}"] if failed else [], ""
     set_attention(config, own)
     unfuse_rms_norms(model)
     with evaluating(model):
-        probe, expected, allowed = _reference(model)
+        probe, expected, allowed = _make_reference(model)
         is_linear = head.is_linear(model)
         for path, ability, description in paths:
-            chosen: ForwardPath = partial(path, is_linear=is_linear) if path in (_shared, _separate) else path
+            chosen: ForwardPath = (
+                partial(path, is_linear=is_linear) if path in (_score_shared, _score_separate) else path
+            )
             try:
-                if path is _shared:
+                if path is _score_shared:
                     shared_prompt.share_prompts(model)
                     fuse_rms_norms(model)
                 differences = (_token_log_probs(chosen, model, probe) - expected).abs()
@@ -226,7 +232,7 @@ def _choose_forward_path(
             except Exception as error:  # whatever a model's code does when it is used otherwise than it expects
                 reason = _first_line(error)
             else:
-                if path is _alone or difference <= allowed:
+                if path is _score_alone or difference <= allowed:
                     taken = description
                     break
                 reason = f"log-probs would differ by {difference:.1g} nats a token"
@@ -261,7 +267,7 @@ def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
             *([(sequence[:length], [sequence[length:]])] for sequence, length in rows),
         )
     )
-    other: ForwardPath = partial(_separate, **path.keywords) if is_shared(path) else _alone  # type: ignore[attr-defined]
+    other: ForwardPath = partial(_score_separate, **path.keywords) if is_shared(path) else _score_alone  # type: ignore[attr-defined]
     with evaluating(model):
         one_by_one = torch.cat([_token_log_probs(path, model, part) for part in alone if len(part.scored)])
         differences = (
@@ -276,7 +282,7 @@ def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
     return min(largest, AGREEMENT[compute_dtype(one_by_one.device, model)])
 
 
-def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
+def _make_reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
     """What forward paths are tried on, the log-probs of its tokens by plain passes, and how closely a path must agree.
 
     Raises:
@@ -284,11 +290,11 @@ def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
     """
     name = type(model).__name__
     try:
-        probe = _probe(model)
-        expected = _alone(model, probe)
+        probe = _make_probe(model)
+        expected = _score_alone(model, probe)
         *_, (_, longest) = sequences(probe.lengths)
         length = int(min(len(longest), rope.limit_of(model)))
-        future, beyond, past, spread = _influences(model, probe.input_ids[longest[:length]])
+        future, beyond, past, spread = _measure_influences(model, probe.input_ids[longest[:length]])
     except Exception as error:
         raise UserError(
             f"{name} cannot be trained as a causal language model, which takes token ids and returns logits of the "
@@ -309,7 +315,7 @@ def _reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
     return probe, expected, AGREEMENT[dtype] if past >= 1 else min(AGREEMENT[dtype], AGREEMENT[dtype] * past + rounding)
 
 
-def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float, float]:
+def _measure_influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float, float]:
     """How far log-probs in the middle of a sequence move, on average over the vocabulary, in nats.
 
     When all later tokens change, when they go, and when all earlier ones change. And the spread of the logits there.
@@ -326,7 +332,7 @@ def _influences(model: nn.Module, ids: Tensor) -> tuple[float, float, float, flo
     return future, beyond, past, float(logits[0, is_possible].std(correction=0))
 
 
-def _probe(model: nn.Module) -> ResponseBatch:
+def _make_probe(model: nn.Module) -> ResponseBatch:
     """Two prompts and three responses of different lengths, over the whole vocabulary; the last is the longest."""
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
     most = getattr(model.config, "max_position_embeddings", None)

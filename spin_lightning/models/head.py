@@ -2,7 +2,7 @@
 
 A chunk of tokens at a time meets the vocabulary, under a budget of bytes. Logits come from the model's own code, so
 scaling, soft-capping, biases and adapters on the head are what the model makes of them; a head that is one matrix and
-nothing else takes a shorter way through the same numbers.
+nothing else takes a shorter forward path to the same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CACHE_BUDGET = 2 * 2**20
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The part of a causal language model below its head."""
-    decoder: nn.Module = _causal(model).get_decoder()
+    decoder: nn.Module = _unwrap_adapter(model).get_decoder()
     return decoder
 
 
@@ -34,7 +34,7 @@ def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     Raises:
         ValueError: The decoder is not a direct part of the model.
     """
-    causal, decoder = _causal(model), decoder_of(model)
+    causal, decoder = _unwrap_adapter(model), decoder_of(model)
     names = [name for name, child in causal.named_children() if child is decoder]
     if len(names) != 1:
         raise ValueError("the decoder is not a direct part of the model")
@@ -58,7 +58,7 @@ def token_log_probs(
     Returns:
         Shape ``(N,)``, float32 (float64 for float64 hidden states).
     """
-    head = _causal(model).get_output_embeddings()
+    head = _unwrap_adapter(model).get_output_embeddings()
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -83,7 +83,7 @@ def is_linear(model: nn.Module) -> bool:
 
     False also where that cannot be found out: whatever a model's code raises is no reason to stop here.
     """
-    head = _causal(model).get_output_embeddings()
+    head = _unwrap_adapter(model).get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks or head._forward_pre_hooks:
         return False
     hidden = torch.randn(3, head.in_features, generator=torch.Generator().manual_seed(0)).to(head.weight) * 10
@@ -93,7 +93,7 @@ def is_linear(model: nn.Module) -> bool:
         return False
 
 
-def _causal(model: Any) -> Any:
+def _unwrap_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -119,10 +119,10 @@ class _LinearHead(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         log_probs, log_sums = torch.empty(2, len(targets), dtype=wide, device=hidden.device)
         logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
-        scratch = _scratch(logits, wide)
-        for part in _slices(len(targets), chunk):
+        scratch = _make_scratch(logits, wide)
+        for part in _cut_into_slices(len(targets), chunk):
             torch.mm(hidden[part], weight.mT, out=logits[: part.stop - part.start])
-            for rows in _slices(part.stop - part.start, len(scratch)):
+            for rows in _cut_into_slices(part.stop - part.start, len(scratch)):
                 places = slice(part.start + rows.start, part.start + rows.stop)
                 scores = scratch[: rows.stop - rows.start].copy_(logits[rows])
                 chosen = scores.gather(1, targets[places, None])
@@ -143,12 +143,14 @@ class _LinearHead(torch.autograd.Function):
         grad_weight = None
         kept, ctx.logits = ctx.logits, None
         logits = kept if kept is not None else hidden.new_empty(min(ctx.chunk, len(targets)), len(weight))
-        scratch = _scratch(logits, log_sums.dtype)
-        for part in _slices(len(targets), ctx.chunk):
+        scratch = _make_scratch(logits, log_sums.dtype)
+        for part in _cut_into_slices(len(targets), ctx.chunk):
             grad_logits = logits[: part.stop - part.start]
             if kept is None:
                 torch.mm(hidden[part], weight.mT, out=grad_logits)
-            for rows in _slices(part.stop - part.start, len(scratch)):  # (one-hot - softmax) x what came from above
+            for rows in _cut_into_slices(
+                part.stop - part.start, len(scratch)
+            ):  # (one-hot - softmax) x what came from above
                 places = slice(part.start + rows.start, part.start + rows.stop)
                 from_above = grad_output[places, None]
                 grad = torch.sub(grad_logits[rows], log_sums[places, None], out=scratch[: rows.stop - rows.start])
@@ -162,11 +164,11 @@ class _LinearHead(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _slices(length: int, size: int) -> list[slice]:
+def _cut_into_slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _scratch(logits: Tensor, dtype: torch.dtype) -> Tensor:
+def _make_scratch(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """A few rows in a wider dtype; on a CPU few enough to stay in its cache."""
     rows = len(logits) if logits.device.type != "cpu" else max(1, CACHE_BUDGET // (dtype.itemsize * logits.shape[1]))
     return logits.new_empty(min(len(logits), rows), logits.shape[1], dtype=dtype)

@@ -19,11 +19,11 @@ def is_reachable() -> bool:
     """
     from huggingface_hub import constants
 
-    return not constants.HF_HUB_OFFLINE and _answers()
+    return not constants.HF_HUB_OFFLINE and _try_hub()
 
 
 @cache
-def _answers() -> bool:
+def _try_hub() -> bool:
     from huggingface_hub import constants, get_session
 
     try:

@@ -37,7 +37,7 @@ def locate(name_or_path: str) -> dict[str, Any]:
     """
     if not name_or_path.strip():
         raise UserError("model_name_or_path is empty. Give a Hugging Face folder, a .gguf file, or a hub name.")
-    path = _path(name_or_path)
+    path = _path_of(name_or_path)
     if path.suffix == ".gguf" and path.is_file():
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
@@ -54,7 +54,7 @@ def locate(name_or_path: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name_or_path}
 
 
-def _path(name_or_path: str) -> Path:
+def _path_of(name_or_path: str) -> Path:
     path = Path(name_or_path)
     try:
         path = path.expanduser()
@@ -70,7 +70,7 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
     """Refuse what could not be loaded or would run code of others, as far as names tell. Reads no weights, asks no hub.
 
     Raises:
-        UserError: Nothing is there; it is an adapter or holds pickles only; or the attention is code from the hub,
+        UserError: Nothing is there, it is an adapter or holds pickles only, or the attention is code from the hub,
             which needs ``trust_remote_code``.
     """
     where = locate(name_or_path)
@@ -79,7 +79,9 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
     if "gguf_file" in where or not folder.is_dir():
         return
     if (folder / "adapter_config.json").is_file():
-        raise _adapter(name_or_path, (folder / "adapter_config.json").read_text(encoding="utf-8", errors="replace"))
+        raise _make_adapter_error(
+            name_or_path, (folder / "adapter_config.json").read_text(encoding="utf-8", errors="replace")
+        )
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     pickles = [name for name in files if re.fullmatch(r"pytorch_model.*\.bin|.*\.(pth?|ckpt)", name)]
     if pickles and not any(name.endswith(".safetensors") for name in files):
@@ -157,12 +159,12 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
     """
     from transformers import AutoConfig
 
-    where = {**_reachable(name_or_path), "revision": revision or "main"}
+    where = {**_locate_reachable(name_or_path), "revision": revision or "main"}
     try:
         _check_config(where, trust_remote_code)
         return AutoConfig.from_pretrained(**where, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config is data of others: what reading it raises has no end
-        raise _not_loaded("config", name_or_path, error) from error
+        raise _make_loading_error("config", name_or_path, error) from error
 
 
 @contextmanager
@@ -198,10 +200,10 @@ def load_policy(
     from transformers import AutoModelForCausalLM, GgufConfig
 
     check_model(name_or_path, attn_implementation, trust_remote_code)
-    where = {**_reachable(name_or_path), "revision": revision or "main"}
+    where = {**_locate_reachable(name_or_path), "revision": revision or "main"}
     try:
         _check_config(where, trust_remote_code)
-        if "gguf_file" not in where and (index := _cached_index(where)):
+        if "gguf_file" not in where and (index := _download_index(where)):
             _files_of_index(index, name_or_path)  # of a hub's model too
         if "gguf_file" in where:
             where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
@@ -225,7 +227,7 @@ def load_policy(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _not_loaded("model", name_or_path, error) from error
+        raise _make_loading_error("model", name_or_path, error) from error
     if "gguf_file" in where:  # the weights are plain tensors now; a saved folder must not claim otherwise
         model.config.__dict__.pop("quantization_config", None)
         model.__dict__.pop("hf_quantizer", None)
@@ -263,7 +265,7 @@ def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
             f"a saved {name} would be loaded again as {type(reloaded).__name__}, by AutoModelForCausalLM. Give a model "
             "with a head that predicts the next token, as that class makes it."
         )
-    kept = _kept_by_loading(model, dtype)
+    kept = _find_kept_by_loading(model, dtype)
     policy: PreTrainedModel = model.to(dtype)
     for name, tensor in (*policy.named_parameters(), *policy.named_buffers()):
         if name in kept:
@@ -271,7 +273,7 @@ def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
     return policy
 
 
-def _kept_by_loading(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _find_kept_by_loading(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What ``from_pretrained`` does not convert when it loads a model in some dtype.
 
     The frequencies of rotary positions and other buffers that are not saved. Of 16 bits also what the model's class
@@ -312,7 +314,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    where = _reachable(name_or_path)
+    where = _locate_reachable(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             **where, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -325,7 +327,7 @@ def load_tokenizer(
                 raise ValueError(f"its chat template must be text, got {template!r}")
         return tokenizer
     except Exception as error:
-        raise _not_loaded("tokenizer", name_or_path, error) from error
+        raise _make_loading_error("tokenizer", name_or_path, error) from error
 
 
 def refuse_without_causal_head(config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
@@ -340,7 +342,7 @@ def refuse_without_causal_head(config: PreTrainedConfig, trust_remote_code: bool
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _not_loaded("model", config._name_or_path, error) from error
+        raise _make_loading_error("model", config._name_or_path, error) from error
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -383,14 +385,14 @@ def end_ids(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[int]:
-    """The same of a model that is not loaded. A ``.gguf`` file has no other than its tokenizer's.
+    """The tokens that end a response by the settings of a model not loaded yet. A ``.gguf`` file has only the tokenizer's.
 
     Raises:
         UserError: Nothing can be loaded under that name.
     """
     from transformers import GenerationConfig
 
-    where = _reachable(name_or_path)
+    where = _locate_reachable(name_or_path)
     if "gguf_file" in where:
         return _as_list(tokenizer.eos_token_id)
     try:
@@ -419,7 +421,7 @@ def _as_list(ids: Any) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _reachable(name_or_path: str) -> dict[str, Any]:
+def _locate_reachable(name_or_path: str) -> dict[str, Any]:
     """What ``locate`` gives; where that is a hub name, after a short look whether the hub answers."""
     where = locate(name_or_path)
     if not Path(where["pretrained_model_name_or_path"]).is_dir():
@@ -427,7 +429,7 @@ def _reachable(name_or_path: str) -> dict[str, Any]:
     return where
 
 
-def _cached_index(where: dict[str, Any]) -> Path | None:
+def _download_index(where: dict[str, Any]) -> Path | None:
     """The index of a model's weights, downloaded if need be; None if it has none."""
     from transformers.utils import cached_file
 
@@ -486,7 +488,7 @@ def _is_from_hub(implementation: str) -> bool:
     return "/" in implementation or (is_fetched and find_spec("flash_attn") is None)
 
 
-def _adapter(name_or_path: str, config: str) -> UserError:
+def _make_adapter_error(name_or_path: str, config: str) -> UserError:
     try:
         base = json.loads(config)["base_model_name_or_path"]
     except (ValueError, LookupError, TypeError):
@@ -501,7 +503,7 @@ def _adapter(name_or_path: str, config: str) -> UserError:
     )
 
 
-def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
+def _make_loading_error(what: str, name_or_path: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     reason = (str(error).strip().splitlines() or [""])[0][:400]
@@ -509,7 +511,7 @@ def _not_loaded(what: str, name_or_path: str, error: Exception) -> UserError:
         reason = f"{type(error).__name__}: {reason}"
     if "custom code" in reason:
         return UserError(f"{reason} Read that code, and set model.trust_remote_code to run it.")
-    path, advice = _path(name_or_path), "Give a Hugging Face folder, a .gguf file, or the name of a model "
+    path, advice = _path_of(name_or_path), "Give a Hugging Face folder, a .gguf file, or the name of a model "
     if packed := sorted(path.glob("*.gguf")) if path.is_dir() else []:
         advice = f"Name the file, if you mean {packed[0]}; or give a Hugging Face folder or the name of a model "
     if not path.exists() and not hub.is_reachable():

@@ -22,10 +22,10 @@ def fuse_rms_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if "RMSNorm" in type(module).__name__ and not isinstance(module, _Fused):
-            offset = _offset(module)
+            offset = _find_offset(module)
             if offset is not None:
                 own: Any = type(module)
-                module.__class__ = _fused(own, offset)
+                module.__class__ = _make_fused_class(own, offset)
 
 
 def unfuse_rms_norms(model: nn.Module) -> None:
@@ -35,9 +35,9 @@ def unfuse_rms_norms(model: nn.Module) -> None:
             module.__class__ = type(module).__bases__[1]
 
 
-def _offset(module: nn.Module) -> float | None:
+def _find_offset(module: nn.Module) -> float | None:
     """What a layer adds to its weight, or None if it computes something else."""
-    weight, eps = getattr(module, "weight", None), _eps(module)
+    weight, eps = getattr(module, "weight", None), _find_eps(module)
     if (
         eps is None
         or len(inspect.signature(module.forward).parameters) != 1
@@ -57,7 +57,7 @@ def _offset(module: nn.Module) -> float | None:
     return None
 
 
-def _eps(module: Any) -> float | None:
+def _find_eps(module: Any) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
@@ -68,12 +68,12 @@ class _Fused(nn.Module):
         if x.ndim == 3 and x.shape[1] == 1:  # a token a row, as in decoding: the layer's own steps cost less than these
             own: Tensor = super().forward(x)
             return own
-        result: Tensor = _RmsNorm.apply(x, self.weight, _eps(self), self.offset)
+        result: Tensor = _RmsNorm.apply(x, self.weight, _find_eps(self), self.offset)
         return result
 
 
 @cache
-def _fused(own: Any, offset: float) -> type[nn.Module]:
+def _make_fused_class(own: Any, offset: float) -> type[nn.Module]:
     """One class for all layers of a kind: ``torch.compile`` compiles a layer of a model once, not each anew."""
     return type(own.__name__, (_Fused, own), {"offset": offset})
 
@@ -87,7 +87,7 @@ class _RmsNorm(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         output, scales = torch.empty_like(rows), torch.empty(len(rows), 1, dtype=wide)
         full_weight = weight.to(wide) + offset
-        for part in _blocks(rows):
+        for part in _cut_into_blocks(rows):
             some = rows[part].to(wide, copy=True)
             squares = torch.linalg.vector_norm(some, dim=1, keepdim=True).square_()
             scales[part] = squares.div_(rows.shape[1]).add_(eps).rsqrt_()
@@ -102,7 +102,7 @@ class _RmsNorm(torch.autograd.Function):
         grad, grad_rows = grad_output.reshape(rows.shape), torch.empty_like(rows)
         full_weight = weight.to(scales.dtype) + ctx.offset
         grad_weight = torch.zeros_like(full_weight)
-        for part in _blocks(rows):
+        for part in _cut_into_blocks(rows):
             normal = rows[part].to(scales.dtype, copy=True).mul_(scales[part])
             from_above = grad[part].to(scales.dtype, copy=True)
             product = normal * from_above
@@ -112,6 +112,6 @@ class _RmsNorm(torch.autograd.Function):
         return grad_rows.view(grad_output.shape), grad_weight.to(weight.dtype), None, None
 
 
-def _blocks(rows: Tensor) -> list[slice]:
+def _cut_into_blocks(rows: Tensor) -> list[slice]:
     size = max(1, 2**16 // rows.shape[1])
     return [slice(start, start + size) for start in range(0, len(rows), size)]

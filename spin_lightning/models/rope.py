@@ -42,7 +42,7 @@ class Boundary:
     asks: tuple[_Ask, ...]
 
     def side(self, length: int) -> int:
-        """Equal for lengths of sequences that may share a pass."""
+        """The number of the side that a length is on: sequences on the same side may share a pass."""
         if self.every_length_from is not None and length > self.every_length_from:
             return length
         return -sum(length > own for own in self.lengths)
@@ -68,7 +68,7 @@ class Boundary:
 def boundary_of(model: nn.Module) -> Boundary | None:
     """The boundary of a model, or None if its positions do not depend on the length of a pass. Found once a model."""
     if model not in _boundaries:
-        _boundaries[model] = _find(model)
+        _boundaries[model] = _find_boundary(model)
     return _boundaries[model]
 
 
@@ -142,28 +142,28 @@ class _Ask:
         return [part[..., :-1, :] for part in (output if isinstance(output, tuple) else (output,))]
 
     def on_a_copy(self, length: int) -> list[Tensor]:
-        """The same, leaving the module as it is."""
+        """Ask a copy, which leaves the module as it is."""
         twin = copy.copy(self.module)
         twin._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in twin._buffers.items()}
         self(1, twin)
         return self(length, twin)
 
 
-def _find(model: nn.Module) -> Boundary | None:
+def _find_boundary(model: nn.Module) -> Boundary | None:
     lengths: set[int] = set()
     exact: list[int] = []
     kinds: list[str] = []
     asks, is_clear = [], True
-    for ask in _asks(model):
+    for ask in _make_asks(model):
         try:
             start, end = ask.on_a_copy(FIRST), ask.on_a_copy(FARTHEST)
-            if _equal(start, end):
+            if _are_equal(start, end):
                 continue
             low, high = FIRST, FARTHEST  # the numbers at `low` are those of the start, at `high` they are not
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (middle, high) if _equal(ask.on_a_copy(middle), start) else (low, middle)
-            if not _equal(ask.on_a_copy(high), end):
+                low, high = (middle, high) if _are_equal(ask.on_a_copy(middle), start) else (low, middle)
+            if not _are_equal(ask.on_a_copy(high), end):
                 exact.append(low)
             ask(1)
         except Exception:  # a module that is asked otherwise
@@ -173,7 +173,7 @@ def _find(model: nn.Module) -> Boundary | None:
         kinds.append(ask.kind)
         asks.append(ask)
     if not is_clear:
-        for kind, length in _in_config(model):
+        for kind, length in _read_config(model):
             lengths.add(length)
             kinds.append(kind)
             exact += [length] if kind == "dynamic" else []
@@ -182,14 +182,14 @@ def _find(model: nn.Module) -> Boundary | None:
     return Boundary(tuple(sorted(lengths)), min(exact, default=None), " and ".join(sorted(set(kinds))), tuple(asks))
 
 
-def _asks(model: nn.Module) -> Iterator[_Ask]:
+def _make_asks(model: nn.Module) -> Iterator[_Ask]:
     for module in model.modules():
         if "rotary" in type(module).__name__.lower():
             kinds = getattr(module, "rope_type", None)
             yield from (_Ask(module, layer_type) for layer_type in (kinds if isinstance(kinds, dict) else [None]))
 
 
-def _in_config(model: Any) -> Iterator[tuple[str, int]]:
+def _read_config(model: Any) -> Iterator[tuple[str, int]]:
     """What the configuration says of RoPE that depends on length: for modules that could not be asked."""
     config = model.config.get_text_config(decoder=True)
     most = getattr(config, "max_position_embeddings", None)
@@ -201,5 +201,5 @@ def _in_config(model: Any) -> Iterator[tuple[str, int]]:
             yield kind, int(length)
 
 
-def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+def _are_equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))

@@ -50,8 +50,8 @@ def share_prompts(model: nn.Module) -> None:
         raise NotImplementedError(f"layers of kind {', '.join(sorted(others))} have no place for a shared prompt")
     if own not in ("sdpa", "eager"):
         raise NotImplementedError(f"attention {own!r} has no place for a shared prompt")
-    AttentionInterface.register(own + SUFFIX, _dispatch(own))
-    AttentionMaskInterface.register(own + SUFFIX, _mask_dispatch(AttentionMaskInterface()[own]))
+    AttentionInterface.register(own + SUFFIX, _make_dispatch(own))
+    AttentionMaskInterface.register(own + SUFFIX, _make_mask_dispatch(AttentionMaskInterface()[own]))
     set_attention(config, own + SUFFIX)
 
 
@@ -81,18 +81,18 @@ class _Mask(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
-def _mask_dispatch(own: Callable[..., Any]) -> Callable[..., Any]:
+def _make_mask_dispatch(own: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **settings: Any) -> Any:
         if not _is_sharing.get():
             return own(*args, **settings)
         result = torch.empty(1, 1, 1, 1, device=settings.get("device")).as_subclass(_Mask)
-        result.window = _window(settings["mask_function"], settings["kv_length"])
+        result.window = _find_window(settings["mask_function"], settings["kv_length"])
         return result
 
     return mask
 
 
-def _window(mask_function: Callable[..., Tensor], length: int) -> int | None:
+def _find_window(mask_function: Callable[..., Tensor], length: int) -> int | None:
     """How far back tokens see by a mask of ``transformers``; None if to the beginning of ``length`` tokens.
 
     Raises:
@@ -107,7 +107,7 @@ def _window(mask_function: Callable[..., Tensor], length: int) -> int | None:
     return window if window < length else None
 
 
-def _dispatch(own: str) -> Callable[..., Any]:
+def _make_dispatch(own: str) -> Callable[..., Any]:
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -120,7 +120,9 @@ def _dispatch(own: str) -> Callable[..., Any]:
         if layout is not None or isinstance(attention_mask, _Mask):
             if layout is None or not isinstance(attention_mask, _Mask):
                 raise NotImplementedError("attention with a mask of its own has no place for a shared prompt")
-            if unknown := [name for name, value in settings.items() if name not in _KNOWN and _matters(value)]:
+            if unknown := [
+                name for name, value in settings.items() if name not in _KNOWN and _may_change_result(value)
+            ]:
                 raise NotImplementedError(f"attention with {', '.join(unknown)} has no place for a shared prompt")
             settings["sliding_window"] = attention_mask.window
             return shared_prompt_attention(module, query, key, value, layout, **settings), None
@@ -139,7 +141,7 @@ def _dispatch(own: str) -> Callable[..., Any]:
 _KNOWN = ("scaling", "dropout", "sliding_window", "softcap", "position_ids", "cache_position")
 
 
-def _matters(value: Any) -> bool:
+def _may_change_result(value: Any) -> bool:
     """Whether a setting may change attention's result, as tensors and functions do. Flags and numbers do not."""
     return isinstance(value, Tensor) or callable(value)
 
@@ -205,8 +207,8 @@ def _attend(
     if dropout or softcap is not None:
         parts = []
         for q, k in segments(layout):
-            keys, values = (_cat(kv, k) for kv in (key, value))
-            parts.append(_plain_attention(query[:, :, q], keys, values, scale, dropout, sliding_window, softcap))
+            keys, values = (_gather(kv, k) for kv in (key, value))
+            parts.append(_attend_plainly(query[:, :, q], keys, values, scale, dropout, sliding_window, softcap))
         parts.append(torch.zeros_like(query[:, :, q.stop :]))
         return torch.cat(parts, dim=2).transpose(1, 2)
     return _CpuAttention.apply(query, key, value, layout, scale, sliding_window).transpose(1, 2)
@@ -229,7 +231,7 @@ def segments(layout: ResponseBatch) -> Iterator[tuple[slice, tuple[slice, ...]]]
 
 
 def block_mask(layout: ResponseBatch, window: int | None, device: torch.device) -> Any:
-    """The same as a mask for FlexAttention. Made once a batch, and kept with it."""
+    """Which tokens each token may see, as a mask for FlexAttention. Made once a batch, and kept with it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in layout.block_masks:
@@ -251,24 +253,24 @@ def block_mask(layout: ResponseBatch, window: int | None, device: torch.device) 
     return layout.block_masks[window]
 
 
-def _cat(tensor: Tensor, places: tuple[slice, ...]) -> Tensor:
+def _gather(tensor: Tensor, places: tuple[slice, ...]) -> Tensor:
     return tensor[:, :, places[0]] if len(places) == 1 else torch.cat([tensor[:, :, place] for place in places], dim=2)
 
 
-def _add(total: Tensor, places: tuple[slice, ...], part: Tensor) -> None:
+def _add_rows(total: Tensor, places: tuple[slice, ...], part: Tensor) -> None:
     """Add the rows of ``part`` where they belong, as far as they go: a block of queries sees the first keys only."""
     for place in places:
         here, part = part[:, : place.stop - place.start], part[:, place.stop - place.start :]
         total[:, place.start : place.start + here.shape[1]] += here
 
 
-def _mask(num_queries: int, num_keys: int, window: int | None) -> Tensor:
+def _make_mask(num_queries: int, num_keys: int, window: int | None) -> Tensor:
     """True where the last ``num_queries`` of ``num_keys`` tokens may look."""
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
     return visible if window is None else visible.triu(num_keys - num_queries - window + 1)
 
 
-def _plain_attention(
+def _attend_plainly(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """Softmax attention spelt out, for what the fast path does not do."""
@@ -277,7 +279,7 @@ def _plain_attention(
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    visible = _mask(query.shape[2], key.shape[2], window).to(query.device)
+    visible = _make_mask(query.shape[2], key.shape[2], window).to(query.device)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
@@ -297,11 +299,11 @@ class _CpuAttention(torch.autograd.Function):
         log_sums = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         repeats = query.shape[1] // key.shape[1]
         for q, k in segments(layout):
-            keys, values = (_cat(kv, k).repeat_interleave(repeats, 1) for kv in (key, value))
+            keys, values = (_gather(kv, k).repeat_interleave(repeats, 1) for kv in (key, value))
             is_plain = len(k) == 1 and (window is None or window >= keys.shape[2])
             mask = None
             if not is_plain:
-                hidden = ~_mask(q.stop - q.start, keys.shape[2], window)
+                hidden = ~_make_mask(q.stop - q.start, keys.shape[2], window)
                 mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
             output[:, :, q], log_sums[:, :, q] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, q], keys, values, 0.0, is_plain, attn_mask=mask, scale=scale
@@ -325,7 +327,7 @@ class _CpuAttention(torch.autograd.Function):
         grad_key = torch.zeros(key.shape[1:], dtype=log_sums.dtype)
         grad_value = torch.zeros_like(grad_key)
         for q, places in segments(ctx.layout):
-            keys, values = (round_up(_cat(kv, places)[0], dim=1) for kv in (key, value))
+            keys, values = (round_up(_gather(kv, places)[0], dim=1) for kv in (key, value))
             num_queries = q.stop - q.start
             before = sum(place.stop - place.start for place in places[:-1])  # keys that all its queries may see
             for start in range(0, num_queries, BLOCK):
@@ -346,6 +348,6 @@ class _CpuAttention(torch.autograd.Function):
                     by_head.triu_(before + start - ctx.window + 1)
                 grad_scores = torch.baddbmm(folded(minus_delta).expand(shape), gradient, some_values.mT).mul_(weights)
                 grad_query[0, :, rows] = (grad_scores @ some_keys).mul_(ctx.scale).view(heads, -1, head_dim)[:, :count]
-                _add(grad_value, places, weights.mT @ gradient)
-                _add(grad_key, places, grad_scores.mT @ queries)
+                _add_rows(grad_value, places, weights.mT @ gradient)
+                _add_rows(grad_key, places, grad_scores.mT @ queries)
         return grad_query, grad_key.to(dtype)[None], grad_value.to(dtype)[None], None, None, None

@@ -114,7 +114,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             StorageError: There is no room, or the folder cannot be written to.
             UserError: The path is not on this machine.
         """
-        path = _local(path)
+        path = _require_local(path)
         with replacing(path) as temporary:
             with _Stream(temporary, "wb") as stream:
                 try:
@@ -162,14 +162,14 @@ def existing_checkpoint(path: Any) -> Path:
     Raises:
         UserError: There is none, or the name is a URL.
     """
-    file = _local(path)
+    file = _require_local(path)
     with suppress(OSError):  # a name that is too long
         if file.is_file():
             return file
     raise UserError(f"there is no checkpoint {str(path)!r}. Give the path of a file that a run saved, or leave it out.")
 
 
-def _local(path: Any) -> Path:
+def _require_local(path: Any) -> Path:
     if "://" in str(path):
         raise UserError(
             f"checkpoints are kept on a local disk only, got {path}. Copy from or to other places yourself."

@@ -76,9 +76,9 @@ def refuse_links(folder: Path, names: str = RUN_NAMES) -> None:
     and all that is in them; of other names there, which a run leaves alone, nothing is asked.
 
     Raises:
-        UserError: There is a symbolic link, dangling or not; a pipe or a device, at which a run would wait for ever; a
-            file where a folder belongs, or the reverse. Hard links need no check: what exists is replaced, not written
-            to.
+        UserError: There is a symbolic link, dangling or not. Or a pipe or a device, at which a run would wait for ever.
+            Or a file where a folder belongs, or the reverse. Hard links need no check: what exists is replaced, not
+            written to.
     """
 
     def look(entry: os.DirEntry[str]) -> None:
@@ -166,7 +166,7 @@ def explaining_storage_errors(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         with suppress(OSError):
-            reason += f"; {_size(shutil.disk_usage(_existing(path)).free)} are free there"
+            reason += f"; {_format_size(shutil.disk_usage(_nearest_existing(path)).free)} are free there"
         raise StorageError(
             f"cannot write {path}: {reason}. What was there before is untouched. "
             "Make room, or make the folder writable, and run the same command again."
@@ -185,16 +185,16 @@ def need_space(folder: Path, size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise StorageError(
-            f"{what} needs about {_size(size)} in {folder}, and {_size(free)} are free. "
+            f"{what} needs about {_format_size(size)} in {folder}, and {_format_size(free)} are free. "
             "Make room and run the same command again, or give the run a folder on another disk."
         )
 
 
-def _existing(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def _size(size: float) -> str:
+def _format_size(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 

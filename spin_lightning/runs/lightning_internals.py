@@ -79,15 +79,15 @@ def keep_weights_as_loaded(trainer: Any) -> None:
     """For ``bf16-true`` and the like: a model is loaded in that dtype, except what it keeps in float32, as routers."""
     plugin: Any = trainer.precision_plugin
     if isinstance(plugin, HalfPrecision | DoublePrecision):
-        plugin.convert_module = _as_it_is  # type: ignore[method-assign, assignment]
+        plugin.convert_module = _keep_batch  # type: ignore[method-assign, assignment]
 
 
 def keep_batches_as_collated(trainer: Any) -> None:
     """Keep the floats of a batch: ``bf16-true`` would round stored log-probs to 8 bits, off by up to half a nat."""
-    trainer.precision_plugin.convert_input = _as_it_is
+    trainer.precision_plugin.convert_input = _keep_batch
 
 
-def _as_it_is(value: Any) -> Any:
+def _keep_batch(value: Any) -> Any:
     return value
 
 

@@ -42,7 +42,7 @@ _PREFIXED = re.compile(
     r"\b(?:hf|api_org|sk|rk|pk|gh[a-z]|github_pat|glpat|wandb|xox[a-z]|xapp|npm|pypi|nvapi|r8|gsk|secret|lin_api|tgp_v1|do[opr]_v1"
     r"|hvs|shpat|dckr_pat)[_-]([\w-]{16,})"
 )
-_ASSIGNED = re.compile(  # of a URL's query, a header, a flag; of JSON in a text; a line of YAML
+_ASSIGNED = re.compile(  # of a URL's query, a header, a flag, of JSON in a text, or a line of YAML
     r"(^|[?&;,\s'(])(-{0,2}[A-Za-z][\w.-]*='?|--[A-Za-z][\w.-]*\s+)([^&;,\s#']+)"
     r"""|(")([\w.-]+"\s*:\s*")([^"]+)"""
     r"|^(\s*)([A-Za-z][\w-]*:\s+)(\S+)$",
@@ -68,14 +68,14 @@ def redacted(value: Any, name: str = "") -> Any:
     if isinstance(value, dict):
         named = str(value.get("name", "value"))  # {"name": "API_KEY", "value": ...}
         return {
-            _without_shapes(key) if isinstance(key, str) else key: redacted(item, named if key == "value" else str(key))
+            _hide_shapes(key) if isinstance(key, str) else key: redacted(item, named if key == "value" else str(key))
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [redacted(item, name) for item in value]
     if value is None or isinstance(value, bool):
         return value
-    words = _words(name)
+    words = _split_name(name)
     if _SECRET.search(words) and not _VOCABULARY.search(words):
         return "***"
     if not isinstance(value, str):
@@ -84,23 +84,23 @@ def redacted(value: Any, name: str = "") -> Any:
     is_key = (_HEXADECIMAL.fullmatch(value) and not is_place) or (_PERHAPS.search(words) and _has_key(value))
     if is_key and not _HASH.search(words):
         return "***"
-    return _without_shapes(value, is_place and "://" not in value)
+    return _hide_shapes(value, is_place and "://" not in value)
 
 
-def _words(name: str) -> str:
+def _split_name(name: str) -> str:
     """The last part of a dotted name in lower case, its words joined by one underscore."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", name.rpartition(".")[2].lstrip("-")).lower()
 
 
-def _without_shapes(text: str, is_place: bool = False) -> str:
-    text = _ASSIGNED.sub(_without_value, _SHAPES.sub("***", text))
+def _hide_shapes(text: str, is_place: bool = False) -> str:
+    text = _ASSIGNED.sub(_hide_value, _SHAPES.sub("***", text))
     text = _PREFIXED.sub(lambda found: "***" if _is_token(found[1]) else found[0], text)
     return text if is_place else _RUN.sub(lambda found: "***" if _looks_random(found[0]) else found[0], text)
 
 
-def _without_value(found: re.Match[str]) -> str:
+def _hide_value(found: re.Match[str]) -> str:
     before, name, value = (part for part in found.groups() if part is not None)
-    words = _words(re.sub(r"[\s:=\"']+$", "", name))
+    words = _split_name(re.sub(r"[\s:=\"']+$", "", name))
     is_secret = bool(_SECRET.search(words)) and not _VOCABULARY.search(words)
     return before + name + ("***" if is_secret or (_PERHAPS.search(words) and _has_key(value)) else value)
 

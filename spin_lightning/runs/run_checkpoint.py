@@ -116,7 +116,7 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
                 "another folder."
             )
         check_settings(trainer, self.folder.parent / SETTINGS, self.allow_changes)
-        self._set_aside()
+        self._set_later_aside()
         # weights, two float32 moments, and a float32 master of weights that are smaller
         sizes = [(weight.numel(), weight.element_size()) for weight in pl_module.parameters()]
         size = sum(count * (width + (12 if width < 4 else 8)) for count, width in sizes)
@@ -124,14 +124,14 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
         need_space(self.folder, count * size, f"keeping {KEPT} checkpoints")
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()  # Lightning took the signals after on_fit_start
+        self._listen_to_signals()  # Lightning took the signals after on_fit_start
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if trainer.sanity_checking:  # at an epoch's end the evaluation is finished first: its checkpoint is the epoch's
             signals.end_if_asked()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
+        self._listen_to_signals()
         self.last_saved = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
@@ -158,7 +158,7 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
         signals.stop_listening()
         super().let_go()
 
-    def _set_aside(self) -> None:
+    def _set_later_aside(self) -> None:
         """Checkpoints beyond the one that is continued from are damaged, or of a future that will be another."""
         for path in checkpoints_in(self.folder):
             if int(path.stem.removeprefix("step_")) > self._resumed_from:
@@ -167,7 +167,7 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
                         part.rename(part.with_name(f"{part.name}.set_aside"))
                 say(f"note: the run continues from step {self._resumed_from}; set aside {path}")
 
-    def _listen(self) -> None:
+    def _listen_to_signals(self) -> None:
         if self._lock is not None:
             signals.listen()
 

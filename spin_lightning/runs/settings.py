@@ -58,8 +58,8 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
     """
     found = {
         "model.optimizer.class": type(optimizer).__qualname__,
-        **{f"model.optimizer.{key}": _plain(value) for key, value in optimizer.defaults.items() if key != "lr"},
-        **{f"trainer.{name}": _plain(getattr(trainer, name)) for name in _OF_TRAINER},
+        **{f"model.optimizer.{key}": _as_json(value) for key, value in optimizer.defaults.items() if key != "lr"},
+        **{f"trainer.{name}": _as_json(getattr(trainer, name)) for name in _OF_TRAINER},
         **{f"trainer.{name}": repr(getattr(trainer, name)) for name in _LIMITS},  # 1 batch is not 1.0, all of them
     }
     generator = getattr(data, "generator", None)  # a stage without sampling has none
@@ -101,7 +101,7 @@ def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
     return found
 
 
-def _completed(record: dict[str, Any], trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
+def _complete_record(record: dict[str, Any], trainer: L.Trainer, module: Any, data: Any) -> dict[str, Any]:
     """The settings of a record as this version has them, with those that its version did not keep."""
     old = dict(record["settings"])
     if not hasattr(data, "generator") and (cap := old.get("data.generator.max_new_tokens")) is not None:
@@ -113,19 +113,19 @@ def _completed(record: dict[str, Any], trainer: L.Trainer, module: Any, data: An
             key, value = f"{prefix}.{name}", getattr(part, name, None)
             kept = old.get(key)
             if isinstance(kept, dict) and kept.get("class") == type(value).__qualname__:
-                old[key] = {**_missing(kept, value, ""), **kept}
-        old = {**_missing(old, part, prefix), **old}
+                old[key] = {**_missing_arguments(kept, value, ""), **kept}
+        old = {**_missing_arguments(old, part, prefix), **old}
     return old
 
 
-def _missing(old: dict[str, Any], thing: Any, prefix: str) -> dict[str, Any]:
+def _missing_arguments(old: dict[str, Any], thing: Any, prefix: str) -> dict[str, Any]:
     """The arguments of a thing that a record may lack, as they were when it was made.
 
     One that the record's version did not know yet had its default. A record with none of those that a class hands on to
     its bases is of a version that did not read them: they are taken to be what they are now.
     """
     now = {key: value for key, value in _arguments_of(thing, prefix).items() if key not in HARMLESS}
-    defaults = {f"{prefix}.{name}": _plain(p.default) for name, p in parameters_of(type(thing)).items()}
+    defaults = {f"{prefix}.{name}": _as_json(p.default) for name, p in parameters_of(type(thing)).items()}
     handed_on = now.keys() - {f"{prefix}.{name}" for name in inspect.signature(type(thing).__init__).parameters}
     if handed_on.isdisjoint(old):
         defaults |= {key: now[key] for key in handed_on}
@@ -144,13 +144,13 @@ def check_finished(trainer: L.Trainer, module: Any, data: Any, path: Path, allow
     if record is None:  # removed: nothing to compare with
         return
     optimizer = module.optimizer([torch.zeros(1, 1, requires_grad=True)])
-    settings, old = settings_of(trainer, module, data, optimizer), _completed(record, trainer, module, data)
+    settings, old = settings_of(trainer, module, data, optimizer), _complete_record(record, trainer, module, data)
     old = {key: value for key, value in old.items() if key in settings or key not in OF_DATA}
-    if refused := [key for key in _differing(old, settings) if key not in allow_changes]:
+    if refused := [key for key in _find_differing(old, settings) if key not in allow_changes]:
         raise UserError(
             f"the run in {path.parent} is over, and had other settings than this command "
-            f"gives:{_shown(refused, old, settings)}\nUse another folder to play with these settings, or the settings "
-            "it had to see that it is over."
+            f"gives:{_show_changes(refused, old, settings)}\nUse another folder to play with these settings, or the "
+            "settings it had to see that it is over."
         )
 
 
@@ -173,13 +173,13 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
         )
     if record is not None:
         old, changes = (
-            redacted(_completed(record, trainer, module, data)),
+            redacted(_complete_record(record, trainer, module, data)),
             record["changes"],
         )  # as this version keeps them
         if trainer.ckpt_path is None:
             old, changes = settings, []  # it begins again: only what was installed is compared
-        differing = _differing(old, settings)
-        shown = _shown(differing, old, settings)
+        differing = _find_differing(old, settings)
+        shown = _show_changes(differing, old, settings)
         if refused := [key for key in differing if key not in allow_changes]:
             raise UserError(
                 f"the run in {path.parent} began with other settings than this command gives:{shown}\n"
@@ -204,17 +204,17 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
 
 def _arguments_of(thing: Any, prefix: str) -> dict[str, Any]:
     names = [name for name in parameters_of(type(thing)) if hasattr(thing, name)]
-    return {f"{prefix}.{name}": _plain(getattr(thing, name)) for name in names}
+    return {f"{prefix}.{name}": _as_json(getattr(thing, name)) for name in names}
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """A value as JSON knows it; an object as its class with its own settings."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     if isinstance(value, Path | torch.dtype):
         return str(value)
     if callable(value) and not hasattr(value, "parameters") and not hasattr(value, "check"):
@@ -222,20 +222,20 @@ def _plain(value: Any) -> Any:
     return {"class": type(value).__qualname__, **_arguments_of(value, "")}
 
 
-def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [key for key in sorted({*old, *new}) if not _agree(old.get(key), new.get(key))]
+def _find_differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [key for key in sorted({*old, *new}) if not _values_agree(old.get(key), new.get(key))]
 
 
-def _shown(keys: list[str], old: dict[str, Any], new: dict[str, Any]) -> str:
+def _show_changes(keys: list[str], old: dict[str, Any], new: dict[str, Any]) -> str:
     return "".join(f"\n  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 
-def _agree(old: Any, new: Any) -> bool:
+def _values_agree(old: Any, new: Any) -> bool:
     """Schedules agree if they do for the iterations that both have; a value that was left out, with any."""
     if isinstance(old, list) and isinstance(new, list):
-        return all(_agree(a, b) for a, b in zip(old, new, strict=False))
+        return all(_values_agree(a, b) for a, b in zip(old, new, strict=False))
     if isinstance(old, dict) and isinstance(new, dict):
-        return old.keys() == new.keys() and all(_agree(old[key], new[key]) for key in old)
+        return old.keys() == new.keys() and all(_values_agree(old[key], new[key]) for key in old)
     if isinstance(old, str) and isinstance(new, str) and "***" in old:  # left out by a version that left out more
         return re.fullmatch(".*".join(map(re.escape, old.split("***"))), new, re.DOTALL) is not None
     return bool(old == new)

@@ -55,7 +55,7 @@ class ShardStore:
             shutil.rmtree(folder, ignore_errors=True)  # shards that nothing vouches for are not read
             manifest = {"complete": False, "binding": dict(binding), "shards": []}
             write_json(self.manifest_path, manifest)
-        elif binding is not None and (differing := _differing(binding, manifest["binding"])):
+        elif binding is not None and (differing := _find_differing(binding, manifest["binding"])):
             raise UserError(
                 f"the {self.rows_are} in {folder} were made by something else than this run; what differs: "
                 f"{', '.join(differing)}. Use another self_play.output_dir, or remove that iteration's folder to have "
@@ -81,12 +81,12 @@ class ShardStore:
 
     def has_shard(self, name: str) -> bool:
         """Whether a shard was written, and is the file that was written."""
-        return self._damage(name) is None
+        return self._find_damage(name) is None
 
     def write_shard(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write one shard, whole or not at all, and vouch for it."""
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
-        path = self._path(name)
+        path = self._shard_path(name)
         with replacing(path) as temporary:  # absolute below: Arrow takes a:b for a URL
             pq.write_table(table, temporary.absolute(), compression="zstd", write_page_checksum=True)
         entry = {"file": name, "rows": table.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -99,8 +99,8 @@ class ShardStore:
         Raises:
             UserError: It is missing, has changed, or lies elsewhere.
         """
-        path = self._path(name)
-        if (state := self._damage(name)) is not None:
+        path = self._shard_path(name)
+        if (state := self._find_damage(name)) is not None:
             raise UserError(
                 f"{path} {state}, so the {self.rows_are} cannot be trusted. Restore it from a copy, or remove the "
                 f"folder {self.folder} and every later iteration, and run the same command again."
@@ -130,7 +130,7 @@ class ShardStore:
             )
         return self.read_shards([shard["file"] for shard in self.manifest["shards"]], columns)
 
-    def _path(self, name: str) -> Path:
+    def _shard_path(self, name: str) -> Path:
         """Where a shard is. A manifest is a file that others may have written: its names must not lead elsewhere."""
         path = self.folder / name
         if not re.fullmatch(r"[\w-]+\.parquet", name) or path.is_symlink():
@@ -140,8 +140,8 @@ class ShardStore:
             )
         return path
 
-    def _damage(self, name: str) -> str | None:
-        path = self._path(name)
+    def _find_damage(self, name: str) -> str | None:
+        path = self._shard_path(name)
         vouched = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
         if name not in vouched or not path.exists():
             return "is missing"
@@ -182,5 +182,5 @@ def refuse_other_binding(store: ShardStore, binding: Mapping[str, Any], keys: It
         )
 
 
-def _differing(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+def _find_differing(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
     return [key for key in {**new, **old} if new.get(key, ...) != old.get(key, ...)]  # JSON has no Ellipsis

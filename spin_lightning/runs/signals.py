@@ -23,15 +23,15 @@ def listen() -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # Python gives signals to the main thread alone
     for number in _SIGNALS:
-        if (handler := signal.getsignal(number)) is not _keep:
+        if (handler := signal.getsignal(number)) is not _keep_signal:
             _before.setdefault(number, handler)
-            signal.signal(number, _keep)
+            signal.signal(number, _keep_signal)
 
 
 def stop_listening() -> None:
     """Give the signals back, and forget what was received."""
     for number, handler in _before.items():
-        if signal.getsignal(number) is _keep:  # else somebody took them back already
+        if signal.getsignal(number) is _keep_signal:  # else somebody took them back already
             signal.signal(number, handler)  # type: ignore[arg-type]
     _before.clear()
     _received.clear()
@@ -52,7 +52,7 @@ def end_if_asked() -> None:
         raise Interrupted(_received[0])
 
 
-def _keep(number: int, frame: FrameType | None) -> None:
+def _keep_signal(number: int, frame: FrameType | None) -> None:
     if _received:
         os._exit(Interrupted(number).exit_code)
     _received.append(number)

@@ -52,7 +52,7 @@ class ExportPolicy(L.Callback):
             refuse_links(self.output_dir)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._state, "seconds": self._seconds()}
+        return {**self._state, "seconds": self._count_seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = dict(state)
@@ -84,7 +84,7 @@ class ExportPolicy(L.Callback):
             "val_nll": None,
             **self._state,
             "updates": trainer.global_step,
-            "seconds": self._seconds(),
+            "seconds": self._count_seconds(),
             "dtype": dtype_name(module.policy.dtype),
             "stored_dtype": module.stored_dtype,
         }
@@ -97,5 +97,5 @@ class ExportPolicy(L.Callback):
         export_policy(module.policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
         say(f"the model is in {self.output_dir}/policy")
 
-    def _seconds(self) -> float:
+    def _count_seconds(self) -> float:
         return self._state["seconds"] + (time.monotonic() - self._started if self._started else 0.0)

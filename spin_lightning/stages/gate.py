@@ -55,7 +55,7 @@ def check_gate(
         start = PairLogProbs(**{**vars(batch.opponent), "initial_response": policy.initial_response})
         expected = loss(start, batch.opponent, beta, batch.initial).losses
         found = loss(policy, batch.opponent, beta, batch.initial).losses
-    ratios, lengths = _log_ratios(policy, batch.opponent)
+    ratios, lengths = _measure_log_ratios(policy, batch.opponent)
     root = lengths.clamp_min(1).sqrt()
 
     def agrees(ratios: Tensor, limit: float) -> bool:
@@ -89,7 +89,7 @@ def check_gate(
             "the policy is random: two passes over one batch differ, so dropout is on. Set model.dropout: false "
             "(and in the model's config whatever else is random, as the noise of a router)"
         )
-    elif agrees(_log_ratios(evaluated, batch.opponent)[0], limit):
+    elif agrees(_measure_log_ratios(evaluated, batch.opponent)[0], limit):
         cause = (
             "the policy computes otherwise in training mode than in evaluation mode (dropout, or a layer of its own)"
         )
@@ -113,7 +113,7 @@ def check_gate(
     )
 
 
-def _log_ratios(policy: PairLogProbs, opponent: PairLogProbs) -> tuple[Tensor, Tensor]:
+def _measure_log_ratios(policy: PairLogProbs, opponent: PairLogProbs) -> tuple[Tensor, Tensor]:
     """Sizes of the log-ratios of a batch's responses, real and generated ones, infinite for NaN; and their lengths."""
     ratios = torch.cat([policy.real - opponent.real, policy.generated - opponent.generated]).detach().abs()
     lengths = torch.cat([opponent.real_lengths, opponent.generated_lengths])

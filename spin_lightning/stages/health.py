@@ -24,8 +24,8 @@ class Health(L.Callback):
 
     Args:
         stop: ``equilibrium`` ends the game when nearly all generated responses equal the real ones. ``harm`` does so
-            too, and when the held-out NLL is worse than that of the model the game started from, or no number.
-            ``never`` only speaks.
+            too, and when the held-out NLL is worse than that of the model the game started from, or NaN. ``never``
+            only speaks.
 
     Attributes:
         remarks: What was said, as ``(iteration, sentence)``.

@@ -68,7 +68,7 @@ class Float32Master(torch.optim.Optimizer):
         is_by_weight = (
             type(self.inner).__module__.startswith("torch.optim.") and type(self.inner) is not torch.optim.LBFGS
         )
-        self._parts = _by_size(pairs, WEIGHTS_AT_A_TIME) if is_by_weight else [pairs]
+        self._parts = _group_by_size(pairs, WEIGHTS_AT_A_TIME) if is_by_weight else [pairs]
         super().__init__(model_weights, dict(self.inner.defaults))
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ class Float32Master(torch.optim.Optimizer):
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
 
 
-def _by_size(pairs: list[tuple[Tensor, Tensor]], limit: int) -> list[list[tuple[Tensor, Tensor]]]:
+def _group_by_size(pairs: list[tuple[Tensor, Tensor]], limit: int) -> list[list[tuple[Tensor, Tensor]]]:
     parts: list[list[tuple[Tensor, Tensor]]] = [[]]
     size = 0
     for pair in pairs:
@@ -113,7 +113,7 @@ def _by_size(pairs: list[tuple[Tensor, Tensor]], limit: int) -> list[list[tuple[
 
 
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimiser, updating in one pass over memory where it can and was not told otherwise: 3 times as fast."""
+    """The optimiser, updating in one pass over memory if it can and was not told otherwise: 3 times as fast on CPU."""
     for group in optimizer.param_groups:
         if group.get("fused", ...) is None and not group.get("foreach"):
             group["fused"] = True

@@ -89,7 +89,7 @@ class PolicyModule(L.LightningModule):
             default.
         revision: Commit or tag of a hub model. Pin it for results that last.
         trust_remote_code: Run Python code that comes with a hub model. Only for code you have read.
-        on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows; ``skip`` the update;
+        on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows, ``skip`` the update,
             or ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in
             any case.
 
@@ -137,7 +137,7 @@ class PolicyModule(L.LightningModule):
             model_name_or_path = str(model_name_or_path)
             check_model(model_name_or_path, attn_implementation, trust_remote_code)
         else:
-            self._given = (_checked(model_name_or_path, attn_implementation, revision),)
+            self._given = (_check_model(model_name_or_path, attn_implementation, revision),)
             self.has_no_name = not model_name_or_path.name_or_path
             model_name_or_path = model_name_or_path.name_or_path or type(model_name_or_path).__name__
         self.model_name_or_path: str = model_name_or_path
@@ -432,7 +432,7 @@ class PolicyModule(L.LightningModule):
         self.log("val/nll_per_token", self.held_out_nll_per_token, on_epoch=True, on_step=False, batch_size=size)
 
 
-def _checked(model: Any, attn_implementation: str | None, revision: str | None) -> Any:
+def _check_model(model: Any, attn_implementation: str | None, revision: str | None) -> Any:
     """A model object, if it is one and no setting is of how it is loaded."""
     from transformers import PreTrainedModel
 

@@ -56,24 +56,24 @@ class ShowProgress(ProgressBar):
 
     def on_iteration_start(self, trainer: L.Trainer, module: L.LightningModule, iteration: int) -> None:
         self._end_training()
-        self._head(trainer, iteration)
+        self._show_heading(trainer, iteration)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._training is None and self._is_enabled:
-            done, total = _steps(trainer, pl_module, batch_idx)
+            done, total = _count_steps(trainer, pl_module, batch_idx)
             game = _game_of(trainer)
             if game is not None:
-                self._head(trainer, game.iteration)
-            self._training = progress("training", total, "steps", lambda: _facts(trainer)).begin()
+                self._show_heading(trainer, game.iteration)
+            self._training = progress("training", total, "steps", lambda: _collect_facts(trainer)).begin()
             self._training.skip(done)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._training is not None:
-            self._training.advance(1, _num_tokens(batch))
+            self._training.advance(1, _count_tokens(batch))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._training is not None and self._training.done >= self._training.total:
@@ -100,7 +100,7 @@ class ShowProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         if self._validation is not None:
-            self._validation.advance(1, _num_tokens(batch))
+            self._validation.advance(1, _count_tokens(batch))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._validation is not None:
@@ -120,14 +120,14 @@ class ShowProgress(ProgressBar):
     # --- the end --------------------------------------------------------------------------------------------------
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self._end_phases()
         if display.phases:  # of a loop that the error's traceback keeps alive, as it does in a notebook
             display.phases[0].end(is_done=False)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._let_go()
+        self._end_phases()
 
-    def _head(self, trainer: L.Trainer, iteration: int) -> None:
+    def _show_heading(self, trainer: L.Trainer, iteration: int) -> None:
         if self._is_enabled:
             display.heading = f"iteration {iteration} ({iteration + 1} of {_game_of(trainer).iterations})"
 
@@ -136,7 +136,7 @@ class ShowProgress(ProgressBar):
             self._training.end()
             self._training = None
 
-    def _let_go(self) -> None:
+    def _end_phases(self) -> None:
         for phase in (self._validation, self._training):
             if phase is not None:
                 phase.end(is_done=False)
@@ -148,7 +148,7 @@ def _game_of(trainer: L.Trainer) -> Any:
     return getattr(trainer.datamodule, "game", None)  # type: ignore[attr-defined]
 
 
-def _steps(trainer: L.Trainer, module: L.LightningModule, batch_idx: int) -> tuple[int, float]:
+def _count_steps(trainer: L.Trainer, module: L.LightningModule, batch_idx: int) -> tuple[int, float]:
     """Batches that were trained on before this one, and batches in all: of this iteration, if there is a game."""
     batches, epoch, epochs = trainer.num_training_batches, trainer.current_epoch, trainer.max_epochs
     game = _game_of(trainer)
@@ -162,7 +162,7 @@ def _steps(trainer: L.Trainer, module: L.LightningModule, batch_idx: int) -> tup
     return done, min(total, limit)
 
 
-def _facts(trainer: L.Trainer) -> dict[str, str]:
+def _collect_facts(trainer: L.Trainer) -> dict[str, str]:
     known = trainer.callback_metrics
     facts = {
         name: f"{float(known[key]):z.3f}"
@@ -173,7 +173,7 @@ def _facts(trainer: L.Trainer) -> dict[str, str]:
     return facts | {name: f"{float(value):.3g}" for name, value in others if name not in ("loss", "val/nll")}  # type: ignore[arg-type]
 
 
-def _num_tokens(batch: Any) -> int:
+def _count_tokens(batch: Any) -> int:
     """Tokens of a batch of responses or pairs; 0 of another."""
     parts = [getattr(part, "responses", part) for part in batch] if isinstance(batch, list) else []
     return sum(len(part.input_ids) for part in parts if isinstance(part, ResponseBatch))

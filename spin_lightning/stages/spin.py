@@ -41,7 +41,7 @@ class SpinLightningModule(IterativeModule):
             overshoot and diverge. The paper ran 0.1, with few and small steps.
         loss: The pair loss, as a class path with its settings.
         learning_rate: Peak of the schedule. The paper used 5e-7, later 1e-7, for 7B; small models want more (1e-5).
-        opponent: ``stored`` computes its log-probs once an iteration; ``resident`` keeps a frozen copy in memory; or an
+        opponent: ``stored`` computes its log-probs once an iteration, ``resident`` keeps a frozen copy in memory. Or an
             ``Opponent`` of your own by its class path.
 
     Raises:

@@ -194,7 +194,7 @@ def test_a_long_prompt_is_wrapped_to_the_terminal_and_every_line_coloured(flags,
 def test_words_of_a_sentencepiece_vocabulary_keep_their_space():
     tokenizer = metaspace_tokenizer("first", CHATML)
     ids = [tokenizer.get_vocab()[token] for token in ("▁4", "4", "▁", "\n")]
-    assert [check._visible(tokenizer, token) for token in ids] == ["␣4", "4", "␣", r"\n"]
+    assert [check._show_token(tokenizer, token) for token in ids] == ["␣4", "4", "␣", r"\n"]
 
 
 # --- what cannot be run is refused in a sentence ----------------------------------------------------------------------

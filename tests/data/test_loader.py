@@ -22,11 +22,11 @@ def test_data_order_is_a_function_of_seed_and_epoch_and_shows_each_pair_once(
     assert epochs[0] != epochs[1] and epochs[2] != epochs[3]
     torch.rand(7)  # the global state of chance plays no part
     data = plain.data
-    loader = data._loader(list(range(8)), list(range(8)), lambda batch, max_tokens: batch)
+    loader = data._make_loader(list(range(8)), list(range(8)), lambda batch, max_tokens: batch)
     loader.sampler.set_epoch(1)
     assert [index for batch in loader for index in batch] == epochs[1]
     other = SyntheticDataModule(rows, seed=1, batch_size=4, tokenizer_name_or_path=model)
     other.setup()
-    order = other._loader(list(range(8)), list(range(8)), lambda batch, max_tokens: batch)
+    order = other._make_loader(list(range(8)), list(range(8)), lambda batch, max_tokens: batch)
     assert isinstance(order, ResumableLoader)
     assert [index for batch in order for index in batch] != epochs[0]

@@ -145,7 +145,7 @@ def new_pairs(maker: PairMaker) -> list[dict[str, Any]]:
     from spin_lightning.progress import progress
 
     with torch.no_grad(), progress("answering", 1, "responses") as phase:
-        return maker._new_pairs(maker.prompts, {}, phase)
+        return maker._make_pairs(maker.prompts, {}, phase)
 
 
 @pytest.mark.parametrize(

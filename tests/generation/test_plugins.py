@@ -126,7 +126,7 @@ def test_a_generator_whose_ids_the_model_does_not_know_is_named(ids: list[int]) 
     with pytest.raises(
         UserError, match=f"Mine gave the ids {min(ids)} to {max(ids)}, and the model has rows for 0 to 263"
     ):
-        maker._checked((0, Response(ids, "length", -1.0)), 1)
+        maker._check_response((0, Response(ids, "length", -1.0)), 1)
 
 
 @pytest.mark.parametrize(

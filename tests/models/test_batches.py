@@ -63,10 +63,10 @@ def test_in_every_layout_a_token_is_predicted_at_the_place_before_it() -> None:
     assert batch.input_ids.tolist() == [5, 6, 7, 2, 8, 9, 3, 4, 1]
     assert (batch.scored.tolist(), batch.predictors.tolist()) == ([2, 3, 4, 6, 8], [1, 2, 1, 5, 7])
     assert (batch.response_index.tolist(), batch.response_lengths.tolist()) == ([0, 0, 1, 2, 4], [2, 1, 2, 0, 1])
-    places, predictors = forward_paths._end_to_end(batch)
+    places, predictors = forward_paths._lay_end_to_end(batch)
     assert batch.input_ids[places].tolist() == [5, 6, 7, 2, 5, 6, 8, 9, 3, 4, 4, 1]
     assert predictors.tolist() == [1, 2, 5, 7, 10]
-    places, mask, predictors = forward_paths._in_rows(batch)  # 4 wide; none for the response without a token
+    places, mask, predictors = forward_paths._pad_in_rows(batch)  # 4 wide; none for the response without a token
     assert batch.input_ids[places][mask.bool()].tolist() == [5, 6, 7, 2, 5, 6, 8, 9, 3, 4, 1]
     assert predictors.tolist() == [1, 2, 5, 8, 12]
 

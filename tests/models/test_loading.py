@@ -299,7 +299,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    hub._answers.cache_clear()
+    hub._try_hub.cache_clear()
     return asked
 
 
@@ -315,7 +315,7 @@ def test_without_a_network_a_name_on_the_hub_is_refused_in_seconds(
     assert no_network == [hub.TIMEOUT_SECONDS] and hub.TIMEOUT_SECONDS <= 10  # one try, however many names
     assert time.process_time() - began < 5
     assert capsys.readouterr().out.count("does not answer (no route to host)") == 1
-    hub._answers.cache_clear()
+    hub._try_hub.cache_clear()
 
 
 def test_a_folder_asks_no_hub(no_network: list[float], model: str) -> None:

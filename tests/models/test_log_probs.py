@@ -219,8 +219,8 @@ def test_every_forward_path_gives_the_same_numbers(model: PreTrainedModel, refer
     batch = pack(GROUPS)
     reference = copy.deepcopy(reference).to(model.dtype)
     for path in (
-        forward_paths._plain,
-        lambda model, batch: forward_paths._separate(model, batch, head.is_linear(model)),
+        forward_paths._score_plain,
+        lambda model, batch: forward_paths._score_separate(model, batch, head.is_linear(model)),
     ):
         values = path(reference, batch)
         assert_close(values, forward_paths.forward_path_of(model)(model, batch), rounding(model))
@@ -270,7 +270,9 @@ def test_attention_in_blocks_equals_one_masked_softmax(
     visible = torch.zeros(length, length, dtype=torch.bool)
     for q, places in shared_prompt.segments(batch):
         seen = torch.cat([torch.arange(place.start, place.stop) for place in places])
-        visible[torch.arange(q.start, q.stop)[:, None], seen] = shared_prompt._mask(q.stop - q.start, len(seen), window)
+        visible[torch.arange(q.start, q.stop)[:, None], seen] = shared_prompt._make_mask(
+            q.stop - q.start, len(seen), window
+        )
     scores = query @ key.repeat_interleave(2, 1).mT * 0.7
     weights = scores[:, :, :count].masked_fill(~visible[:count], -torch.inf).softmax(-1)
     expected = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
@@ -348,8 +350,8 @@ def test_empty_responses_give_zero_wherever_they_stand_and_no_gradient_that_is_n
     (gradient,) = torch.autograd.grad(values.sum(), next(model.parameters()))
     assert gradient.isfinite().all()
     for path in (
-        forward_paths._plain,
-        lambda model, batch: forward_paths._separate(model, batch, head.is_linear(model)),
+        forward_paths._score_plain,
+        lambda model, batch: forward_paths._score_separate(model, batch, head.is_linear(model)),
     ):
         if len(pack(groups).scored):
             (gradient,) = torch.autograd.grad(path(model, pack(groups)).sum(), next(model.parameters()))
@@ -476,7 +478,7 @@ EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_inte
 WINDOW: dict[str, Any] = {"sliding_window": 6}
 #: How each is made, and the forward path it takes.
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {
-    "mixtral": (lambda: MixtralConfig(**SHAPE, **WINDOW, num_local_experts=4), "_shared"),
+    "mixtral": (lambda: MixtralConfig(**SHAPE, **WINDOW, num_local_experts=4), "_score_shared"),
     # the two below have windows that their attention is told nothing of
     "qwen2-moe": (
         lambda: Qwen2MoeConfig(
@@ -487,11 +489,11 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
             layer_types=["sliding_attention"] * 2,
             shared_expert_intermediate_size=16,
         ),
-        "_shared",
+        "_score_shared",
     ),
-    "phimoe": (lambda: PhimoeConfig(**SHAPE, **WINDOW, num_local_experts=4), "_shared"),
-    "qwen3-moe": (lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, output_router_logits=True), "_shared"),
-    "granite-moe": (lambda: GraniteMoeConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2), "_shared"),
+    "phimoe": (lambda: PhimoeConfig(**SHAPE, **WINDOW, num_local_experts=4), "_score_shared"),
+    "qwen3-moe": (lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, output_router_logits=True), "_score_shared"),
+    "granite-moe": (lambda: GraniteMoeConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2), "_score_shared"),
     "deepseek-v3, values narrower than keys": (
         lambda: DeepseekV3Config(
             **{**SHAPE, "num_key_value_heads": 2},
@@ -507,7 +509,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
             qk_nope_head_dim=8,
             v_head_dim=8,
         ),
-        "_shared",
+        "_score_shared",
     ),
     "gpt-oss, attention with sinks": (
         lambda: GptOssConfig(
@@ -518,20 +520,20 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
             num_experts_per_tok=2,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
-        "_separate",
+        "_score_separate",
     ),
     "jamba": (
         lambda: JambaConfig(
             **SHAPE, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2, mamba_d_state=4
         ),
-        "_separate",
+        "_score_separate",
     ),
-    "rwkv": (lambda: RwkvConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2), "_separate"),
+    "rwkv": (lambda: RwkvConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2), "_score_separate"),
     "llama4, chunks of tokens": (
         lambda: Llama4TextConfig(
             **SHAPE, head_dim=8, intermediate_size_mlp=24, num_local_experts=4, attention_chunk_size=6
         ),
-        "_plain",
+        "_score_plain",
     ),
 }
 LONG = [
@@ -583,13 +585,13 @@ def test_the_kind_of_a_mask_is_read_off_its_rows() -> None:
         sliding_window_causal_mask_function,
     )
 
-    assert shared_prompt._window(causal_mask_function, 70) is None
-    assert shared_prompt._window(sliding_window_causal_mask_function(70), 70) is None
+    assert shared_prompt._find_window(causal_mask_function, 70) is None
+    assert shared_prompt._find_window(sliding_window_causal_mask_function(70), 70) is None
     for length in (9, 70, 700):
-        assert shared_prompt._window(sliding_window_causal_mask_function(8), length) == 8
+        assert shared_prompt._find_window(sliding_window_causal_mask_function(8), length) == 8
     for other in (chunked_causal_mask_function(8, torch.zeros(1)), bidirectional_mask_function):
         with pytest.raises(NotImplementedError, match="more than a sliding window"):
-            shared_prompt._window(other, 70)
+            shared_prompt._find_window(other, 70)
 
 
 def test_a_mask_that_only_long_passes_have_is_no_reason_to_stop(
@@ -603,7 +605,7 @@ def test_a_mask_that_only_long_passes_have_is_no_reason_to_stop(
     def changed(*_: Any) -> None:
         raise NotImplementedError("another mask")
 
-    monkeypatch.setattr(shared_prompt, "_window", changed)
+    monkeypatch.setattr(shared_prompt, "_find_window", changed)
     for _ in range(2):
         assert_close(response_log_probs(model, pack(GROUPS)), expected, 1e-4)
     said = capsys.readouterr().out
@@ -743,7 +745,7 @@ def test_bfloat16_is_as_close_to_float64_as_separate_rows_in_bfloat16_are(name: 
         )
 
     assert is_shared(rounded)
-    assert error(forward_paths.forward_path_of(rounded)) <= 2 * error(forward_paths._plain) + 1e-6
+    assert error(forward_paths.forward_path_of(rounded)) <= 2 * error(forward_paths._score_plain) + 1e-6
 
 
 def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
@@ -776,17 +778,17 @@ def test_dropout_of_attention_weights_keeps_their_mean() -> None:
         draws = torch.stack([response_log_probs(model, pack(GROUPS)) for _ in range(20)])
     assert draws.std(0).min() > 0.01
     query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 9, 8)
-    from spin_lightning.models.shared_prompt import _plain_attention
+    from spin_lightning.models.shared_prompt import _attend_plainly
 
-    plain = _plain_attention(query, key, key, 0.3, 0.0, 4, None)
-    mean = torch.stack([_plain_attention(query, key, key, 0.3, 0.5, 4, None) for _ in range(4000)]).mean(0)
+    plain = _attend_plainly(query, key, key, 0.3, 0.0, 4, None)
+    mean = torch.stack([_attend_plainly(query, key, key, 0.3, 0.5, 4, None) for _ in range(4000)]).mean(0)
     assert_close(mean, plain, 0.1)
     assert exact.isfinite().all()
 
 
 def test_flex_attention_gets_the_same_mask() -> None:
     """What a GPU runs, compared entry by entry with the segments that a CPU runs."""
-    from spin_lightning.models.shared_prompt import _mask, block_mask, segments
+    from spin_lightning.models.shared_prompt import _make_mask, block_mask, segments
 
     batch = pack(GROUPS)
     size = len(batch.input_ids)
@@ -794,7 +796,7 @@ def test_flex_attention_gets_the_same_mask() -> None:
         expected = torch.zeros(size, size, dtype=torch.bool)
         for queries, places in segments(batch):
             keys = [place for part in places for place in range(part.start, part.stop)]
-            expected[queries.start : queries.stop, keys] = _mask(queries.stop - queries.start, len(keys), window)
+            expected[queries.start : queries.stop, keys] = _make_mask(queries.stop - queries.start, len(keys), window)
         index = torch.arange(size)
         mask = block_mask(batch, window, torch.device("cpu"))
         found = mask.mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index[None])
@@ -807,12 +809,12 @@ def test_flash_attention_gets_sequences_end_to_end() -> None:
     """The layout its variable-length kernel takes, run here through torch's own attention, which knows it too."""
     model = spread_out(MODELS["llama"]()).double().eval()
     batch = pack(GROUPS)
-    places, predictors = forward_paths._end_to_end(batch)
+    places, predictors = forward_paths._lay_end_to_end(batch)
     output = model(
         input_ids=batch.input_ids[places][None], position_ids=batch.position_ids[places][None], use_cache=False
     )
     values = output.logits[0, predictors].log_softmax(-1).gather(1, batch.input_ids[batch.scored][:, None]).squeeze(1)
-    assert_close(values, forward_paths._plain(model, batch))
+    assert_close(values, forward_paths._score_plain(model, batch))
 
 
 # --- By hand --------------------------------------------------------------------------------------------------------
@@ -920,7 +922,7 @@ def test_a_mask_is_read_alike_whatever_the_default_dtype(length: int, window: in
 
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = shared_prompt._window(mask, length)
+        found = shared_prompt._find_window(mask, length)
     finally:
         torch.set_default_dtype(torch.float32)
     assert found == (window if window is not None and window < length else None)

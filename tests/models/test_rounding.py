@@ -23,11 +23,11 @@ def test_rounding_is_the_distance_a_token_of_two_forward_paths_through_the_model
 
     def rows(model: nn.Module, batch: Any, is_linear: bool) -> Tensor:
         seen.append(batch.lengths)
-        return forward_paths._shared(model, batch, is_linear) + torch.tensor(
+        return forward_paths._score_shared(model, batch, is_linear) + torch.tensor(
             [0.02, -0.02, 0.1, 0.0, 0.06, -0.04, 0.0, 0.1, 0.1]
         )
 
-    monkeypatch.setattr(forward_paths, "_separate", rows)
+    monkeypatch.setattr(forward_paths, "_score_separate", rows)
     # whole sequences: prompts make more numbers; the responses alone are no further off
     assert rounding_of(model, batch) == pytest.approx(
         ((2 * 0.02**2 + 3 * 0.1**2 + 0.06**2 + 0.04**2) / 9) ** 0.5, rel=0.01

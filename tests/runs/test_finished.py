@@ -13,7 +13,7 @@ from helpers import args_of, save_tiny_model, write_rows
 
 from spin_lightning import UserError
 from spin_lightning.cli.commands import run
-from spin_lightning.runs.settings import _agree
+from spin_lightning.runs.settings import _values_agree
 
 QUICK = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
 QUICK += ["--data.batch_size=4", "--model.learning_rate=1e-3"]
@@ -109,6 +109,14 @@ def test_other_data_is_refused_and_moved_data_is_not(finished: dict[str, Any], t
 
 
 def test_what_an_older_version_left_out_of_the_record_agrees_with_any_value() -> None:
-    assert _agree("***", "hf_dataset_of_words") and _agree("a *** c", "a b c") and _agree(["***"], ["x"])
-    assert not _agree("a *** c", "a b d") and not _agree("x", "***") and _agree("***", "***")
-    assert _agree({"a": "***"}, {"a": "x"}) and not _agree({"a": "***"}, {"b": "x"}) and not _agree({"a": 1}, {"a": 2})
+    assert (
+        _values_agree("***", "hf_dataset_of_words")
+        and _values_agree("a *** c", "a b c")
+        and _values_agree(["***"], ["x"])
+    )
+    assert not _values_agree("a *** c", "a b d") and not _values_agree("x", "***") and _values_agree("***", "***")
+    assert (
+        _values_agree({"a": "***"}, {"a": "x"})
+        and not _values_agree({"a": "***"}, {"b": "x"})
+        and not _values_agree({"a": 1}, {"a": 2})
+    )
