@@ -18,10 +18,10 @@ from spin_lightning.types import Response, UserError
 
 @dataclass(frozen=True)
 class Player:
-    """Who responds: the frozen model of an iteration.
+    """Who responds in an iteration. At its start that is the policy itself, in evaluation mode while it responds.
 
     Attributes:
-        model: In this process, in evaluation mode.
+        model: In this process.
         folder: Where the same weights lie as a Hugging Face folder, for a backend in another process. None: nowhere, as
             in iteration 0, whose model may be changed or unnamed.
     """

@@ -385,7 +385,7 @@ def end_ids(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[int]:
-    """The tokens that end a response by the settings of a model not loaded yet. A ``.gguf`` file has only the tokenizer's.
+    """The tokens that end a response by a model's settings, not loaded yet. A ``.gguf`` file has the tokenizer's alone.
 
     Raises:
         UserError: Nothing can be loaded under that name.

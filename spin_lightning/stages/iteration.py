@@ -1,7 +1,7 @@
 """What is done in an iteration: a table is opened, filled and read, and after training the policy is exported.
 
 ``Iteration`` is what the clock runs, and all that it knows of a stage that plays. ``SpinIteration`` is that of
-self-play. Both are handed values: models, data and settings, and neither a trainer nor a module.
+self-play. Both are handed the run and a view of the policy, and know no Lightning.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Policy:
+class PolicyView:
     """The model under training, as an iteration sees it.
 
     Attributes:
@@ -91,7 +91,7 @@ class Iteration(ABC):
         policy: The model under training.
     """
 
-    def __init__(self, number: int, run: Run, policy: Policy) -> None:
+    def __init__(self, number: int, run: Run, policy: PolicyView) -> None:
         self.number, self.run, self.policy = number, run, policy
         self.folder = run.folder_of(number)
 
@@ -138,7 +138,7 @@ class SpinIteration(Iteration):
         loss: Says what has to be stored with the pairs, and which teach it anything.
     """
 
-    def __init__(self, number: int, run: Run, policy: Policy, opponent: Opponent, loss: PairLoss) -> None:
+    def __init__(self, number: int, run: Run, policy: PolicyView, opponent: Opponent, loss: PairLoss) -> None:
         super().__init__(number, run, policy)
         self.opponent, self.loss = opponent, loss
 

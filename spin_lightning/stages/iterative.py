@@ -8,7 +8,7 @@ from typing import Any
 
 from spin_lightning.models.loading import load_policy
 from spin_lightning.schedule import check_schedule
-from spin_lightning.stages.iteration import Iteration, Policy, Run
+from spin_lightning.stages.iteration import Iteration, PolicyView, Run
 from spin_lightning.stages.policy import PolicyModule
 
 
@@ -20,7 +20,7 @@ class IterativeModule(PolicyModule):
         """What is done in an iteration of this stage."""
 
     @property
-    def policy_for_iteration(self) -> Policy:
+    def policy_view(self) -> PolicyView:
         """The policy as an iteration sees it."""
 
         def load(folder: Path | None) -> Any:
@@ -36,7 +36,7 @@ class IterativeModule(PolicyModule):
                 )
             return model.to(self.device)
 
-        return Policy(
+        return PolicyView(
             self.policy,
             self.model_name_or_path,
             self.compute_dtype,

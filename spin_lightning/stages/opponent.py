@@ -1,4 +1,6 @@
-"""The opponent as a player: something that knows the log-probs of both responses of a batch.
+"""The opponent in a training step: something that knows the log-probs of both responses of a batch.
+
+Who responds to the prompts is ``generation.base.Player``: the same weights, where an iteration begins.
 
 Two forms. ``StoredOpponent`` reads what was computed once at the iteration's start and kept with
 the pairs: no second model in memory. ``ResidentOpponent`` holds a frozen copy and computes at every step. A third
@@ -29,7 +31,7 @@ class Opponent(nn.Module):
         """Take over the policy's weights as they are now, at the start of an iteration."""
 
     def restore(self, load: Callable[[], nn.Module]) -> None:
-        """Become the same opponent again where an iteration continues. ``load`` gives its model, checked by its hash."""
+        """Become the same opponent again where an iteration continues. ``load`` gives its model, checked by hash."""
         if self.holds_weights:
             self.become(load())
 

@@ -1,7 +1,6 @@
 """What every stage trains: a causal language model with its optimiser, its schedule and its held-out NLL.
 
-``SpinLightningModule`` and ``SftLightningModule`` differ only in their training step. No data set, template or
-sampling here.
+Stages differ in their training step, and in what they do beside it. No data set, template or sampling here.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ class PolicyModule(L.LightningModule):
         self.first_step = -1  # optimiser steps when the iteration in progress began
         self._non_finite_in_a_row = 0
         self._update = _Update()
-        #: Which iteration the schedules are at, and how many epochs it has. A callback sets them; SFT is one iteration.
+        #: Which iteration the schedules are at, and how many epochs it has. The clock sets them; SFT is one iteration.
         self.iteration = 0
         self.epochs_in_iteration: int | None = None
         self.held_out_nll = MeanMetric()

@@ -1,7 +1,7 @@
 """Self-play fine-tuning as a Lightning module: a policy, its frozen opponent, and the SPIN loss between them.
 
-The loss is in ``losses``, the log-probs in ``log_probs``, the clock of the game in ``clock``. Data
-sets, templates and sampling are not known here.
+The loss is in ``losses``, the log-probs in ``log_probs``, the clock of the game in ``clock``, and what is done in an
+iteration in ``iteration``. Data sets, templates and sampling are not known here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class SpinLightningModule(IterativeModule):
         self.loss.check(self.beta, iterations)
 
     def make_iteration(self, number: int, run: Run) -> SpinIteration:
-        return SpinIteration(number, run, self.policy_for_iteration, self.opponent, self.loss)
+        return SpinIteration(number, run, self.policy_view, self.opponent, self.loss)
 
     @property
     def needs_start(self) -> bool:

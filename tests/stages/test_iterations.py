@@ -61,7 +61,7 @@ def collate(rows: Any, max_tokens: int) -> list[Any]:
 
 class ImitationModule(IterativeModule):
     def make_iteration(self, number: int, run: Run) -> Iteration:
-        return ImitationIteration(number, run, self.policy_for_iteration)
+        return ImitationIteration(number, run, self.policy_view)
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Any:
         count = sum(map(len, batch))
