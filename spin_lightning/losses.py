@@ -197,7 +197,7 @@ class SpinLoss(PairLoss):
 
     @property
     def learns_from_identical(self) -> bool:
-        """Only through the term on the real response alone: the margin of an identical pair is constant."""
+        """True with the term on the real response alone: the margin of an identical pair is constant."""
         return self.now(self.nll_weight) > 0
 
     @property
@@ -303,7 +303,7 @@ class TSpinLoss(PairLoss):
 
     @property
     def learns_from_identical(self) -> bool:
-        """Where the anchor counts: it compares the generated response with a third one."""
+        """True where the anchor counts, because it compares the generated response with a third one."""
         return self._anchor_weight_now > 0
 
     @property
@@ -350,7 +350,7 @@ class SpaceLoss(PairLoss):
 
     @property
     def learns_from_identical(self) -> bool:
-        """Always: an identical pair pulls its log-ratio to 0, and dropping it would bias the optimum."""
+        """Always True: an identical pair pulls its log-ratio to 0, and dropping it would bias the optimum."""
         return True
 
     @property
@@ -427,7 +427,7 @@ class DpopLoss(PairLoss):
 
     @property
     def learns_from_identical(self) -> bool:
-        """Through the penalty: it lifts a real response that fell, whatever the generated one is."""
+        """True with the penalty: it lifts a real response that fell, whatever the generated one is."""
         return self.now(self.penalty_weight) > 0
 
     @property

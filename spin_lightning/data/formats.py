@@ -594,7 +594,7 @@ def prompt_key(row: Row) -> tuple[Any, ...]:
 
 
 def answer_key(row: Row) -> tuple[str, ...]:
-    """The same of the real response."""
+    """The row's real response, with all that decides it, as something to compare and to look up."""
     return (row.real, json.dumps(row.real_extras, sort_keys=True, default=str)) if row.real_extras else (row.real,)
 
 

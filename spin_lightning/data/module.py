@@ -329,7 +329,7 @@ class RowDataModule(L.LightningDataModule):
 
     @property
     def held_out_hash(self) -> str:
-        """The same of what is held out."""
+        """Hash of all held-out prompts and real responses as token ids."""
         return _hash_of(self.val_prompts)
 
     def train_dataloader(self) -> ResumableLoader:

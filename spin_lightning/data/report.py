@@ -85,7 +85,7 @@ def say_noted(noted: dict[str, Tally], suffix: str = "") -> None:
 
 
 def as_dicts(tallies: dict[str, Tally]) -> dict[str, Any]:
-    """The same as the report has it."""
+    """What was noted, as the report has it."""
     return {name: asdict(tally) for name, tally in tallies.items()}
 
 

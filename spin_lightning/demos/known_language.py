@@ -293,7 +293,7 @@ def _fit(
 
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
-    """Send what many small runs say to a log, and compute on one thread: the matrices are too small for two."""
+    """Send the output of many small runs to a log, and compute on one thread: the matrices are too small for two."""
     logger = logging.getLogger("lightning.pytorch")
     level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.ERROR)

@@ -43,7 +43,7 @@ class ContinuousGenerator(TransformersGenerator):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """That of ``TransformersGenerator``, its name included: the responses are the same, seed by seed."""
+        """The record of ``TransformersGenerator``, its name included: the responses are the same, seed by seed."""
         sampling = super().sampling
         if type(self) is ContinuousGenerator:
             sampling["generator"] = f"{TransformersGenerator.__module__}.{TransformersGenerator.__qualname__}"

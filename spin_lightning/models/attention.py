@@ -11,7 +11,7 @@ from typing import Any
 
 
 def attention_of(config: Any) -> str:
-    """Such as ``sdpa``."""
+    """The name of a model's attention, such as ``sdpa``."""
     return str(config._attn_implementation)
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The argument of a model's forward pass that takes its cache. Of one that names none, what transformers calls it.
+    """The argument of a model's forward pass that takes its cache; where none is named, what transformers calls it.
 
     Example:
         >>> class Model(nn.Module):

@@ -140,7 +140,7 @@ def _lay_end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
 
 
 def _pad_in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in right padded rows ``(R, L)``, with their mask; predictors count through the flattened rows."""
+    """Places of all sequences in right padded rows ``(R, L)``, and their mask; predictors count in the flat rows."""
     # a row in which nothing is predicted could have no token at all, and attention over nothing is NaN
     rows = [(length, places) for length, places in sequences(batch.lengths) if shifted(length, places)[1]]
     longest = max(len(sequence) for _, sequence in rows)

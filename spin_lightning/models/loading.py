@@ -385,7 +385,7 @@ def end_ids(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[int]:
-    """The same of a model that is not loaded. A ``.gguf`` file has no other than its tokenizer's.
+    """The tokens that end a response by the settings of a model not loaded yet. A ``.gguf`` has only its tokenizer's.
 
     Raises:
         UserError: Nothing can be loaded under that name.

@@ -97,5 +97,5 @@ def _code(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """The same outside of a code span, where HTML, links and emphasis would count."""
+    """One line in which nothing is HTML, a link or emphasis, for a place outside of a code span."""
     return re.sub(r"[<>\[\]*&!#]", lambda found: f"&#{ord(found[0])};", _code(value))

@@ -42,7 +42,7 @@ class Boundary:
     asks: tuple[_Ask, ...]
 
     def side(self, length: int) -> int:
-        """Equal for lengths of sequences that may share a pass."""
+        """The number of the side that a length is on: sequences on the same side may share a pass."""
         if self.every_length_from is not None and length > self.every_length_from:
             return length
         return -sum(length > own for own in self.lengths)
@@ -142,7 +142,7 @@ class _Ask:
         return [part[..., :-1, :] for part in (output if isinstance(output, tuple) else (output,))]
 
     def on_a_copy(self, length: int) -> list[Tensor]:
-        """The same, leaving the module as it is."""
+        """Ask a copy, which leaves the module as it is."""
         twin = copy.copy(self.module)
         twin._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in twin._buffers.items()}
         self(1, twin)

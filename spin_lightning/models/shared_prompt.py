@@ -231,7 +231,7 @@ def segments(layout: ResponseBatch) -> Iterator[tuple[slice, tuple[slice, ...]]]
 
 
 def block_mask(layout: ResponseBatch, window: int | None, device: torch.device) -> Any:
-    """The same as a mask for FlexAttention. Made once a batch, and kept with it."""
+    """Which tokens each token may see, as a mask for FlexAttention. Made once a batch, and kept with it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in layout.block_masks:

@@ -29,7 +29,7 @@ class Opponent(nn.Module):
         """Take over the policy's weights as they are now, at the start of an iteration."""
 
     def restore(self, load: Callable[[], nn.Module]) -> None:
-        """Be who it was, where an iteration continues in its middle. ``load`` gives its model, checked by its hash."""
+        """Become the same opponent again where an iteration continues. ``load`` gives its model, its hash checked."""
         if self.holds_weights:
             self.become(load())
 
