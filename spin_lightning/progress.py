@@ -139,7 +139,7 @@ class Display:
             return
         now = self.clock()
         seconds, is_outer = now - phase.began, self.phases[0] is phase
-        self.phases.remove(phase)
+        del self.phases[self.phases.index(phase) :]  # with those inside of it that an error left open
         if self.phases:
             self.phases[-1].elsewhere += seconds
         if is_outer:

@@ -24,6 +24,7 @@ from spin_lightning import ShowProgress
 from spin_lightning import progress as module
 from spin_lightning.cli.commands import run
 from spin_lightning.cli.stage_cli import StageCLI
+from spin_lightning.data.encoding import Encoder
 from spin_lightning.models.loading import load_policy, load_tokenizer, without_bars
 from spin_lightning.models.saving import save_model
 from spin_lightning.progress import Display, Phase
@@ -211,6 +212,20 @@ def test_an_error_takes_the_line_away_and_leaves_everything_as_it_was(
         fail()
     assert screen_of(terminal).text == "" and "?25" not in terminal.getvalue()  # no cursor was ever hidden
     assert sys.stdout is sys.stderr is terminal and display.phases == []
+
+
+def test_a_loop_that_was_broken_off_does_not_stay_open(model: str, rows: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its traceback keeps the loop's generator alive, and a notebook keeps the traceback."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "has_control_tokens", lambda *args: 1 / 0)
+        game = Game(model, rows, tmp_path, callbacks=[ShowProgress()], trainer={"enable_progress_bar": True})
+        with pytest.raises(ZeroDivisionError) as kept:
+            game.play()
+    assert kept.tb is not None and module.display.phases == []
+    display = Display()
+    with Phase(display, "answering"):
+        Phase(display, "scoring").begin()
+    assert display.phases == []
 
 
 def test_no_colours_where_they_are_not_wanted(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What libraries say that the user of a command can do nothing about: named here, and in no other file.
 
-News of Lightning that were asked for pass, as a profiler's report does; so do all warnings that are not named here.
+News of Lightning that were asked for pass, as a profiler's report does; so do those of a user's own code, and all
+warnings that are not named here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ import os
 import warnings
 from pathlib import Path
 
+import lightning
+
+#: What says it where it is not a user's own code that does.
+LIGHTNING = Path(str(lightning.__file__)).parent
 #: Loggers through which Lightning says which devices it found, what it seeded, what it restored, and what else one
 #: might install.
 NEWS = ("lightning.pytorch", "lightning.fabric")
@@ -43,4 +48,5 @@ def silence_libraries() -> None:
 
 
 def _was_asked_for(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or any(part in Path(record.pathname).parts for part in ASKED_FOR)
+    path = Path(record.pathname)
+    return record.levelno >= logging.WARNING or LIGHTNING not in path.parents or any(p in path.parts for p in ASKED_FOR)

@@ -177,10 +177,10 @@ class SelfPlay(HoldsFolder):
         started = time.monotonic()
         if any(isinstance(callback, RunCheckpoint) for callback in self.trainer.checkpoint_callbacks):
             signals.listen()
+        if is_fresh:  # before all that depends on what a callback may set
+            notify(self.trainer, "on_iteration_start", number)
         iteration = self._make_iteration(number)
         store = iteration.open(self.remembered.manifest, is_fresh)
-        if is_fresh:
-            notify(self.trainer, "on_iteration_start", number)
         iteration.fill(store)
         self._training_set = training_set = iteration.training_set(store)
         if is_fresh:

@@ -121,6 +121,8 @@ class ShowProgress(ProgressBar):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._end_phases()
+        if display.phases:  # of a loop that the error's traceback keeps alive, as it does in a notebook
+            display.phases[0].end(is_done=False)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end_phases()

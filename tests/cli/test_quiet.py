@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from spin_lightning.cli.commands import run
@@ -52,9 +53,10 @@ def test_what_a_setting_asks_for_is_said(said, fit):
 
 def test_other_warnings_of_libraries_pass(said):
     silence_libraries()
-    rank_zero_info("Seed set to 0")
+    Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    rank_zero_info("a callback of the user's own says something")
     logging.getLogger(SHARED).warning("a disk is full")
-    assert said.messages == ["a disk is full"]
+    assert said.messages == ["a callback of the user's own says something", "a disk is full"]
     with pytest.warns(UserWarning, match="GPU available but not used"):
         rank_zero_warn("GPU available but not used.")
     with warnings.catch_warnings(record=True) as caught:

@@ -18,6 +18,7 @@ from spin_lightning import (
     TransformersGenerator,
     UserError,
 )
+from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.models.saving import weights_hash
 
 
@@ -28,6 +29,22 @@ def test_third_party_callbacks_are_told_of_each_iteration_in_order(plain: Game) 
     ]
     whole = [("on_validation_end",), *iteration[0], *iteration[1], ("on_fit_end",)]
     assert plain.hooks == whole  # type: ignore[attr-defined]
+
+
+def test_what_a_callback_sets_as_an_iteration_begins_is_in_what_its_pairs_are_bound_to(
+    model: str, rows: str, tmp_path: Path
+) -> None:
+    def steer(trainer: Any, module: Any, iteration: int) -> None:
+        trainer.datamodule.generator.temperature = 1.0 + iteration
+        torch.nn.init.constant_(module.policy.model.norm.weight, 2.0)
+
+    game = Game(model, rows, tmp_path, callbacks=[Do(on_iteration_start=steer)], data={"history": 0}).play()
+    bindings = [PairStore(tmp_path / f"iteration_{k}" / "pairs").binding for k in range(2)]
+    assert [binding["sampling"]["temperature"] for binding in bindings] == [1.0, 2.0]
+    first = AutoModelForCausalLM.from_pretrained(model)
+    torch.nn.init.constant_(first.model.norm.weight, 2.0)
+    assert bindings[0]["opponent_sha256"] == weights_hash(first)
+    assert game.losses[0] == pytest.approx(0.693147, abs=1e-4)
 
 
 def test_the_opponent_of_an_iteration_is_the_policy_the_last_one_exported(plain: Game, model: str) -> None:
