@@ -8,8 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from spin_lightning.version import __version__ as __version__
-
 if TYPE_CHECKING:
     from spin_lightning.data.module import RowDataModule as RowDataModule
     from spin_lightning.generation import ContinuousGenerator as ContinuousGenerator
@@ -41,6 +39,9 @@ if TYPE_CHECKING:
     from spin_lightning.types import NonFiniteError as NonFiniteError
     from spin_lightning.types import StorageError as StorageError
     from spin_lightning.types import UserError as UserError
+
+__version__ = "0.1.0"
+"0.1.0"
 
 #: Every public name, by the module it is in. The imports above tell editors and type checkers the same; a test compares
 #: them.

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "spin_lightning"
 #: A room imports from those above it only. What stands before the first room knows no room.
 ROOMS = ["runs", "models", "data", "generation", "stages", "cli", "demos"]
 #: Files that stand alone, and what they may import of each other.
-FOUNDATION = ["version", "types", "terminal", "progress", "schedule", "losses"]
+FOUNDATION = ["types", "terminal", "progress", "schedule", "losses"]
 ORDER = [*FOUNDATION, *ROOMS]
 
 
@@ -94,9 +94,7 @@ def test_public_names_load_lazily_and_exist():
 def test_editors_are_told_the_public_names_and_their_homes():
     import spin_lightning
 
-    told = {
-        (name, module) for module, name in imports_of(PACKAGE / "__init__.py") if module != "spin_lightning.version"
-    }
+    told = {(name, module) for module, name in imports_of(PACKAGE / "__init__.py")}
     homes = spin_lightning._HOMES
     assert told == {(name, f"spin_lightning.{home}") for home, names in homes.items() for name in names}
     assert spin_lightning.__all__ == sorted({name for name, _ in told} | {"__version__"})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spin_lightning.version import __version__
+from spin_lightning import __version__
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from spin_lightning.version import __version__
+from spin_lightning import __version__
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI

@@ -30,6 +30,7 @@ import lightning as L
 import torch
 import transformers
 
+from spin_lightning import __version__
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.demos.arms import Arm, Point, Result, Scale, Settings
 from spin_lightning.demos.language import RULES, ExactDistance, save_start, write_rows
@@ -45,7 +46,6 @@ from spin_lightning.stages.sft import SftLightningModule
 from spin_lightning.stages.spin import SpinLightningModule
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
-from spin_lightning.version import __version__
 
 
 class Watch(L.Callback):

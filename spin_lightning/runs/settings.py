@@ -17,11 +17,11 @@ import tokenizers
 import torch
 import transformers
 
+from spin_lightning import __version__
 from spin_lightning.runs.files import read_json, write_json
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
-from spin_lightning.version import __version__
 
 SETTINGS = "run.json"
 #: What may change freely: where things are, how they are shown, and how much is done at once.

@@ -117,10 +117,8 @@ class SelfPlay(HoldsFolder):
             raise UserError(f"self_play.epochs must be at least 1 in every iteration, got {epochs!r}.")
         #: What ``Trainer(max_epochs=...)`` has to be.
         self.total_epochs = sum(self.epochs)
-        self._boundaries = {
-            0,
-            *accumulate(self.epochs),
-        }  # epochs that begin an iteration; the epoch after the last one too
+        # epochs that begin an iteration; the epoch after the last one too
+        self._boundaries = {0, *accumulate(self.epochs)}
         self.output_dir = run_folder(output_dir, "self_play.output_dir")
         self.iterations = iterations
         self.reset_optimizer = reset_optimizer
