@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -139,6 +140,8 @@ class StageCLI(FlagsWin, LightningCLI):
         for section, kind in self.stage.callbacks.items():
             parser.add_lightning_class_args(resolve_name(kind), section)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        for setting in self.stage.reads_over:
+            parser.add_argument(f"--{setting}", type=dict | Any, help=SUPPRESS, default=SUPPRESS)
         parser.set_defaults(dict(self.stage.defaults))
         parser.link_arguments(f"{self.stage.folder}.output_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
         for target, (sources, follow) in self.stage.links.items():
@@ -157,11 +160,21 @@ class StageCLI(FlagsWin, LightningCLI):
         except Exception as error:
             if (sentence := refusal_of_arguments(error, args)) is None:
                 raise
-            for setting, answer in self.stage.absent.items():
-                if re.search(rf"\b{re.escape(setting)}\b", sentence):
-                    raise UserError(answer) from error
             sentence += "" if sentence.endswith((".", "?")) else "."
             raise UserError(f"{sentence}{self._did_you_mean(sentence)}") from error
+        self._read_over_others(self.config[COMMANDS[self.word].method])
+
+    def _read_over_others(self, config: Any) -> None:
+        """Take settings of other stages out of the config, and what follows from them into it."""
+        defaults = parsers_of(self)[COMMANDS[self.word].method].get_defaults()
+        for setting, follow in self.stage.reads_over.items():
+            if setting not in config:
+                continue
+            own = {key: value for key, value in follow(config.pop(setting)).items() if config[key] == defaults[key]}
+            for key, value in own.items():
+                config[key] = value
+            taken = "".join(f"; {key} is {value!r} by it" for key, value in own.items())
+            say(f"note: {self.word} takes no {setting}{taken}.")
 
     def instantiate_classes(self) -> None:
         with explaining_settings():

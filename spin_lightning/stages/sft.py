@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -91,11 +92,20 @@ def _refuse_no_end(settings: Any) -> None:
         raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
 
 
-_ABSENT = {
-    setting: f"sft samples no responses, so it takes no {setting}: leave it out, and cap the real responses with "
-    "--data.max_response_tokens."
-    for setting in ("data.generator", "data.answers_per_prompt", "data.history", "data.keep_prompts_together")
-}
+def _cap_of(generator: Any) -> dict[str, Any]:
+    """The cap that a generator's settings put on real responses too."""
+    settings = generator if isinstance(generator, Mapping) else {}
+    given = {**settings, **(settings.get("init_args") or {})}.get("max_new_tokens")
+    if given is None:
+        return {}
+    if not str(given).isdigit() or not int(given):
+        raise UserError(f"data.generator.max_new_tokens must be a number of tokens, at least 1, got {given!r}.")
+    return {"data.max_response_tokens": int(given)}
+
+
+def _follow_nothing(value: Any) -> dict[str, Any]:
+    return {}
+
 
 #: ``spin-lightning sft``.
 STAGE = Stage(
@@ -105,7 +115,12 @@ STAGE = Stage(
     folder="export",
     over_file="summary.json",
     mark="model.average",
-    absent=_ABSENT,
+    reads_over={
+        "data.generator": _cap_of,
+        "data.answers_per_prompt": _follow_nothing,
+        "data.history": _follow_nothing,
+        "data.keep_prompts_together": _follow_nothing,
+    },
     defaults={"trainer.max_epochs": 1},
     refuse=_refuse_no_end,
 )

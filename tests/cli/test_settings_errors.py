@@ -13,6 +13,7 @@ from spin_lightning import UserError
 from spin_lightning.cli.commands import COMMANDS, main
 from spin_lightning.cli.config_files import check_configs
 from spin_lightning.cli.settings_errors import explaining_settings, in_a_sentence
+from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.runs.checkpoints import hash_file
 from spin_lightning.runs.files import sha256_of
 
@@ -112,22 +113,33 @@ def test_what_follows_from_other_settings(said):
 
 
 @pytest.mark.parametrize(
-    ("setting", "settings"),
+    "generator",
     [
-        ("data.generator", {"class_path": "spin_lightning.ContinuousGenerator", "init_args": {"max_new_tokens": 32}}),
-        ("data.generator", "TransformersGenerator"),
-        ("data.history", 1),
+        {"class_path": "spin_lightning.ContinuousGenerator", "init_args": {"max_new_tokens": 32, "top_p": 0.9}},
+        {"max_new_tokens": 32},
     ],
 )
-def test_sft_takes_no_sampler_and_says_how_to_cap_responses(said, setting, settings, tmp_path):
-    wanted = (
-        f"sft samples no responses, so it takes no {setting}: leave it out, and cap the real responses with "
-        "--data.max_response_tokens."
-    )
-    assert said("sft", f"--{setting}={json.dumps(settings)}") == wanted
-    assert said("sft", "--data.generator.max_new_tokens=5") == wanted.replace("data.history", "data.generator")
-    (tmp_path / "sft.json").write_text(json.dumps({"data": {setting.removeprefix("data."): settings}}))
-    assert said("sft", f"--config={tmp_path / 'sft.json'}") == wanted
+def test_sft_takes_a_config_of_the_game_and_of_its_sampler_the_cap(generator, tmp_path, capsys):
+    data = {"train_data": "x.jsonl", "generator": generator, "history": 2, "answers_per_prompt": 4}
+    (tmp_path / "both.json").write_text(json.dumps({"model": {"model_name_or_path": "m"}, "data": data}))
+    settings = parse_settings("sft", [f"--config={tmp_path / 'both.json'}"])
+    assert settings.data.max_response_tokens == 32
+    assert not {"generator", "history", "answers_per_prompt"} & set(vars(settings.data))
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "note: sft takes no data.generator; data.max_response_tokens is 32 by it.",
+        "note: sft takes no data.answers_per_prompt.",
+        "note: sft takes no data.history.",
+    ]
+    given = parse_settings("sft", [f"--config={tmp_path / 'both.json'}", "--data.max_response_tokens=7"])
+    assert given.data.max_response_tokens == 7
+    flags = ["--model.model_name_or_path=m", "--data.train_data=x", "--data.generator.max_new_tokens=5"]
+    assert parse_settings("sft", flags).data.max_response_tokens == 5
+
+
+def test_a_cap_of_a_sampler_that_is_none_is_refused_by_sft(said):
+    expected = "data.generator.max_new_tokens must be a number of tokens, at least 1, got 'few'."
+    assert said("sft", "--data.generator.max_new_tokens=few") == expected
 
 
 def test_a_run_of_sft_without_an_end(said):
