@@ -47,7 +47,7 @@ def own_defaults() -> Iterator[None]:
 
 def forget_defaults(class_path: str, settings: Any) -> None:
     """Remove from ``settings``, in place, what has the value that the class itself would give it."""
-    parser, made = ArgumentParser(exit_on_error=False), parser_of_types.import_object(class_path)
+    parser, made = ArgumentParser(exit_on_error=False), parser_of_types.import_object(class_path)  # type: ignore[attr-defined]
     add = parser.add_class_arguments if inspect.isclass(made) else parser.add_function_arguments
     add(made, "made", fail_untyped=False)
     defaults = parser.get_defaults().get("made", {})

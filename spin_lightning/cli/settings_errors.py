@@ -100,7 +100,9 @@ _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib"
 
 
 def _is_of_user(file: str | None) -> bool:
-    return bool(file) and Path(file).is_file() and not (Path(file).is_relative_to(_OURS) or file.startswith(_INSTALLED))  # type: ignore[arg-type]
+    if not file or not Path(file).is_file():
+        return False
+    return not (Path(file).is_relative_to(_OURS) or file.startswith(_INSTALLED))
 
 
 def _place_in_plugin(error: Exception) -> str | None:

@@ -131,9 +131,9 @@ def load_rows(
             loaded = _load_source(str(source), *settings)
             loaded.noted.update(_find_repeats(loaded.places, loaded.rows))
             return loaded
-        _check_weights(source)
+        weights = _checked_weights(source)
         return _mix_sources(
-            [(str(name), weight, _load_source(str(name), *settings)) for name, weight in source.items()], seed
+            [(str(name), weight, _load_source(str(name), *settings)) for name, weight in weights.items()], seed
         )
 
 
@@ -261,7 +261,7 @@ def _find_repeats(places: list[str], rows: list[Row]) -> dict[str, Tally]:
 # --- Several sources ------------------------------------------------------------------------------------------------
 
 
-def _check_weights(weights: Any) -> None:
+def _checked_weights(weights: Any) -> Mapping[str, float]:
     example = "{a.jsonl: 1.0, b.jsonl: 0.5}"
     if not isinstance(weights, Mapping) or not weights:
         raise UserError(
@@ -275,6 +275,7 @@ def _check_weights(weights: Any) -> None:
                 f"the weight of {name!r} must be a number above 0 and at most {MAX_WEIGHT}, got {weight!r}. 1 takes "
                 f"all of its rows, 0.5 half of them, 2 each row twice: {example}."
             )
+    return weights
 
 
 def _mix_sources(parts: list[tuple[str, float, LoadedRows]], seed: int) -> LoadedRows:

@@ -111,14 +111,18 @@ def _read_lines(lines: Iterable[bytes], path: Path) -> Records:
 
 def _read_document(text: str, path: Path, source: Source, key: str) -> Records:
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+
+    def after_blanks(start: int) -> int:
+        return blank.match(text, start).end()  # type: ignore[union-attr]  # it matches everywhere
+
     values: list[tuple[int, Any]] = []
     expected = "Expected a list of objects, or one object per line. Mend that line."
-    position = blank.match(text).end()
+    position = after_blanks(0)
     try:
         while position < len(text):
             value, end = decoder.raw_decode(text, position)
             values.append((position, value))
-            position = blank.match(text, end).end()
+            position = after_blanks(end)
             if isinstance(values[0][1], list) and position < len(text):
                 raise json.JSONDecodeError("Extra data", text, position)
     except json.JSONDecodeError as error:

@@ -120,7 +120,8 @@ class SlotCache(Cache):
             padded = round_up(padded, dim=1)[:, : max(longest, most)]
             cache, no_logits = DynamicCache(), torch.arange(0, device=self.device)
             self.model(input_ids=padded, **{self.argument_name: cache}, use_cache=True, logits_to_keep=no_logits)
-            for layer_idx, layer in enumerate(cache.layers):
+            layers: list[Any] = cache.layers
+            for layer_idx, layer in enumerate(layers):
                 new: tuple[Any, Any] = layer.keys, layer.values
                 for buffer, rows in zip(self._buffers_of(layer_idx, *new), new, strict=True):
                     for row, ids in enumerate(group):

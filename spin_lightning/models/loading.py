@@ -175,12 +175,12 @@ def without_bars() -> Iterator[None]:
 
     bar_of_gguf = getattr(gguf, "tqdm", None)  # which the hook does not reach
     before = set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
-    gguf.tqdm = partial(bar_of_gguf, disable=True) if bar_of_gguf else None
+    gguf.tqdm = partial(bar_of_gguf, disable=True) if bar_of_gguf else None  # type: ignore[attr-defined]
     try:
         yield
     finally:
         set_tqdm_hook(before)
-        gguf.tqdm = bar_of_gguf
+        gguf.tqdm = bar_of_gguf  # type: ignore[attr-defined]
 
 
 @without_bars()
@@ -431,7 +431,7 @@ def _locate_reachable(name_or_path: str) -> dict[str, Any]:
 
 def _download_index(where: dict[str, Any]) -> Path | None:
     """The index of a model's weights, downloaded if need be; None if it has none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(
         where["pretrained_model_name_or_path"],
@@ -447,7 +447,7 @@ def _download_index(where: dict[str, Any]) -> Path | None:
 def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
     """Refuse what ``transformers`` would run, or leave out with no more than a warning, because a config says so."""
     from transformers import PreTrainedConfig
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     if "gguf_file" in where:
         return

@@ -84,7 +84,7 @@ def _drop_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, _m
         del state_dict[key]
 
 
-def _forgive_weights(module: nn.Module, incompatible: Any) -> None:
+def _forgive_weights(module: Any, incompatible: Any) -> None:
     own = {f"model.{key}" for key in (module.model.state_dict() if module.model is not None else {})}
     incompatible.missing_keys[:] = [
         key for key in incompatible.missing_keys if not any(key.endswith(name) for name in own)
