@@ -102,9 +102,11 @@ def _find_stage(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
         UserError: They fit none; the message is about the first one.
     """
     first: UserError | None = None
+    is_understood = False  # by a stage that refuses what it says: another must not read over that
     for word, path in STAGES.items():
         try:
-            stage, settings = resolve_name(path), parse_settings(word, args)
+            stage, settings = resolve_name(path), parse_settings(word, args, may_read_over=not is_understood)
+            is_understood = True
             return stage, settings, _make_object(stage.data, settings.data)
         except UserError as error:
             first = first or error

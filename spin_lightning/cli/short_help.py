@@ -169,13 +169,14 @@ def _take_first_sentence(text: str) -> str:
 
 
 def _literals_of(record: str) -> dict[str, Any]:
-    """The texts, numbers and dicts in a stage's record; of links, those that follow."""
+    """The texts, numbers and dicts in a stage's record; of links, those that follow. Functions are left out."""
     module, _, name = record.rpartition(".")
     for node in _parse_module(module).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call):
             given = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
             return {
                 "links": [ast.literal_eval(key) for key in getattr(given.pop("links", None), "keys", [])],
+                "reads_over": [ast.literal_eval(key) for key in getattr(given.pop("reads_over", None), "keys", [])],
                 **{name: ast.literal_eval(value) for name, value in given.items() if not isinstance(value, ast.Name)},
             }
     raise LookupError(f"{record} is no record of a stage that is written out")

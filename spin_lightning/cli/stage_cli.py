@@ -328,14 +328,24 @@ class StageCLI(FlagsWin, LightningCLI):
         return trainer
 
 
-def parse_settings(word: str, args: Sequence[str]) -> Any:
+def parse_settings(word: str, args: Sequence[str], may_read_over: bool = True) -> Any:
     """The settings that a command would run with, parsed and linked. Nothing is made of them.
+
+    Args:
+        word: The command.
+        args: What follows it.
+        may_read_over: Whether settings of other stages may be among them.
 
     Raises:
         UserError: They are not as the classes want them.
     """
 
     class ParseOnly(StageCLI):
+        def _read_over_others(self, config: Any) -> None:
+            if others := [setting for setting in self.stage.reads_over if setting in config and not may_read_over]:
+                raise UserError(f"{word} takes no {others[0]}.")
+            super()._read_over_others(config)
+
         def parse_arguments(self, parser: Any, args: Any) -> None:
             super().parse_arguments(parser, args)
             raise _OnlyParsed(self.config[COMMANDS[word].method])

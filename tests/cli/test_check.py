@@ -98,6 +98,12 @@ def test_the_cap_of_sft_is_understood(flags, capsys):
         check.main([*flags, "--data.max_response_tokens=2", "--data.generator.max_new_tokens=1"])
 
 
+def test_a_config_of_sft_that_names_a_sampler_is_understood(flags, capsys, tmp_path):
+    of_sft = [f"--export.output_dir={tmp_path / 'run'}", "--data.generator.max_new_tokens=1"]
+    row = rows_of(printed_by([*flags, *of_sft], capsys))[0]
+    assert row["response"] == (1, "1") and "terminator" not in row
+
+
 def test_a_plugin_s_settings_and_other_sections_are_understood_but_not_made(flags, capsys, tmp_path):
     others = ["--trainer.accelerator=gpu", "--trainer.devices=8", f"--self_play.output_dir={tmp_path / 'run'}"]
     others += ["--model.loss=SpaceLoss", "--data.generator=TransformersGenerator", "--trainer.callbacks+=Health"]
