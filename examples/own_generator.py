@@ -44,28 +44,29 @@ class OneByOne(ResponseGenerator):
             yield index, Response(ids, "stop" if ids[-1] in ends else "length", log_prob)
 
 
-folder = Path(tempfile.mkdtemp())
-if len(sys.argv) == 3:
-    model, rows = sys.argv[1:]
-else:  # two digits; the response has them sorted, reversed or copied
-    language = Language(length=2)
-    rows = write_rows(folder / "rows.jsonl", language.rows(language.draw_prompts(40, seed=0), seed=0))
-    model = save_start(language, folder / "model", seed=0, hidden_size=32)
+if __name__ == "__main__":  # not where another program takes the class
+    folder = Path(tempfile.mkdtemp())
+    if len(sys.argv) == 3:
+        model, rows = sys.argv[1:]
+    else:  # two digits; the response has them sorted, reversed or copied
+        language = Language(length=2)
+        rows = write_rows(folder / "rows.jsonl", language.rows(language.draw_prompts(40, seed=0), seed=0))
+        model = save_start(language, folder / "model", seed=0, hidden_size=32)
 
-module = SpinLightningModule(model, beta=1.0, learning_rate=1e-3)
-data = SyntheticDataModule(rows, batch_size=8, generator=OneByOne(max_new_tokens=8))
-game = SelfPlay(str(folder / "game"), iterations=2, epochs=1)
-trainer = Trainer(
-    max_epochs=game.total_epochs,
-    reload_dataloaders_every_n_epochs=1,
-    callbacks=[game, RunCheckpoint()],
-    accelerator="cpu",
-    logger=False,
-    enable_progress_bar=False,
-    enable_model_summary=False,
-)
-trainer.fit(module, data, ckpt_path=game.last_checkpoint)
+    module = SpinLightningModule(model, beta=1.0, learning_rate=1e-3)
+    data = SyntheticDataModule(rows, batch_size=8, generator=OneByOne(max_new_tokens=8))
+    game = SelfPlay(str(folder / "game"), iterations=2, epochs=1)
+    trainer = Trainer(
+        max_epochs=game.total_epochs,
+        reload_dataloaders_every_n_epochs=1,
+        callbacks=[game, RunCheckpoint()],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data, ckpt_path=game.last_checkpoint)
 
-for iteration, summary in enumerate(json.loads((folder / "game" / "game.json").read_text())["iterations"]):
-    pairs = summary["pairs"]
-    print(f"iteration {iteration}: {pairs['pairs']} pairs, answers of {pairs['generated_mean_length']:.1f} tokens")
+    for iteration, summary in enumerate(json.loads((folder / "game" / "game.json").read_text())["iterations"]):
+        pairs = summary["pairs"]
+        print(f"iteration {iteration}: {pairs['pairs']} pairs, answers of {pairs['generated_mean_length']:.1f} tokens")

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from spin_lightning.types import UserError as UserError
 
 __version__ = "0.1.0"
-"0.1.0"
 
 #: Every public name, by the module it is in. The imports above tell editors and type checkers the same; a test compares
 #: them.

@@ -173,8 +173,8 @@ class StageCLI(FlagsWin, LightningCLI):
             own = {key: value for key, value in follow(config.pop(setting)).items() if config[key] == defaults[key]}
             for key, value in own.items():
                 config[key] = value
-            taken = "".join(f"; {key} is {value!r} by it" for key, value in own.items())
-            say(f"note: {self.word} takes no {setting}{taken}.")
+            taken = "".join(f"; {key} {value!r} is taken from it" for key, value in own.items())
+            say(f"note: {self.word} has no {setting}{taken}.")
 
     def instantiate_classes(self) -> None:
         with explaining_settings():
@@ -343,7 +343,7 @@ def parse_settings(word: str, args: Sequence[str], may_read_over: bool = True) -
     class ParseOnly(StageCLI):
         def _read_over_others(self, config: Any) -> None:
             if others := [setting for setting in self.stage.reads_over if setting in config and not may_read_over]:
-                raise UserError(f"{word} takes no {others[0]}.")
+                raise UserError(f"{word} has no {others[0]}.")
             super()._read_over_others(config)
 
         def parse_arguments(self, parser: Any, args: Any) -> None:

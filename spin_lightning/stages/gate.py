@@ -34,6 +34,7 @@ def check_gate(
     iteration: int,
     recompute: Callable[[bool], PairLogProbs],
     rounding: Callable[[], float] | None = None,
+    otherwise: str = "",
 ) -> None:
     """Stop the run unless policy and opponent agree on the first batch of an iteration.
 
@@ -47,6 +48,7 @@ def check_gate(
         recompute: Gives the policy's log-probs again, as in training (False) or in evaluation mode (True).
         rounding: Measures how far rounding moves the log-prob of one token of this batch, in nats (root mean square).
             Asked only if it matters. None: not at all.
+        otherwise: The likely cause if it is none that can be found out. Empty: stale pairs.
 
     Raises:
         UserError: They differ; the message gives the numbers and the likely cause.
@@ -99,7 +101,7 @@ def check_gate(
             "same precision. Or else the stored log-probs are of slightly other weights"
         )
     else:
-        cause = (
+        cause = otherwise or (
             "the stored log-probs are of other weights, another chat template or another dtype: stale pairs. "
             "Remove this iteration's folder, and run the same command again"
         )

@@ -184,6 +184,8 @@ class SpinIteration(Iteration):
             f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}, at most "
             f"{sampling['max_new_tokens']} tokens"
         )
+        if kept := sum(shard["rows"] for shard in store.manifest["shards"]):
+            say(f"continuing iteration {number} with the {kept} pairs that are there already")
         initial = None
         if self.loss.needs_initial_log_probs:
             initial = self._load_initial() if number else self.policy.model

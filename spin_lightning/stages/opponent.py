@@ -22,10 +22,20 @@ from spin_lightning.types import PairBatch, PairLogProbs
 
 
 class Opponent(nn.Module):
-    """The frozen player of an iteration. Subclass it to bring another form; turn it on by class path."""
+    """The frozen player of an iteration. Subclass it to bring another form; turn it on by class path.
 
+    What it holds stays out of checkpoints: its weights are those of the last iteration's exported policy.
+    """
+
+    #: Whether its log-probs are the policy's where an iteration begins, so that the gate may compare them.
+    starts_as_policy = True
     #: Whether it needs its weights again where an iteration continues in its middle, those of the run's start too.
     holds_weights = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_drop_weights)
+        self.register_load_state_dict_post_hook(_forgive_weights)
 
     def become(self, policy: nn.Module) -> None:
         """Take over the policy's weights as they are now, at the start of an iteration."""
@@ -48,18 +58,13 @@ class StoredOpponent(Opponent):
 
 
 class ResidentOpponent(Opponent):
-    """A frozen copy in memory, asked at every step. Memory for one more model; the same losses.
-
-    Its weights stay out of checkpoints: they are those of the last iteration's exported policy.
-    """
+    """A frozen copy in memory, asked at every step. Memory for one more model; the same losses."""
 
     holds_weights = True
 
     def __init__(self) -> None:
         super().__init__()
         self.model: nn.Module | None = None
-        self.register_state_dict_post_hook(_drop_weights)
-        self.register_load_state_dict_post_hook(_forgive_weights)
 
     @torch.no_grad()
     def become(self, policy: nn.Module) -> None:
@@ -80,12 +85,11 @@ OPPONENTS: dict[str, type[Opponent]] = {"stored": StoredOpponent, "resident": Re
 
 
 def _drop_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    for key in [key for key in state_dict if key.startswith(f"{prefix}model.")]:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
         del state_dict[key]
 
 
-def _forgive_weights(module: Any, incompatible: Any) -> None:
-    own = {f"model.{key}" for key in (module.model.state_dict() if module.model is not None else {})}
-    incompatible.missing_keys[:] = [
-        key for key in incompatible.missing_keys if not any(key.endswith(name) for name in own)
-    ]
+def _forgive_weights(module: nn.Module, incompatible: Any) -> None:
+    tensors = (kind(remove_duplicate=False) for kind in (module.named_parameters, module.named_buffers))
+    own = tuple(key for named in tensors for key, _ in named)
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(own or (".",))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -35,6 +35,7 @@ class ShowProgress(ProgressBar):
         self._is_enabled = True
         self._training: Phase | None = None
         self._validation: Phase | None = None
+        self._stepped = False  # since this training began: what was logged is of another before
 
     def enable(self) -> None:
         self._is_enabled = True
@@ -66,13 +67,16 @@ class ShowProgress(ProgressBar):
             game = _game_of(trainer)
             if game is not None:
                 self._show_heading(trainer, game.iteration)
-            self._training = progress("training", total, "steps", lambda: _collect_facts(trainer)).begin()
+            self._stepped = False
+            facts: Callable[[], dict[str, str]] = lambda: _collect_facts(trainer) if self._stepped else {}  # noqa: E731
+            self._training = progress("training", total, "steps", facts).begin()
             self._training.skip(done)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._training is not None:
+            self._stepped = True
             self._training.advance(1, _count_tokens(batch))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -106,15 +110,16 @@ class ShowProgress(ProgressBar):
         if self._validation is not None:
             self._validation.end()
             self._validation = None
-            if trainer.state.fn == "fit" and not trainer.sanity_checking:  # type: ignore[attr-defined]
-                self._say_nll(trainer, trainer.callback_metrics, "")
+            is_after_training = trainer.state.fn == "fit" and not trainer.sanity_checking  # type: ignore[attr-defined]
+            if is_after_training and _game_of(trainer) is None:  # a game has the words of Health
+                self._say_nll(trainer.callback_metrics, "")
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if hasattr(trainer.datamodule, "val_prompts"):  # type: ignore[attr-defined]
-            self._say_nll(trainer, starting_metrics(trainer), " before training")
+            self._say_nll(starting_metrics(trainer), " before training")
 
-    def _say_nll(self, trainer: L.Trainer, metrics: Mapping[str, Any], when: str) -> None:
-        if self._is_enabled and "val/nll" in metrics and _game_of(trainer) is None:  # a game has the words of Health
+    def _say_nll(self, metrics: Mapping[str, Any], when: str) -> None:
+        if self._is_enabled and "val/nll" in metrics:
             say(f"held-out NLL{when}: {float(metrics['val/nll']):.3f} nats a response")
 
     # --- the end --------------------------------------------------------------------------------------------------

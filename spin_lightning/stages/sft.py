@@ -95,7 +95,9 @@ def _refuse_no_end(settings: Any) -> None:
 def _cap_of(generator: Any) -> dict[str, Any]:
     """The cap that a generator's settings put on real responses too."""
     settings = generator if isinstance(generator, Mapping) else {}
-    given = {**settings, **(settings.get("init_args") or {})}.get("max_new_tokens")
+    of_class = (settings.get("init_args") or {}).get("max_new_tokens")
+    flags = (settings.get(key) for key in ("max_new_tokens", "init_args.max_new_tokens"))  # beside a config's class
+    given = next((cap for cap in flags if cap is not None), of_class)
     if given is None:
         return {}
     if not str(given).isdigit() or not int(given):

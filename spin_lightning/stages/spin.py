@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -119,13 +120,11 @@ class SpinLightningModule(IterativeModule):
         seen = []
 
         def sum_of(part: PairBatch) -> Tensor:
-            policy = self.pair_log_probs(part)
+            policy, opponent = self.pair_log_probs(part), self.opponent.log_probs(part)
             if self._gate_is_due:
-                measured = partial(rounding_of, self.policy, part.responses)
-                recompute = self._recompute(part)
-                check_gate(self.loss, beta, part, policy, self.compute_dtype, self.iteration, recompute, measured)
+                self._check_gate(part, policy, opponent, beta)
                 self._gate_is_due = False
-            output = self.loss(policy, self.opponent.log_probs(part), beta, part.initial)
+            output = self.loss(policy, opponent, beta, part.initial)
             seen.append((output, policy))
             return output.losses.sum()
 
@@ -133,6 +132,25 @@ class SpinLightningModule(IterativeModule):
         loss = self.mean_of_update(sum_of, batch, num_pairs)
         self.log_dict(self.metrics(seen, is_first=is_first), batch_size=num_pairs)
         return loss
+
+    def _check_gate(self, part: PairBatch, policy: PairLogProbs, opponent: PairLogProbs, beta: float) -> None:
+        """Compare the policy with what was stored, and with what the opponent says of it."""
+        check = partial(
+            check_gate,
+            policy=policy,
+            dtype=self.compute_dtype,
+            iteration=self.iteration,
+            recompute=self._recompute(part),
+            rounding=partial(rounding_of, self.policy, part.responses),
+        )
+        check(self.loss, beta, part)
+        if opponent is not part.opponent and self.opponent.starts_as_policy:
+            name = type(self.opponent).__name__
+            cause = (
+                f"{name}.log_probs does not give those of the policy where an iteration begins. Mend it, or set "
+                f"{name}.starts_as_policy = False if it is meant to be another model"
+            )
+            check(self.loss, beta, replace(part, opponent=opponent), otherwise=cause)
 
     def on_train_epoch_start(self) -> None:
         self.metrics.reset()

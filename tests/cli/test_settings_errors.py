@@ -127,12 +127,16 @@ def test_sft_takes_a_config_of_the_game_and_of_its_sampler_the_cap(generator, tm
     assert not {"generator", "history", "answers_per_prompt"} & set(vars(settings.data))
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        "note: sft takes no data.generator; data.max_response_tokens is 32 by it.",
-        "note: sft takes no data.answers_per_prompt.",
-        "note: sft takes no data.history.",
+        "note: sft has no data.generator; data.max_response_tokens 32 is taken from it.",
+        "note: sft has no data.answers_per_prompt.",
+        "note: sft has no data.history.",
     ]
     given = parse_settings("sft", [f"--config={tmp_path / 'both.json'}", "--data.max_response_tokens=7"])
     assert given.data.max_response_tokens == 7
+    for flag in ("--data.generator.max_new_tokens=9", "--data.generator.init_args.max_new_tokens=9"):
+        if "class_path" in generator or "init_args" not in flag:
+            later = parse_settings("sft", [f"--config={tmp_path / 'both.json'}", flag])
+            assert later.data.max_response_tokens == 9  # flags that follow a config win
     flags = ["--model.model_name_or_path=m", "--data.train_data=x", "--data.generator.max_new_tokens=5"]
     assert parse_settings("sft", flags).data.max_response_tokens == 5
 
