@@ -1,7 +1,7 @@
 # make demo    install, then play self-play fine-tuning on a small real model (five to eight minutes on two CPU cores)
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
 # make test    install, then run the tests
-# make check   format, lint, types, tests
+# make check   format, lint, types (make style), and the tests
 # make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
 # make wheel   build the wheel, install it in an empty environment, and play a tiny game with a config from it
@@ -20,7 +20,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test check newest oldest wheel lock bench bench-vllm install clean
+.PHONY: demo lab test style check newest oldest wheel lock bench bench-vllm install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,11 +44,12 @@ lab: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-check: install
+style: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test
+
+check: style test
 
 newest:
 	rm -rf .newest
