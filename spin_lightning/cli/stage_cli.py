@@ -170,7 +170,9 @@ class StageCLI(FlagsWin, LightningCLI):
         for setting, follow in self.stage.reads_over.items():
             if setting not in config:
                 continue
-            own = {key: value for key, value in follow(config.pop(setting)).items() if config[key] == defaults[key]}
+            value = config.pop(setting)
+            follows = follow(value) if follow is not None else {}
+            own = {key: wanted for key, wanted in follows.items() if config[key] == defaults[key]}
             for key, value in own.items():
                 config[key] = value
             taken = "".join(f"; {key} {value!r} is taken from it" for key, value in own.items())

@@ -30,7 +30,7 @@ from spin_lightning.runs.checkpoints import last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.run_checkpoint import HoldsFolder, RunCheckpoint
 from spin_lightning.schedule import check_schedule
-from spin_lightning.stages.iteration import Iteration, Run
+from spin_lightning.stages.iteration import Iteration, Run, iteration_folder
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
@@ -138,7 +138,7 @@ class SelfPlay(HoldsFolder):
 
     def folder(self, iteration: int) -> Path:
         """Where an iteration keeps what it made."""
-        return self.output_dir / f"iteration_{iteration}"
+        return iteration_folder(self.output_dir, iteration)
 
     def stop(self, reason: str) -> None:
         """End the game: before the next training step if pairs were just made, else after this step."""

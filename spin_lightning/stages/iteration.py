@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def iteration_folder(run: Path, iteration: int) -> Path:
+    """Where an iteration keeps what it made, in the folder of its run."""
+    return run / f"iteration_{iteration}"
+
+
 @dataclass(frozen=True)
 class Run:
     """Where an iteration is played, and with what.
@@ -53,10 +58,6 @@ class Run:
     data: SyntheticDataModule
     shard_size: int
     poll: Callable[[], None]
-
-    def folder_of(self, iteration: int) -> Path:
-        """Where an iteration keeps what it made."""
-        return self.folder / f"iteration_{iteration}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Iteration(ABC):
 
     def __init__(self, number: int, run: Run, policy: PolicyView) -> None:
         self.number, self.run, self.policy = number, run, policy
-        self.folder = run.folder_of(number)
+        self.folder = iteration_folder(run.folder, number)
 
     @abstractmethod
     def open(self, known: str | None, is_fresh: bool) -> ShardStore:
@@ -244,7 +245,7 @@ class SpinIteration(Iteration):
 
     def _pairs_of(self, iteration: int) -> PairStore:
         """The finished pairs of an iteration."""
-        return PairStore(self.run.folder_of(iteration) / "pairs")
+        return PairStore(iteration_folder(self.run.folder, iteration) / "pairs")
 
     def _depends_on(self) -> dict[str, Any]:
         """What pairs depend on beside the opponent: the same in every iteration of a game. Hashes all prompts."""
@@ -265,7 +266,7 @@ class SpinIteration(Iteration):
     @property
     def _opponent_folder(self) -> Path | None:
         """Where the last iteration exported the opponent; None in iteration 0."""
-        return self.run.folder_of(self.number - 1) / "policy" if self.number else None
+        return iteration_folder(self.run.folder, self.number - 1) / "policy" if self.number else None
 
     @property
     def _opponent_name(self) -> str:

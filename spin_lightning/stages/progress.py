@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -35,7 +35,6 @@ class ShowProgress(ProgressBar):
         self._is_enabled = True
         self._training: Phase | None = None
         self._validation: Phase | None = None
-        self._stepped = False  # since this training began: what was logged is of another before
 
     def enable(self) -> None:
         self._is_enabled = True
@@ -67,16 +66,13 @@ class ShowProgress(ProgressBar):
             game = _game_of(trainer)
             if game is not None:
                 self._show_heading(trainer, game.iteration)
-            self._stepped = False
-            facts: Callable[[], dict[str, str]] = lambda: _collect_facts(trainer) if self._stepped else {}  # noqa: E731
-            self._training = progress("training", total, "steps", facts).begin()
+            self._training = progress("training", total, "steps", lambda: self._collect_facts(trainer)).begin()
             self._training.skip(done)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._training is not None:
-            self._stepped = True
             self._training.advance(1, _count_tokens(batch))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -135,6 +131,11 @@ class ShowProgress(ProgressBar):
     def _show_heading(self, trainer: L.Trainer, iteration: int) -> None:
         if self._is_enabled:
             display.heading = f"iteration {iteration} ({iteration + 1} of {_game_of(trainer).iterations})"
+
+    def _collect_facts(self, trainer: L.Trainer) -> dict[str, str]:
+        """What was logged since this training began; before its first step it is of the one before."""
+        training = self._training
+        return _collect_facts(trainer) if training is not None and training.done > training.skipped else {}
 
     def _end_training(self) -> None:
         if self._training is not None:

@@ -105,10 +105,6 @@ def _cap_of(generator: Any) -> dict[str, Any]:
     return {"data.max_response_tokens": int(given)}
 
 
-def _follow_nothing(value: Any) -> dict[str, Any]:
-    return {}
-
-
 #: ``spin-lightning sft``.
 STAGE = Stage(
     module="spin_lightning.stages.sft.SftLightningModule",
@@ -119,9 +115,9 @@ STAGE = Stage(
     mark="model.average",
     reads_over={
         "data.generator": _cap_of,
-        "data.answers_per_prompt": _follow_nothing,
-        "data.history": _follow_nothing,
-        "data.keep_prompts_together": _follow_nothing,
+        "data.answers_per_prompt": None,
+        "data.history": None,
+        "data.keep_prompts_together": None,
     },
     defaults={"trainer.max_epochs": 1},
     refuse=_refuse_no_end,

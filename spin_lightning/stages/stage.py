@@ -26,7 +26,7 @@ class Stage:
         mark: A setting, or how its name begins, that every run of this stage records in ``run.json`` and no run of
             another stage.
         reads_over: Settings of other stages, as one config for several holds them. A function for each: from its value,
-            what follows for settings of this stage that are left at their defaults.
+            what follows for settings of this stage that are left at their defaults. None: nothing.
         defaults: Defaults that are not those of the classes, by setting.
         links: Settings that follow from others: for each, from which, and the function of these that gives it.
         is_over: Whether a run that wrote ``over_file`` is over, from its content and the settings of this command.
@@ -40,7 +40,7 @@ class Stage:
     folder: str
     over_file: str
     mark: str
-    reads_over: Mapping[str, Callable[[Any], Mapping[str, Any]]] = field(default_factory=dict)
+    reads_over: Mapping[str, Callable[[Any], Mapping[str, Any]] | None] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     links: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]] = field(default_factory=dict)
     is_over: Callable[[Any, Any], bool] = lambda result, settings: True
