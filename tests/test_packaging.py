@@ -57,7 +57,8 @@ def test_the_wheel_has_every_module_every_config_and_its_types(tmp_path):
     builders = pytest.importorskip("hatchling.builders.wheel")
     (built,) = builders.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     found = {name for name in zipfile.ZipFile(built).namelist() if name.startswith("spin_lightning/")}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "spin_lightning").rglob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "spin_lightning").rglob("*.[cp]*") if path.is_file()}
+    modules = {name for name in modules if name.endswith((".py", ".c"))}
     configs = {f"spin_lightning/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
     assert found == modules | configs | {"spin_lightning/py.typed"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, islice, takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +25,9 @@ from spin_lightning.models import rope
 from spin_lightning.models.cache import cache_argument, cache_of
 from spin_lightning.terminal import say
 from spin_lightning.types import Response
+
+#: Tokens that all prompts must have in common for these to be read in a pass of their own.
+LEAST_PREFIX = 16
 
 
 @dataclass
@@ -72,9 +75,13 @@ class ContinuousGenerator(TransformersGenerator):
             return
         rope.settle(model)
         ends = as_set(terminator_ids)
-        cache = SlotCache(model, min(self.batch_size, len(prompts)))
-        # longest first: memory is at its highest at once, and neighbours prefill with little padding
-        waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
+        prefix = _find_prefix(model, prompts) if _verdicts[model].shares else None
+        cache = SlotCache(model, min(self.batch_size, len(prompts)), prefix)
+        # longest first: memory is at its highest at once, and neighbours prefill with little padding; the responses to
+        # one prompt one after the other, so that it is read once for all of them
+        first: dict[tuple[int, ...], int] = {}
+        order_of = [(-len(prompt), first.setdefault(tuple(prompt), index)) for index, prompt in enumerate(prompts)]
+        waiting = deque(sorted(range(len(prompts)), key=order_of.__getitem__))
         active: list[_Answer] = []
         kept: list[int] = []  # places in `active` of the responses that go on
         while waiting or kept:
@@ -109,33 +116,61 @@ class ContinuousGenerator(TransformersGenerator):
                     kept.append(place)
 
 
-_refusals: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+def _find_prefix(model: nn.Module, prompts: Sequence[list[int]]) -> list[int]:
+    """What all prompts begin with, such as their system turn, if it pays to read it once and changes no position.
+
+    Of each prompt two tokens are left: one to read behind it, and the last, which the first step feeds.
+    """
+    beginnings = [prompt[:-2] for prompt in prompts]
+    first, last = min(beginnings), max(beginnings)  # what these two share, all do
+    prefix = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+    is_several = any(prompt != prompts[0] for prompt in prompts)
+    is_same_rope = rope.limit_of(model, max(1, len(prefix))) >= max(map(len, prompts))
+    return prefix if is_several and is_same_rope and len(prefix) >= LEAST_PREFIX else []
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """How slots can serve a model: not at all for a reason, or whether prompts may be read end to end."""
+
+    reason: str = ""
+    shares: bool = False
+
+
+_verdicts: WeakKeyDictionary[nn.Module, _Verdict] = WeakKeyDictionary()
 
 
 def refusal(model: nn.Module, prompts: Sequence[list[int]], pad_id: int) -> str:
     """Why slots cannot serve a model; empty if they can. Tried once for each model, on a few tokens of the prompts."""
-    if model not in _refusals:
-        try:
-            difference, allowed = _measure_slots(model, list(islice(cycle(chain(*prompts)), 28)), pad_id)
-            reason = "" if difference <= allowed else f"its logits would be off by {difference:.1g} of their spread"
-        except Exception as error:  # whatever a model's code does with a cache that it does not know
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        if reason:
+    if model not in _verdicts:
+        ids = list(islice(cycle(chain(*prompts)), 28))
+        shared, padded = _find_reason(model, ids, pad_id, shares=True), ""
+        if shared:
+            padded = _find_reason(model, ids, pad_id, shares=False)
+        if padded:
             say(
-                f"note: ContinuousGenerator cannot serve {type(model).__name__} ({reason}); its answers come from "
+                f"note: ContinuousGenerator cannot serve {type(model).__name__} ({padded}); its answers come from "
                 "TransformersGenerator, which is slower."
             )
-        _refusals[model] = reason
-    return _refusals[model]
+        _verdicts[model] = _Verdict(padded, shares=not shared)
+    return _verdicts[model].reason
 
 
-def _measure_slots(model: nn.Module, ids: list[int], pad_id: int) -> tuple[float, float]:
+def _find_reason(model: nn.Module, ids: list[int], pad_id: int, *, shares: bool) -> str:
+    try:
+        difference, allowed = _measure_slots(model, ids, pad_id, shares=shares)
+    except Exception as error:  # whatever a model's code does with a cache that it does not know
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return "" if difference <= allowed else f"its logits would be off by {difference:.1g} of their spread"
+
+
+def _measure_slots(model: nn.Module, ids: list[int], pad_id: int, *, shares: bool) -> tuple[float, float]:
     """How far slots move logits from those of the model's own cache, relative to their spread; how far rounding may.
 
     Two rows of different lengths take two steps, then a third comes in the place of the longer one, and two steps more.
     """
-    sequences, seen = [ids[:11], ids[11:18], ids[18:]], [9, 3, 8]
-    cache = SlotCache(model, slots=2)
+    sequences, seen = [ids[:11], [ids[0], *ids[12:18]], [ids[0], *ids[19:]]], [9, 3, 8]
+    cache = SlotCache(model, slots=2, prefix=ids[:1] if shares else None)
     alone = [
         _decode_alone(model, torch.tensor([row], device=cache.device), at)
         for row, at in zip(sequences, seen, strict=True)

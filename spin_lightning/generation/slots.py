@@ -7,20 +7,25 @@ sliding windows, positions and head stay the model's own, and no architecture is
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 
 from spin_lightning.generation.packed_linear import decoding_with, packed_forwards
+from spin_lightning.models import decode_attention
 from spin_lightning.models.attention import attention, attention_of
+from spin_lightning.models.batches import pack
 from spin_lightning.models.cache import cache_argument
-from spin_lightning.models.cpu_memory import keep_freed_memory, round_up
+from spin_lightning.models.cpu_memory import keep_freed_memory, make_zeros, round_up
+from spin_lightning.models.head import decoder_of
+from spin_lightning.models.kernels import kernel_of
 from spin_lightning.models.rope import limit_of
+from spin_lightning.models.shared_prompt import fill_cache, sharing_attention_of
 
 #: Free columns of a new buffer: so many steps until rows move to the next.
 SPARE_COLUMNS = 128
@@ -30,21 +35,38 @@ PREFILL_TOKENS = 2048
 BLOCK_ROWS = 8
 BLOCKWISE = "sdpa+blocks"
 
+Ids = tuple[int, ...]
+#: Keys and values of a layer.
+States = tuple[Tensor, Tensor]
+
 
 class SlotCache(Cache):
     """Keys and values of the rows under way, in preallocated buffers ``(slots, heads, columns, head_dim)``.
 
     Row ``i`` has ``widths[i]`` tokens in slot ``i``, in the columns just before ``end``. No slot between rows is empty.
+
+    Args:
+        model: Of ``transformers``.
+        slots: Rows under way at a time.
+        prefix: What all prompts begin with, or a part of it: it is read once, and they are read end to end. None: they
+            are read in padded rows.
     """
 
-    def __init__(self, model: Any, slots: int) -> None:
+    def __init__(self, model: Any, slots: int, prefix: Sequence[int] | None = None) -> None:
         super().__init__(layers=[])
         self.model, self.slots = model, slots
         self.config = model.config.get_text_config(decoder=True)
         self.device = next(model.parameters()).device
         # a GPU would pay more for launching the blocks than for the columns they spare
-        is_blockwise = self.device.type == "cpu" and attention_of(self.config).split("+")[0] == "sdpa"
+        own = attention_of(self.config)
+        is_blockwise = self.device.type == "cpu" and own.split("+")[0] == "sdpa"
         self.block_rows = BLOCK_ROWS if is_blockwise else None
+        kernel = kernel_of(model, "decode_attention") if is_blockwise else ""
+        self.attention = f"{BLOCKWISE}+{kernel}" if is_blockwise else own
+        self.cuts_rows = is_blockwise and kernel != "compiled"  # which reads of each row what the row has
+        self.prefix: Ids | None = None if prefix is None or self.device.type != "cpu" else tuple(prefix)
+        self.prefix_states: list[States] = []
+        self.last: tuple[Ids, list[States]] | None = None  # a prompt, and its keys and values
         self.forwards = packed_forwards(model, slots)
         self.argument_name = cache_argument(model)
         self.most_positions: int = getattr(self.config, "max_position_embeddings", None) or sys.maxsize
@@ -79,9 +101,9 @@ class SlotCache(Cache):
             for buffer in chain(*self.buffers):
                 buffer[targets, :, used] = buffer[sources, :, used]
         self.widths = [widths[row] for row in order]
-        self._prefill_slots(
-            [(prompts[row - count][:-1], slot) for slot, row in enumerate(order) if row >= count], pad_id
-        )
+        slot_of = {row: slot for slot, row in enumerate(order)}
+        new = [(tuple(prompt[:-1]), slot_of[count + number]) for number, prompt in enumerate(prompts)]
+        self._prefill_slots(new, pad_id)
         return order
 
     def step(self, last_ids: list[int]) -> Tensor:
@@ -92,41 +114,75 @@ class SlotCache(Cache):
         ids, widths = torch.tensor([last_ids, self.widths], device=self.device)[..., None]
         mask = torch.arange(self.past + 1, device=self.device) >= self.past - widths
         inputs = {"input_ids": ids, "position_ids": widths, "attention_mask": mask.long()}
-        name = attention_of(self.config)
-        if self.block_rows:
-            name = BLOCKWISE
+        if self.block_rows and self.cuts_rows:
             blocks = [slice(row, row + self.block_rows) for row in range(0, len(self.widths), self.block_rows)]
             inputs["blocks"] = [(block, max(self.widths[block]) + 1) for block in blocks]
-        with attention(self.config, name), decoding_with(self.forwards):
+        with attention(self.config, self.attention), decoding_with(self.forwards):
             logits = self.model(**inputs, **{self.argument_name: self}, use_cache=True).logits[:, -1]
         self.end += 1
         self.widths = [width + 1 for width in self.widths]
         return logits
 
-    def _prefill_slots(self, prompts: list[tuple[list[int], int]], pad_id: int) -> None:
-        slots: dict[tuple[int, ...], list[int]] = {}  # several responses to one prompt share its pass
+    def _prefill_slots(self, prompts: list[tuple[Ids, int]], pad_id: int) -> None:
+        slots: dict[Ids, list[int]] = {}  # several responses to one prompt share its pass
         for prompt, slot in prompts:
-            if prompt:
-                slots.setdefault(tuple(prompt), []).append(slot)
-        waiting = sorted(slots, key=len, reverse=True)
+            slots.setdefault(prompt, []).append(slot)
+        if self.last and self.last[0] in slots:
+            self._write(*self.last, slots.pop(self.last[0]))
+        waiting = sorted(filter(None, slots), key=len, reverse=True)
         while waiting:
-            longest = len(waiting[0])
-            group = waiting[: max(1, PREFILL_TOKENS // longest)]
-            waiting = waiting[len(group) :]
-            # right padding, and so no mask: causal attention does not see what comes after
-            padded = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in group], device=self.device)
-            # as far as the model has positions, and its RoPE stays as it is
-            most = int(min(self.most_positions, limit_of(self.model, longest)))
-            padded = round_up(padded, dim=1)[:, : max(longest, most)]
-            cache, no_logits = DynamicCache(), torch.arange(0, device=self.device)
-            self.model(input_ids=padded, **{self.argument_name: cache}, use_cache=True, logits_to_keep=no_logits)
-            layers: list[Any] = cache.layers
-            for layer_idx, layer in enumerate(layers):
-                new: tuple[Any, Any] = layer.keys, layer.values
-                for buffer, rows in zip(self._buffers_of(layer_idx, *new), new, strict=True):
-                    for row, ids in enumerate(group):
-                        for slot in slots[ids]:
-                            buffer[slot, :, self.end - len(ids) : self.end] = rows[row, :, : len(ids)]
+            group, waiting = self._cut_group(waiting)
+            for ids, states in self._read_padded(group, pad_id) if self.prefix is None else self._read_shared(group):
+                self._write(ids, states, slots[ids])
+                if ids == prompts[-1][0]:  # the next that comes may be the same
+                    self.last = (ids, [(keys.clone(), values.clone()) for keys, values in states])
+
+    def _cut_group(self, prompts: list[Ids]) -> tuple[list[Ids], list[Ids]]:
+        """The first prompts that fill a pass, and the others."""
+        if self.prefix is not None:
+            tokens = accumulate(len(ids) - len(self.prefix) for ids in prompts)
+            count = sum(total <= PREFILL_TOKENS for total in tokens)
+        else:
+            count = PREFILL_TOKENS // len(prompts[0])
+        return prompts[: max(1, count)], prompts[max(1, count) :]
+
+    def _read_shared(self, prompts: list[Ids]) -> Iterator[tuple[Ids, list[States]]]:
+        """Keys and values of prompts, each ``(heads, len(ids), head_dim)``: end to end, behind what they share."""
+        decoder, prefix = decoder_of(self.model), self.prefix or ()
+        start, cache = len(prefix), DynamicCache()
+        with attention(self.config, sharing_attention_of(self.config)):
+            if prefix and not self.prefix_states:
+                fill_cache(decoder, pack([(prefix, [[]])]), cache)
+                self.prefix_states = [(keys[:, :, :start], values[:, :, :start]) for keys, values in _states_of(cache)]
+                cache = DynamicCache()
+            for layer_idx, states in enumerate(self.prefix_states):
+                cache.update(*states, layer_idx)
+            fill_cache(decoder, pack([(prefix, [ids[start:] for ids in prompts])]), cache)
+        for ids in prompts:
+            stop = start + len(ids) - len(prefix)
+            columns = [*range(len(prefix)), *range(start, stop)]
+            yield ids, [(keys[0, :, columns], values[0, :, columns]) for keys, values in _states_of(cache)]
+            start = stop
+
+    def _read_padded(self, prompts: list[Ids], pad_id: int) -> Iterator[tuple[Ids, list[States]]]:
+        """The same, in padded rows."""
+        longest = len(prompts[0])
+        # right padding, and so no mask: causal attention does not see what comes after
+        padded = torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in prompts], device=self.device)
+        # as far as the model has positions, and its RoPE stays as it is
+        most = int(min(self.most_positions, limit_of(self.model, longest)))
+        padded = round_up(padded, dim=1)[:, : max(longest, most)]
+        cache, no_logits = DynamicCache(), torch.arange(0, device=self.device)
+        self.model(input_ids=padded, **{self.argument_name: cache}, use_cache=True, logits_to_keep=no_logits)
+        for row, ids in enumerate(prompts):
+            yield ids, [(keys[row, :, : len(ids)], values[row, :, : len(ids)]) for keys, values in _states_of(cache)]
+
+    def _write(self, ids: Ids, states: list[States], slots: list[int]) -> None:
+        """Put the keys and values of a prompt into slots."""
+        for layer_idx, new in enumerate(states):
+            for buffer, rows in zip(self._buffers_of(layer_idx, *new), new, strict=True):
+                for slot in slots:
+                    buffer[slot, :, self.end - len(ids) : self.end] = rows
 
     def _buffers_of(self, layer_idx: int, *new: Tensor) -> list[Tensor]:
         """The buffers of a layer, made when it first comes."""
@@ -136,7 +192,7 @@ class SlotCache(Cache):
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             self.buffers.append(
                 [
-                    states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3], dtype=autocast)
+                    make_zeros(states, (self.slots, states.shape[-3], self.columns, states.shape[-1]), autocast)
                     for states in new
                 ]
             )
@@ -148,7 +204,7 @@ class SlotCache(Cache):
         self.columns = end + SPARE_COLUMNS
         for layer in self.buffers:
             for side, old in enumerate(layer):
-                layer[side] = old.new_zeros(*old.shape[:2], self.columns, old.shape[3])
+                layer[side] = make_zeros(old, (*old.shape[:2], self.columns, old.shape[3]))
                 layer[side][:rows, :, end - used : end] = old[:rows, :, self.end - used : self.end]
         self.end = end
 
@@ -169,6 +225,10 @@ class SlotCache(Cache):
         return self.past + query_length, 0
 
 
+def _states_of(cache: Any) -> list[States]:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
 def blockwise_attention(
     module: nn.Module,
     query: Tensor,
@@ -177,23 +237,25 @@ def blockwise_attention(
     attention_mask: Tensor,
     blocks: Sequence[tuple[slice, int]] | None = None,
     scaling: float | None = None,
+    *,
+    attend: Callable[..., Tensor],
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one query a row, in which each block of rows reads as many of the last columns as it needs."""
     parts = [
-        F.scaled_dot_product_attention(
+        attend(
             query[rows],
             key[rows, :, -width:],
             value[rows, :, -width:],
-            attn_mask=attention_mask[rows, :, :, -width:],
-            scale=scaling,
-            enable_gqa=True,
+            attention_mask[rows, :, :, -width:],
+            scaling,
         )
         for rows, width in blocks or [(slice(None), key.shape[2])]  # some models do not pass arguments on
     ]
     return torch.cat(parts).transpose(1, 2), None
 
 
-AttentionInterface.register(BLOCKWISE, blockwise_attention)
-# the mask as numbers to add, made once a step: every call would make them again of truth values
-AttentionMaskInterface.register(BLOCKWISE, AttentionMaskInterface()["eager"])
+for _name, _attend in decode_attention.CANDIDATES.items():
+    AttentionInterface.register(f"{BLOCKWISE}+{_name}", partial(blockwise_attention, attend=_attend))
+    # the mask as numbers to add, made once a step: every call would make them again of truth values
+    AttentionMaskInterface.register(f"{BLOCKWISE}+{_name}", AttentionMaskInterface()["eager"])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
+from collections.abc import Sequence
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +32,17 @@ def round_up(tensor: Tensor, dim: int = 0) -> Tensor:
     """
     missing = rounded(tensor.shape[dim]) - tensor.shape[dim] if tensor.device.type == "cpu" else 0
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing)) if missing else tensor
+
+
+def make_zeros(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros on the device of a tensor, and in its dtype if no other is given.
+
+    On a CPU the system gives their pages when they are first written to: what is never used takes no memory.
+    """
+    dtype = dtype or like.dtype
+    if like.device.type != "cpu":
+        return like.new_zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
 
 
 def keep_freed_memory() -> None:

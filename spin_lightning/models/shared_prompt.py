@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spin_lightning.models.attention import attention_of, set_attention
+from spin_lightning.models.cache import cache_argument
 from spin_lightning.models.cpu_memory import round_up, rounded
 from spin_lightning.types import ResponseBatch
 
@@ -40,37 +41,62 @@ def share_prompts(model: nn.Module) -> None:
     Raises:
         NotImplementedError: The model's attention is not one that can be extended.
     """
+    config: Any = model.config
+    set_attention(config, sharing_attention_of(config))
+
+
+def sharing_attention_of(config: Any) -> str:
+    """The name of an attention that does what a model's own does, and understands a ``ResponseBatch`` too.
+
+    Raises:
+        NotImplementedError: The model's attention is not one that can be extended.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    config: Any = model.config
     own = attention_of(config)
     if own.endswith(SUFFIX):
-        return
+        return own
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"layers of kind {', '.join(sorted(others))} have no place for a shared prompt")
     if own not in ("sdpa", "eager"):
         raise NotImplementedError(f"attention {own!r} has no place for a shared prompt")
     AttentionInterface.register(own + SUFFIX, _make_dispatch(own))
     AttentionMaskInterface.register(own + SUFFIX, _make_mask_dispatch(AttentionMaskInterface()[own]))
-    set_attention(config, own + SUFFIX)
+    return own + SUFFIX
 
 
 def hidden_states(decoder: nn.Module, batch: ResponseBatch) -> Tensor:
     """Last hidden states of a batch's tokens, shape ``(T, H)``. After :func:`share_prompts`."""
-    input_ids, position_ids = round_up(batch.input_ids)[None], round_up(batch.position_ids)[None]
+    hidden: Tensor = _forward(decoder, batch, 0, use_cache=False).last_hidden_state
+    return hidden[0, : len(batch.input_ids)]
+
+
+def fill_cache(decoder: nn.Module, batch: ResponseBatch, cache: Any) -> None:
+    """Append the keys and values of a batch's tokens to a cache, under :func:`sharing_attention_of`.
+
+    Args:
+        decoder: The part of the model below its head.
+        batch: Its tokens, of which the first may be in the cache already: all of them belong to the first prompt.
+        cache: Of ``transformers``, with one row. Behind those of the batch's tokens come some of no meaning.
+    """
+    _forward(decoder, batch, cache.get_seq_length(), use_cache=True, **{cache_argument(decoder): cache})
+
+
+def _forward(decoder: nn.Module, batch: ResponseBatch, past: int, **settings: Any) -> Any:
+    """A pass over the tokens of a batch from number ``past`` on."""
+    input_ids, position_ids = round_up(batch.input_ids[past:])[None], round_up(batch.position_ids[past:])[None]
     token = _is_sharing.set(True)
     try:
-        output = decoder(
+        return decoder(
             input_ids=input_ids,
             position_ids=position_ids,
             # told that nothing is padding, a model does not look for sequences of its own in the positions
-            attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
-            use_cache=False,
+            attention_mask=torch.ones(1, past + input_ids.shape[1], dtype=torch.bool, device=input_ids.device),
             layout=batch,
+            **settings,
         )
     finally:
         _is_sharing.reset(token)
-    return output.last_hidden_state[0, : len(batch.input_ids)]
 
 
 class _Mask(torch.Tensor):
@@ -163,7 +189,8 @@ def shared_prompt_attention(
     Args:
         module: The attention layer, for what FlexAttention asks of it.
         query: Shape ``(1, heads, T, head_dim)``.
-        key: Shape ``(1, key_heads, T, head_dim)``; ``heads`` is a multiple of ``key_heads``.
+        key: Shape ``(1, key_heads, P + T, head_dim)``; ``heads`` is a multiple of ``key_heads``, and ``P`` tokens that
+            begin the first prompt ask nothing.
         value: As ``key``, except that its last size may be another.
         layout: Where the batch's prompts and responses stand.
         scaling: Factor of the scores. None: 1 / sqrt(head_dim).
@@ -206,7 +233,7 @@ def _attend(
         return flex(module, query, key, value, mask, scaling=scale, softcap=softcap, **settings)[0]
     if dropout or softcap is not None:
         parts = []
-        for q, k in segments(layout):
+        for q, k in segments(layout, key.shape[2] - query.shape[2]):
             keys, values = (_gather(kv, k) for kv in (key, value))
             parts.append(_attend_plainly(query[:, :, q], keys, values, scale, dropout, sliding_window, softcap))
         parts.append(torch.zeros_like(query[:, :, q.stop :]))
@@ -214,19 +241,20 @@ def _attend(
     return _CpuAttention.apply(query, key, value, layout, scale, sliding_window).transpose(1, 2)
 
 
-def segments(layout: ResponseBatch) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+def segments(layout: ResponseBatch, past: int = 0) -> Iterator[tuple[slice, tuple[slice, ...]]]:
     """Which tokens ask, and which they may see, in runs: a prompt with its first response, then each further response.
 
-    Runs without tokens are left out: torch's kernel divides by their length.
+    The first ``past`` tokens ask nothing, and those that ask are counted from there on. Runs without tokens are left
+    out: torch's kernel divides by their length.
     """
     start = 0
     for prompt_length, first, *others in layout.lengths:
         prompt = slice(start, start + prompt_length)
         start += prompt_length + first
-        if start > prompt.start:
-            yield slice(prompt.start, start), (slice(prompt.start, start),)
+        if start > max(prompt.start, past):
+            yield slice(max(prompt.start - past, 0), start - past), (slice(prompt.start, start),)
         for length in filter(None, others):
-            yield slice(start, start + length), (prompt, slice(start, start + length))
+            yield slice(start - past, start - past + length), (prompt, slice(start, start + length))
             start += length
 
 
@@ -298,9 +326,9 @@ class _CpuAttention(torch.autograd.Function):
         output = torch.zeros_like(query)
         log_sums = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         repeats = query.shape[1] // key.shape[1]
-        for q, k in segments(layout):
+        for q, k in segments(layout, key.shape[2] - query.shape[2]):
             keys, values = (_gather(kv, k).repeat_interleave(repeats, 1) for kv in (key, value))
-            is_plain = len(k) == 1 and (window is None or window >= keys.shape[2])
+            is_plain = keys.shape[2] == q.stop - q.start and (window is None or window >= keys.shape[2])
             mask = None
             if not is_plain:
                 hidden = ~_make_mask(q.stop - q.start, keys.shape[2], window)

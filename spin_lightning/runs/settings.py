@@ -155,13 +155,14 @@ def check_finished(trainer: L.Trainer, module: Any, data: Any, path: Path, allow
 
 
 def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> None:
-    """Record a new run's settings, or compare those of a run that continues.
+    """Record a new run's settings and kernels, or compare and take over those of a run that continues.
 
     Raises:
         UserError: A setting differs that is not in ``allow_changes``; the message shows each, old and new. Or there is
             no record to compare with.
     """
-    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    module: Any = trainer.lightning_module
+    data = trainer.datamodule  # type: ignore[attr-defined]
     optimizer = getattr(trainer.optimizers[0], "inner", trainer.optimizers[0])
     settings = settings_of(trainer, module, data, optimizer)
     now, record = versions(), read_json(path)
@@ -199,7 +200,8 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
                 f"note: what it runs on changed since this run began ({', '.join(drift)}): it continues, but its "
                 "weights need not be those of an undisturbed run, bit by bit."
             )
-    write_json(path, {"settings": settings, "changes": changes, "versions": now})
+    kernels = module.settle_kernels((record or {}).get("kernels", {}))
+    write_json(path, {"settings": settings, "changes": changes, "versions": now, "kernels": kernels})
 
 
 def _arguments_of(thing: Any, prefix: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from spin_lightning.stages.policy import PolicyModule
 class IterativeModule(PolicyModule):
     """A policy that is trained in iterations, each on data made at its start: what the clock asks of a module."""
 
+    kernels_used = ("decode_attention",)
+
     @abstractmethod
     def make_iteration(self, number: int, run: Run) -> Iteration:
         """What is done in an iteration of this stage."""

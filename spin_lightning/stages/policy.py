@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.models.cpu_memory import keep_freed_memory
+from spin_lightning.models.kernels import check_kernels, find_error, kernel_of, pin_kernels
 from spin_lightning.models.loading import (
     ModelOrName,
     as_policy,
@@ -91,6 +92,9 @@ class PolicyModule(L.LightningModule):
         on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows, ``skip`` the update,
             or ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in
             any case.
+        kernels: Which of its ways of computing a kernel takes: ``decode_attention`` can be ``grouped``, ``folded`` or
+            ``compiled``. What is not named is tried where a run begins, and the fastest taken. The run's record keeps
+            the choice, and a resumed run takes the same.
 
     Raises:
         UserError: A setting is outside its range.
@@ -100,6 +104,8 @@ class PolicyModule(L.LightningModule):
         update_is_complete: Whether the batch in progress, or else the last one, is its update's last.
     """
 
+    #: Names of the kernels with several candidates that a run of the stage needs.
+    kernels_used: tuple[str, ...] = ()
     policy: PreTrainedModel
     stored_dtype: str | None = None  # of the weights that came in
     has_no_name = False
@@ -117,6 +123,7 @@ class PolicyModule(L.LightningModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
+        kernels: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         for rate in learning_rate if isinstance(learning_rate, list) else [learning_rate]:
@@ -130,6 +137,7 @@ class PolicyModule(L.LightningModule):
             raise UserError(f"model.lr_schedule must be one of ['linear', 'cosine', 'constant'], got {lr_schedule!r}.")
         if on_non_finite not in ("stop", "skip", "rollback"):
             raise UserError(f"model.on_non_finite must be one of ['stop', 'skip', 'rollback'], got {on_non_finite!r}.")
+        check_kernels(kernels or {}, "model.kernels")
         # a model object, later a copy of it; in a tuple, or it would be a part of this module
         self._given: tuple[Any, ...] = ()
         if isinstance(model_name_or_path, str | PathLike):
@@ -150,6 +158,8 @@ class PolicyModule(L.LightningModule):
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.on_non_finite = on_non_finite
+        self.kernels = kernels
+        self._kernels_are_settled = False
         self.first_step = -1  # optimiser steps when the iteration in progress began
         self._non_finite_in_a_row = 0
         self._update = _Update()
@@ -212,6 +222,8 @@ class PolicyModule(L.LightningModule):
         keep_batches_as_collated(self.trainer)
         self._refuse_other_vocabulary()
         self._measure_in_float32()
+        if not self._kernels_are_settled:  # a run with checkpoints settled them by its record
+            self.settle_kernels({})
         if not self.dropout:
             with self.precision_context():
                 if is_random(self.policy):
@@ -228,6 +240,32 @@ class PolicyModule(L.LightningModule):
             )
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    def settle_kernels(self, recorded: Mapping[str, str]) -> dict[str, str]:
+        """Fix which candidates the run takes: those of the setting, else those on record, else the fastest in a trial.
+
+        Args:
+            recorded: What the run took before, by the names of the kernels.
+
+        Raises:
+            UserError: One that the setting names cannot be used here.
+        """
+        setting, choices = self.kernels or {}, {}
+        with self.precision_context():
+            for name in self.kernels_used:
+                wanted = setting.get(name) or recorded.get(name)
+                error = find_error(self.policy, name, wanted) if wanted else ""
+                if error and name in setting:
+                    raise UserError(f"model.kernels asks for {name} {wanted}, which cannot be used here: {error}.")
+                if error:
+                    say(
+                        f"note: this run took {name} {wanted}, which cannot be used here ({error}). It goes on with "
+                        "another, and its weights need not be those of an undisturbed run, bit by bit."
+                    )
+                choices[name] = wanted if wanted and not error else kernel_of(self.policy, name)
+        pin_kernels(self.policy, choices)
+        self._kernels_are_settled = True
+        return choices
 
     def _refuse_other_vocabulary(self) -> None:
         encoder = getattr(self.trainer.datamodule, "encoder", None)  # type: ignore[attr-defined]

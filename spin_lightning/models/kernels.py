@@ -1,0 +1,149 @@
+"""Which of several ways to compute the same thing is the fastest on this processor: found by trying them.
+
+A way that wins on one processor may lose on another. So a kernel names its candidates, the first of which is the one to
+fall back on, and they are timed once, on numbers of the model's shape. Candidates differ by rounding, and so do two
+runs that take different ones. A run therefore records what it takes and a resumed one takes the same; a candidate has
+to be clearly faster, so that what else the machine does hardly ever decides; and in float32, where a run is expected to
+repeat to the bit and less is gained, the first one is taken without a trial.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from spin_lightning.models import decode_attention
+from spin_lightning.models.modes import compute_dtype
+from spin_lightning.terminal import say
+from spin_lightning.types import UserError
+
+#: How many times as fast as the first candidate another must be.
+WORTH = 1.5
+#: A trial ends after this many seconds, or this many calls of each candidate.
+TRIAL_SECONDS, TRIAL_CALLS = 0.25, 20
+#: How far the results of candidates may differ, in units of the dtype's precision, relative to the largest.
+AGREEMENT = 4.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Several functions with the same arguments and, within rounding, the same result.
+
+    Attributes:
+        candidates: By name. The first is the one to fall back on.
+        make_inputs: Arguments as a model's shape makes them, of usual length, in a dtype.
+    """
+
+    candidates: Mapping[str, Callable[..., Tensor]]
+    make_inputs: Callable[[Any, torch.dtype], tuple[Any, ...]]
+
+
+#: All kernels that have more than one candidate.
+KERNELS = {"decode_attention": Kernel(decode_attention.CANDIDATES, decode_attention.make_inputs)}
+
+_pinned: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+_tried: dict[tuple[Any, ...], str] = {}
+
+
+def check_kernels(choices: Mapping[str, str], setting: str) -> None:
+    """Refuse a kernel or a candidate that does not exist.
+
+    Raises:
+        UserError: One does not; the message lists those that do.
+    """
+    known = {name: list(kernel.candidates) for name, kernel in KERNELS.items()}
+    for name, candidate in choices.items():
+        if candidate not in known.get(name, []):
+            there_are = "; ".join(f"{own}: {' or '.join(names)}" for own, names in known.items())
+            raise UserError(f"{setting} knows no {name!r} of {candidate!r}. There are {there_are}.")
+
+
+def pin_kernels(model: nn.Module, choices: Mapping[str, str]) -> None:
+    """Have a model take these candidates without a trial, from now on."""
+    _pinned.setdefault(model, {}).update(choices)
+
+
+def find_error(model: nn.Module, name: str, candidate: str) -> str:
+    """Why a model cannot take a candidate here; empty if it can."""
+    inputs = _make_inputs(model, name)
+    return _find_error(KERNELS[name].candidates[candidate], inputs) if inputs else ""
+
+
+def kernel_of(model: nn.Module, name: str) -> str:
+    """The candidate that a model takes: the one pinned, else the fastest in a trial, which is made once a process.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, intermediate_size=64, vocab_size=9)
+        >>> kernel_of(LlamaForCausalLM(LlamaConfig(**sizes)), "decode_attention")  # in float32
+        'grouped'
+    """
+    if choice := _pinned.get(model, {}).get(name):
+        return choice
+    candidates, inputs = KERNELS[name].candidates, _make_inputs(model, name)
+    if inputs is None or inputs[0].dtype not in (torch.bfloat16, torch.float16):
+        return next(iter(candidates))
+    sizes = [value.shape if isinstance(value, Tensor) else value for value in inputs]
+    key = (name, inputs[0].dtype, torch.get_num_threads(), *sizes)
+    if key not in _tried:
+        _tried[key] = _try_candidates(name, candidates, inputs)
+    return _tried[key]
+
+
+def _make_inputs(model: nn.Module, name: str) -> tuple[Any, ...] | None:
+    """What the candidates of a model are tried on; None where they are not."""
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        return None
+    try:
+        return KERNELS[name].make_inputs(model, compute_dtype(device, model))
+    except AttributeError:  # a config that names its sizes otherwise
+        return None
+
+
+def _find_error(function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> str:
+    """Why a candidate cannot be used here; empty if it can."""
+    try:
+        function(*inputs)
+    except Exception as error:  # a kernel that torch does not have here may say so in any way
+        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return ""
+
+
+@torch.no_grad()
+def _try_candidates(name: str, candidates: Mapping[str, Callable[..., Tensor]], inputs: tuple[Any, ...]) -> str:
+    first, *_ = usable = [own for own, function in candidates.items() if not _find_error(function, inputs)]
+    expected = candidates[first](*inputs).float()
+    allowed = AGREEMENT * torch.finfo(inputs[0].dtype).eps * float(expected.abs().max())
+    equal = [own for own in usable if _agree(candidates[own](*inputs).float(), expected, allowed)]
+    seconds = _time_candidates([candidates[own] for own in equal], inputs)
+    fastest, least = min(zip(equal, seconds, strict=True), key=lambda pair: pair[1])
+    gain = seconds[equal.index(first)] / least
+    if gain < WORTH:
+        return first
+    say(f"note: {name} is {fastest}, here {gain:.1f} times as fast as {first} (model.kernels can pin it).")
+    return fastest
+
+
+def _agree(found: Tensor, expected: Tensor, allowed: float) -> bool:
+    return bool((found - expected).abs().max() <= allowed)
+
+
+def _time_candidates(functions: list[Callable[..., Tensor]], inputs: tuple[Any, ...]) -> list[float]:
+    """The least seconds of a call of each, taking turns."""
+    least = [float("inf")] * len(functions)
+    end = time.perf_counter() + TRIAL_SECONDS
+    for _ in range(TRIAL_CALLS):
+        for place, function in enumerate(functions):
+            start = time.perf_counter()
+            function(*inputs)
+            least[place] = min(least[place], time.perf_counter() - start)
+        if time.perf_counter() > end:
+            break
+    return least

@@ -1,0 +1,101 @@
+"""A run keeps the kernels that it began with, whatever a trial would say later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from games import Do, Game, Stopped, read
+
+from spin_lightning import ContinuousGenerator, SpinLightningModule, UserError
+from spin_lightning.models import kernels
+from spin_lightning.runs.settings import SETTINGS
+
+
+@pytest.fixture
+def fastest(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which candidate a trial finds to be the fastest."""
+    names = ["folded"]
+
+    def find(name: str, candidates: Any, inputs: Any) -> str:
+        return names[0]
+
+    monkeypatch.setattr(kernels, "_try_candidates", find)
+    monkeypatch.setattr(kernels, "_tried", {})
+    return names
+
+
+def make_game(model: str, rows: str, folder: Path, *, precision: str = "bf16-true", **module: Any) -> Game:
+    data = {"generator": ContinuousGenerator(max_new_tokens=5, batch_size=3)}
+    trainer, play = {"precision": precision}, {"iterations": 2, "epochs": 1}
+    callbacks = module.pop("callbacks", ())
+    return Game(model, rows, folder, data=data, trainer=trainer, play=play, module=module, callbacks=callbacks)
+
+
+def stop(*_: Any) -> None:
+    raise Stopped
+
+
+def kernels_in(folder: Path) -> Any:
+    return read(folder / SETTINGS)["kernels"]
+
+
+def test_a_continued_game_takes_the_kernels_of_its_record(
+    fastest: list[str], model: str, rows: str, tmp_path: Path
+) -> None:
+    whole = make_game(model, rows, tmp_path / "whole").play()
+    with pytest.raises(Stopped):
+        make_game(model, rows, tmp_path / "stopped", callbacks=[Do(on_generation_end=stop)]).play()
+    assert kernels_in(tmp_path / "stopped") == {"decode_attention": "folded"}
+    fastest[0] = "grouped"
+    kernels._tried.clear()
+    continued = make_game(model, rows, tmp_path / "stopped").play()
+    assert kernels.kernel_of(continued.module.policy, "decode_attention") == "folded"
+    assert kernels_in(tmp_path / "stopped") == {"decode_attention": "folded"}
+    assert continued.weights == whole.weights
+    other = make_game(model, rows, tmp_path / "other").play()
+    assert kernels_in(tmp_path / "other") == {"decode_attention": "grouped"}
+    assert kernels.kernel_of(other.module.policy, "decode_attention") == "grouped"
+
+
+def test_a_setting_has_the_last_word_and_a_run_keeps_it(
+    fastest: list[str], model: str, rows: str, tmp_path: Path
+) -> None:
+    game = make_game(
+        model, rows, tmp_path / "run", kernels={"decode_attention": "grouped"}, callbacks=[Do(on_train_start=stop)]
+    )
+    with pytest.raises(Stopped):
+        game.play()
+    assert kernels_in(tmp_path / "run") == {"decode_attention": "grouped"}
+    make_game(model, rows, tmp_path / "run", kernels={"decode_attention": "grouped"}).play()
+    with pytest.raises(UserError, match=r"model\.kernels: .*'grouped'.* -> None"):
+        make_game(model, rows, tmp_path / "run").play()
+
+
+def test_a_run_from_elsewhere_goes_on_with_another_kernel_and_says_so(
+    fastest: list[str],
+    model: str,
+    rows: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fastest[0] = "compiled"
+    with pytest.raises(Stopped):
+        make_game(model, rows, tmp_path / "run", callbacks=[Do(on_train_start=stop)]).play()
+    fastest[0] = "folded"
+    monkeypatch.setattr(kernels, "_tried", {})
+    monkeypatch.setattr(kernels, "_find_error", lambda function, inputs: "there is no compiler")
+    capsys.readouterr()
+    make_game(model, rows, tmp_path / "run").play()
+    said = "note: this run took decode_attention compiled, which cannot be used here (there is no compiler)."
+    assert said in capsys.readouterr().out
+    assert kernels_in(tmp_path / "run") == {"decode_attention": "folded"}
+
+
+def test_what_a_setting_asks_for_must_be_possible(model: str, rows: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.kernels asks for decode_attention compiled.*not of torch\.float32"):
+        make_game(model, rows, tmp_path / "run", precision="32-true", kernels={"decode_attention": "compiled"}).play()
+    with pytest.raises(UserError, match=r"model\.kernels knows no 'attention' of 'folded'"):
+        SpinLightningModule("model", kernels={"attention": "folded"})
