@@ -159,10 +159,15 @@ class SlotCache(Cache):
                 cache.update(*states, layer_idx)
             fill_cache(decoder, pack([(prefix, [ids[start:] for ids in prompts])]), cache)
         for ids in prompts:
-            stop = start + len(ids) - len(prefix)
-            columns = [*range(len(prefix)), *range(start, stop)]
-            yield ids, [(keys[0, :, columns], values[0, :, columns]) for keys, values in _states_of(cache)]
-            start = stop
+            own = slice(start, start + len(ids) - len(prefix))
+            yield (
+                ids,
+                [
+                    (_join(keys[0], len(prefix), own), _join(values[0], len(prefix), own))
+                    for keys, values in _states_of(cache)
+                ],
+            )
+            start = own.stop
 
     def _read_padded(self, prompts: list[Ids], pad_id: int) -> Iterator[tuple[Ids, list[States]]]:
         """The same, in padded rows."""
@@ -223,6 +228,11 @@ class SlotCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.past + query_length, 0
+
+
+def _join(states: Tensor, length: int, own: slice) -> Tensor:
+    """The states of the first tokens, and behind them those of a prompt's own."""
+    return torch.cat((states[:, :length], states[:, own]), dim=1) if length else states[:, own]
 
 
 def _states_of(cache: Any) -> list[States]:
