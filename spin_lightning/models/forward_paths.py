@@ -270,10 +270,9 @@ def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
     other: ForwardPath = partial(_score_separate, **path.keywords) if is_shared(path) else _score_alone  # type: ignore[attr-defined]
     with evaluating(model):
         one_by_one = torch.cat([_token_log_probs(path, model, part) for part in alone if len(part.scored)])
-        differences = (
-            _token_log_probs(path, model, batch) - one_by_one,
-            _token_log_probs(path, model, whole) - _token_log_probs(other, model, whole),
-        )
+        with shared_prompt.in_kernel():  # what two ways to compute attention differ by is in no log-ratio
+            between_paths = _token_log_probs(path, model, whole) - _token_log_probs(other, model, whole)
+        differences = (_token_log_probs(path, model, batch) - one_by_one, between_paths)
     largest = max(float(difference.double().square().mean().sqrt()) for difference in differences)
     # a response of few tokens among long ones hardly shows in the mean: a walk of one is taken for one of 2.5 times the
     # usual

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,12 +28,15 @@ from spin_lightning.models.cpu_memory import round_up, rounded
 from spin_lightning.types import ResponseBatch
 
 SUFFIX = "+shared_prompt"
-#: Rows of the score matrix that the backward pass holds at a time: the part above the diagonal is never computed.
-BLOCK = 256
+#: Rows of the score matrix that are held at a time: the part above the diagonal is never computed.
+BLOCK = 128
+#: In which dtypes the forward pass is matrix products, too. In the others torch's kernel is as fast, or more exact.
+IN_PRODUCTS = (torch.bfloat16,)
 #: Rows of a mask that are looked at to tell what kind it is.
 ROWS = 32
 #: Whether the forward pass in progress is one over a ``ResponseBatch``.
 _is_sharing: ContextVar[bool] = ContextVar("is_sharing", default=False)
+_wants_kernel: ContextVar[bool] = ContextVar("wants_kernel", default=False)
 
 
 def share_prompts(model: nn.Module) -> None:
@@ -97,6 +101,16 @@ def _forward(decoder: nn.Module, batch: ResponseBatch, past: int, **settings: An
         )
     finally:
         _is_sharing.reset(token)
+
+
+@contextmanager
+def in_kernel() -> Iterator[None]:
+    """Attention by torch's kernel, which other forward paths take, whatever is faster: for comparisons with them."""
+    token = _wants_kernel.set(True)
+    try:
+        yield
+    finally:
+        _wants_kernel.reset(token)
 
 
 class _Mask(torch.Tensor):
@@ -313,29 +327,20 @@ def _attend_plainly(
 
 
 class _CpuAttention(torch.autograd.Function):
-    """Torch's fused kernel forward; backward as a few large matrix products.
+    """A few large matrix products a block of queries, the heads that share a key head below one another.
 
-    On a CPU that is two to three times faster than the kernel's own in bfloat16. Keeps what the kernel keeps: inputs,
-    output, and the log of each softmax's sum.
+    In bfloat16 on a CPU without AMX that takes half the time of torch's fused kernel, forward and backward. In float32
+    the forward pass is that kernel's, which is as fast there. Keeps what the kernel keeps: inputs, output, and the log
+    of each softmax's sum.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: ResponseBatch, scale: float, window: int | None
     ) -> Tensor:
-        output = torch.zeros_like(query)
-        log_sums = query.new_zeros(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        repeats = query.shape[1] // key.shape[1]
-        for q, k in segments(layout, key.shape[2] - query.shape[2]):
-            keys, values = (_gather(kv, k).repeat_interleave(repeats, 1) for kv in (key, value))
-            is_plain = keys.shape[2] == q.stop - q.start and (window is None or window >= keys.shape[2])
-            mask = None
-            if not is_plain:
-                hidden = ~_make_mask(q.stop - q.start, keys.shape[2], window)
-                mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-            output[:, :, q], log_sums[:, :, q] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, q], keys, values, 0.0, is_plain, attn_mask=mask, scale=scale
-            )
+        is_faster = query.dtype in IN_PRODUCTS and not _wants_kernel.get()
+        attend = _attend_in_products if is_faster else _attend_in_kernel
+        output, log_sums = attend(query, key, value, layout, scale, window)
         ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
         return output
@@ -343,39 +348,117 @@ class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, output, log_sums = ctx.saved_tensors
-        heads, head_dim = query.shape[1], query.shape[3]
+        heads = query.shape[1]
         key_heads, dtype = key.shape[1], query.dtype
         # exp(score - log_sum) is taken of a rounded log_sum, which the correction makes up for
         minus_log_sums = -log_sums.to(dtype)[..., None]
         correction = (-minus_log_sums[..., 0].to(log_sums.dtype) - log_sums).exp_()
-        grad = (grad_output * correction[..., None]).to(dtype)
+        grad = (grad_output.to(correction.dtype) * correction[..., None]).to(dtype)
         minus_delta = -(grad * output).sum(-1, keepdim=True, dtype=log_sums.dtype).to(dtype)
         scaled = query * ctx.scale
         grad_query = torch.zeros_like(query)
         grad_key = torch.zeros(key.shape[1:], dtype=log_sums.dtype)
         grad_value = torch.zeros_like(grad_key)
-        for q, places in segments(ctx.layout):
-            keys, values = (round_up(_gather(kv, places)[0], dim=1) for kv in (key, value))
-            num_queries = q.stop - q.start
-            before = sum(place.stop - place.start for place in places[:-1])  # keys that all its queries may see
-            for start in range(0, num_queries, BLOCK):
-                rows = slice(q.start + start, min(q.start + start + BLOCK, q.stop))
-                count = rows.stop - rows.start
-                seen = slice(rounded(before + start + count))  # what is too many lies above the diagonal
-
-                def folded(tensor: Tensor, rows: slice = rows) -> Tensor:
-                    """The rows' heads that share a key head, below one another: keys and values are never repeated."""
-                    return round_up(tensor[0, :, rows], dim=1).reshape(key_heads, -1, tensor.shape[-1])
-
-                some_keys, some_values, queries, gradient = keys[:, seen], values[:, seen], folded(scaled), folded(grad)
-                shape = (key_heads, queries.shape[1], seen.stop)
-                weights = torch.baddbmm(folded(minus_log_sums).expand(shape), queries, some_keys.mT).exp_()
-                by_head = weights.view(heads, -1, seen.stop)
-                by_head[..., before + start :].tril_()
-                if ctx.window is not None:
-                    by_head.triu_(before + start - ctx.window + 1)
-                grad_scores = torch.baddbmm(folded(minus_delta).expand(shape), gradient, some_values.mT).mul_(weights)
-                grad_query[0, :, rows] = (grad_scores @ some_keys).mul_(ctx.scale).view(heads, -1, head_dim)[:, :count]
-                _add_rows(grad_value, places, weights.mT @ gradient)
-                _add_rows(grad_key, places, grad_scores.mT @ queries)
+        for rows, places, keys, values, diagonal in _cut_into_blocks(key, value, ctx.layout):
+            queries, gradient = _fold(scaled, rows, key_heads), _fold(grad, rows, key_heads)
+            shape = (key_heads, queries.shape[1], keys.shape[1])
+            weights = torch.baddbmm(_fold(minus_log_sums, rows, key_heads).expand(shape), queries, keys.mT).exp_()
+            _hide(weights.view(heads, -1, keys.shape[1]), diagonal, ctx.window)
+            grad_scores = torch.baddbmm(_fold(minus_delta, rows, key_heads).expand(shape), gradient, values.mT)
+            grad_scores.mul_(weights)
+            grad_query[0, :, rows] = _unfold((grad_scores @ keys).mul_(ctx.scale), rows, heads)
+            _add_rows(grad_value, places, weights.mT @ gradient)
+            _add_rows(grad_key, places, grad_scores.mT @ queries)
         return grad_query, grad_key.to(dtype)[None], grad_value.to(dtype)[None], None, None, None
+
+
+def _attend_in_kernel(
+    query: Tensor, key: Tensor, value: Tensor, layout: ResponseBatch, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log of each softmax's sum, by torch's fused kernel."""
+    output = torch.zeros_like(query)
+    log_sums = _make_log_sums(query)
+    repeats = query.shape[1] // key.shape[1]
+    for q, k in segments(layout, key.shape[2] - query.shape[2]):
+        keys, values = (_gather(kv, k).repeat_interleave(repeats, 1) for kv in (key, value))
+        is_plain = keys.shape[2] == q.stop - q.start and (window is None or window >= keys.shape[2])
+        mask = None
+        if not is_plain:
+            hidden = ~_make_mask(q.stop - q.start, keys.shape[2], window)
+            mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        output[:, :, q], log_sums[:, :, q] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, :, q], keys, values, 0.0, is_plain, attn_mask=mask, scale=scale
+        )
+    return output, log_sums
+
+
+def _attend_in_products(
+    query: Tensor, key: Tensor, value: Tensor, layout: ResponseBatch, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The same as matrix products. Scores are computed twice: less their maximum they lose little to rounding."""
+    heads, key_heads = query.shape[1], key.shape[1]
+    output, scaled = torch.zeros_like(query), query * scale
+    log_sums = _make_log_sums(query)
+    for rows, _, keys, values, diagonal in _cut_into_blocks(key, value, layout, key.shape[2] - query.shape[2]):
+        queries = _fold(scaled, rows, key_heads)
+        scores = queries @ keys.mT
+        by_head = scores.view(heads, -1, keys.shape[1])
+        _hide(by_head, diagonal, window, -torch.inf)
+        largest = scores.to(log_sums.dtype).amax(-1, keepdim=True).to(scores.dtype)  # bfloat16 takes twice as long
+        weights = torch.baddbmm((-largest).expand(scores.shape), queries, keys.mT, out=scores).exp_()
+        _hide(by_head, diagonal, window)
+        sums = weights.sum(-1, keepdim=True, dtype=log_sums.dtype)
+        output[0, :, rows] = _unfold((weights @ values).to(sums.dtype).div_(sums), rows, heads)
+        log_sums[0, :, rows] = _unfold(sums.log_().add_(largest), rows, heads)[..., 0]
+    return output, log_sums
+
+
+def _make_log_sums(query: Tensor) -> Tensor:
+    """Zeros for each query of each head, laid out as the heads of models are: what multiplies both is fast only so."""
+    batch, heads, length, _ = query.shape
+    return query.new_zeros((batch, length, heads), dtype=torch.promote_types(query.dtype, torch.float32)).transpose(
+        1, 2
+    )
+
+
+def _cut_into_blocks(
+    key: Tensor, value: Tensor, layout: ResponseBatch, past: int = 0
+) -> Iterator[tuple[slice, tuple[slice, ...], Tensor, Tensor, int]]:
+    """Queries of a block, where their keys stand, those keys and values, and which key the first query sees last.
+
+    Keys and values have shape ``(key_heads, length, head_dim)``, a length that recurs. The first ``past`` tokens ask
+    nothing.
+    """
+    for q, places in segments(layout, past):
+        keys, values = (round_up(_gather(kv, places)[0], dim=1) for kv in (key, value))
+        # keys that all its queries may see
+        before = sum(place.stop - place.start for place in places) - (q.stop - q.start)
+        for start in range(q.start, q.stop, BLOCK):
+            rows = slice(start, min(start + BLOCK, q.stop))
+            seen = slice(rounded(before + rows.stop - q.start))  # what is too many lies above the diagonal
+            yield rows, places, keys[:, seen], values[:, seen], before + start - q.start
+
+
+def _fold(tensor: Tensor, rows: slice, key_heads: int) -> Tensor:
+    """The rows' heads that share a key head, below one another: keys and values are never repeated."""
+    return round_up(tensor[0, :, rows], dim=1).reshape(key_heads, -1, tensor.shape[-1])
+
+
+def _unfold(tensor: Tensor, rows: slice, heads: int) -> Tensor:
+    return tensor.view(heads, -1, tensor.shape[-1])[:, : rows.stop - rows.start]
+
+
+def _hide(scores: Tensor, diagonal: int, window: int | None, filler: float = 0.0) -> None:
+    """Fill in what a block's queries do not see, in place: the first sees the key ``diagonal`` last, the next another.
+
+    Zero is written, for what is finite; minus infinity is added.
+    """
+    late = scores[..., diagonal:]
+    if not filler:
+        late.tril_()
+        if window is not None:
+            scores.triu_(diagonal - window + 1)
+        return
+    late += late.new_full(late.shape[1:], filler).triu_(1)
+    if window is not None:
+        scores += scores.new_full(scores.shape[1:], filler).tril_(diagonal - window)

@@ -61,7 +61,9 @@ class Float32Master(torch.optim.Optimizer):
 
     def __init__(self, parameters: Iterable[Tensor], make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         model_weights = list(parameters)
-        self.master_weights = [weight.detach().float().clone().requires_grad_() for weight in model_weights]
+        self.master_weights = [
+            weight.detach().to(torch.float32, copy=True).requires_grad_() for weight in model_weights
+        ]
         self.inner = make_optimizer(self.master_weights)
         pairs = list(zip(model_weights, self.master_weights, strict=True))
         # torch's own optimisers treat each weight by itself, so float32 gradients of a few at a time are enough
@@ -142,20 +144,36 @@ def sum_in_passes(loss_of: Callable[[Any], Tensor], parts: Sequence[Any], weight
 
 
 class _Passes(torch.autograd.Function):
+    """Sums gradients in one block of memory, each as soon as it is known.
+
+    No pass holds a second set of them, and what a pass leaves behind is no small blocks among those of the next one.
+    """
+
     @staticmethod
     def forward(ctx: Any, loss_of: Callable[[Any], Tensor], parts: Sequence[Any], *weights: Tensor) -> Tensor:
         total: Any = 0.0
         gradients: list[Tensor | None] = [None] * len(weights)
-        for part in parts:
-            with torch.enable_grad():
-                loss = loss_of(part)
-            with torch.autocast(loss.device.type, enabled=False):
-                new = torch.autograd.grad(loss, weights, allow_unused=True)
-            for index, gradient in enumerate(new):
+        places = _make_block_like(weights)
+
+        def add_at(index: int) -> Callable[[Tensor], Tensor]:
+            def add(gradient: Tensor) -> Tensor:
                 held = gradients[index]
-                if gradient is not None:
-                    gradients[index] = gradient if held is None else held.add_(gradient)
-            total = total + loss.detach()
+                held = gradients[index] = places[index].copy_(gradient) if held is None else held.add_(gradient)
+                return held  # in place of the gradient, which goes
+
+            return add
+
+        hooks = [weight.register_hook(add_at(index)) for index, weight in enumerate(weights)]
+        try:
+            for part in parts:
+                with torch.enable_grad():
+                    loss = loss_of(part)
+                with torch.autocast(loss.device.type, enabled=False):
+                    torch.autograd.grad(loss, weights, allow_unused=True)
+                total = total + loss.detach()
+        finally:
+            for hook in hooks:
+                hook.remove()
         ctx.gradients = gradients
         return total
 
@@ -165,3 +183,18 @@ class _Passes(torch.autograd.Function):
         if float(grad_output) != 1.0:
             gradients = [None if gradient is None else gradient.mul_(grad_output) for gradient in gradients]
         return None, None, *gradients
+
+
+def _make_block_like(weights: Sequence[Tensor]) -> list[Tensor]:
+    """An empty place for the gradient of each weight, side by side in one block for each dtype and device."""
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    starts = []
+    for weight in weights:
+        kind = (weight.dtype, weight.device)
+        starts.append(sizes.get(kind, 0))
+        sizes[kind] = starts[-1] + -(-weight.numel() // 64) * 64  # begins where vector instructions like it
+    blocks = {kind: torch.empty(size, dtype=kind[0], device=kind[1]) for kind, size in sizes.items()}
+    return [
+        blocks[weight.dtype, weight.device][start : start + weight.numel()].view(weight.shape)
+        for weight, start in zip(weights, starts, strict=True)
+    ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_lightning.stages.optim import Float32Master
+from spin_lightning.stages.optim import Float32Master, sum_in_passes
 
 
 def master_of(weights: list[Tensor], rate: float = 0.01) -> Float32Master:
@@ -105,3 +105,32 @@ def test_closure_is_run_with_gradients_and_its_loss_returned() -> None:
     with torch.no_grad():
         assert float(optimizer.step(closure)) == before
     assert float((weights[0].detach() ** 2).sum()) < before
+
+
+def test_passes_add_up_in_one_block_as_plain_sums_do() -> None:
+    torch.manual_seed(0)
+    shared, single, unused = (torch.randn(3, 5).requires_grad_(), torch.randn(70).requires_grad_(), torch.ones(1))
+    weights = [shared, single, unused.requires_grad_(), torch.randn(4, dtype=torch.float64).requires_grad_()]
+    parts = [torch.randn(3, 5) for _ in range(3)]
+    held: list[int] = []
+
+    def loss_of(part: Tensor) -> Tensor:
+        held.append(sum(weight.grad is not None for weight in weights))
+        loss = (shared * part).sin().sum() + shared.square().sum() + weights[3].exp().sum().float()
+        return loss if len(held) % 3 == 1 else loss + (single * part.sum()).cos().sum()
+
+    expected: list[Tensor | None] = [None] * 4
+    for part in parts:
+        new = torch.autograd.grad(loss_of(part), weights, allow_unused=True)
+        expected = [b if a is None else a if b is None else a + b for a, b in zip(expected, new, strict=True)]
+    for factor in (1.0, 0.5):
+        (factor * sum_in_passes(loss_of, parts, weights)).backward()
+        assert weights[2].grad is None and not any(held)
+        for weight, gradient in zip(weights, expected, strict=True):
+            if gradient is not None:
+                assert weight.grad is not None and torch.equal(weight.grad, factor * gradient)
+        blocks = {weight.grad.untyped_storage().data_ptr() for weight in weights[:2] if weight.grad is not None}
+        assert len(blocks) == 1
+        for weight in weights:
+            assert not weight._backward_hooks
+            weight.grad = None
