@@ -150,7 +150,8 @@ class SlotCache(Cache):
         """Keys and values of prompts, each ``(heads, len(ids), head_dim)``: end to end, behind what they share."""
         decoder, prefix = decoder_of(self.model), self.prefix or ()
         start, cache = len(prefix), DynamicCache()
-        with attention(self.config, sharing_attention_of(self.config)):
+        kernel = kernel_of(self.model, "prompt_attention")
+        with attention(self.config, sharing_attention_of(self.config, kernel)):
             if prefix and not self.prefix_states:
                 fill_cache(decoder, pack([(prefix, [[]])]), cache)
                 self.prefix_states = [(keys[:, :, :start], values[:, :, :start]) for keys, values in _states_of(cache)]

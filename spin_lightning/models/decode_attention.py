@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spin_lightning.models.attention import heads_of
+
 #: Numbers that the function in C treats at a time.
 _WIDTH = 16
 #: Rows and keys of a trial.
@@ -127,10 +129,7 @@ def make_inputs(model: Any, dtype: torch.dtype) -> tuple[Any, ...]:
     Raises:
         AttributeError: The config does not say how many heads there are, and how wide.
     """
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, key_heads, head_dim = heads_of(model)
     random = torch.Generator().manual_seed(0)
     query = torch.randn(TRIAL_ROWS, heads, 1, head_dim, generator=random)
     key, value = torch.randn(2, TRIAL_ROWS, key_heads, TRIAL_KEYS, head_dim, generator=random)

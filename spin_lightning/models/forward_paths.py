@@ -24,6 +24,7 @@ from spin_lightning.models import head, rope, shared_prompt
 from spin_lightning.models.attention import attention_of, set_attention
 from spin_lightning.models.batches import pack, sequences, shifted
 from spin_lightning.models.cpu_memory import round_up
+from spin_lightning.models.kernels import kernel_of
 from spin_lightning.models.modes import compute_dtype, evaluating
 from spin_lightning.models.rms_norm import fuse_rms_norms, unfuse_rms_norms
 from spin_lightning.terminal import say
@@ -53,6 +54,11 @@ def forward_path_of(model: nn.Module) -> ForwardPath:
     if model not in _chosen:
         _chosen[model] = _choose_forward_path(model, FORWARD_PATHS)
     return _chosen[model]
+
+
+def forget_forward_path(model: nn.Module) -> None:
+    """Try a model again when its forward path is next asked for: its kernels are others now."""
+    _chosen.pop(model, None)
 
 
 def is_shared(path: ForwardPath) -> bool:
@@ -211,7 +217,7 @@ def _choose_forward_path(
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
         return _score_plain
     config: Any = model.config
-    own = attention_of(config).removesuffix(shared_prompt.SUFFIX)
+    own = shared_prompt.own_attention_of(config)
     failures, taken = [f"cannot {failed}"] if failed else [], ""
     set_attention(config, own)
     unfuse_rms_norms(model)
@@ -224,7 +230,7 @@ def _choose_forward_path(
             )
             try:
                 if path is _score_shared:
-                    shared_prompt.share_prompts(model)
+                    shared_prompt.share_prompts(model, kernel_of(model, "prompt_attention"))
                     fuse_rms_norms(model)
                 differences = (_token_log_probs(chosen, model, probe) - expected).abs()
                 totals = differences.new_zeros(len(probe)).index_add(0, probe.response_index, differences)

@@ -18,13 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.models import decode_attention
+from spin_lightning.models import decode_attention, shared_prompt
 from spin_lightning.models.modes import compute_dtype
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
-#: How many times as fast as the first candidate another must be.
-WORTH = 1.5
 #: A trial ends after this many seconds, or this many calls of each candidate.
 TRIAL_SECONDS, TRIAL_CALLS = 0.25, 20
 #: How far the results of candidates may differ, in units of the dtype's precision, relative to the largest.
@@ -36,16 +34,22 @@ class Kernel:
     """Several functions with the same arguments and, within rounding, the same result.
 
     Attributes:
-        candidates: By name. The first is the one to fall back on.
+        candidates: By name. The first is the one to fall back on. Results are tensors, or tuples that begin with one.
         make_inputs: Arguments as a model's shape makes them, of usual length, in a dtype.
+        worth: How many times as fast as the first candidate another must be to be taken. Far from what is measured, so
+            that two trials agree.
     """
 
-    candidates: Mapping[str, Callable[..., Tensor]]
+    candidates: Mapping[str, Callable[..., Any]]
     make_inputs: Callable[[Any, torch.dtype], tuple[Any, ...]]
+    worth: float
 
 
 #: All kernels that have more than one candidate.
-KERNELS = {"decode_attention": Kernel(decode_attention.CANDIDATES, decode_attention.make_inputs)}
+KERNELS = {
+    "prompt_attention": Kernel(shared_prompt.CANDIDATES, shared_prompt.make_inputs, worth=1.2),
+    "decode_attention": Kernel(decode_attention.CANDIDATES, decode_attention.make_inputs, worth=1.5),
+}
 
 _pinned: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
 _tried: dict[tuple[Any, ...], str] = {}
@@ -69,10 +73,12 @@ def pin_kernels(model: nn.Module, choices: Mapping[str, str]) -> None:
     _pinned.setdefault(model, {}).update(choices)
 
 
+@torch.no_grad()
 def find_error(model: nn.Module, name: str, candidate: str) -> str:
     """Why a model cannot take a candidate here; empty if it can."""
     inputs = _make_inputs(model, name)
-    return _find_error(KERNELS[name].candidates[candidate], inputs) if inputs else ""
+    result = _run(KERNELS[name].candidates[candidate], inputs) if inputs else ""
+    return result if isinstance(result, str) else ""
 
 
 def kernel_of(model: nn.Module, name: str) -> str:
@@ -89,10 +95,10 @@ def kernel_of(model: nn.Module, name: str) -> str:
     candidates, inputs = KERNELS[name].candidates, _make_inputs(model, name)
     if inputs is None or inputs[0].dtype not in (torch.bfloat16, torch.float16):
         return next(iter(candidates))
-    sizes = [value.shape if isinstance(value, Tensor) else value for value in inputs]
+    sizes = [value.shape for value in inputs if isinstance(value, Tensor)]
     key = (name, inputs[0].dtype, torch.get_num_threads(), *sizes)
     if key not in _tried:
-        _tried[key] = _try_candidates(name, candidates, inputs)
+        _tried[key] = _try_candidates(name, KERNELS[name], inputs)
     return _tried[key]
 
 
@@ -107,32 +113,28 @@ def _make_inputs(model: nn.Module, name: str) -> tuple[Any, ...] | None:
         return None
 
 
-def _find_error(function: Callable[..., Tensor], inputs: tuple[Any, ...]) -> str:
-    """Why a candidate cannot be used here; empty if it can."""
+def _run(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """What a candidate gives, in float32; or the error it gives, in words."""
     try:
-        function(*inputs)
+        result = function(*inputs)
     except Exception as error:  # a kernel that torch does not have here may say so in any way
         return (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return ""
+    return (result if isinstance(result, Tensor) else result[0]).float()
 
 
 @torch.no_grad()
-def _try_candidates(name: str, candidates: Mapping[str, Callable[..., Tensor]], inputs: tuple[Any, ...]) -> str:
-    first, *_ = usable = [own for own, function in candidates.items() if not _find_error(function, inputs)]
-    expected = candidates[first](*inputs).float()
-    allowed = AGREEMENT * torch.finfo(inputs[0].dtype).eps * float(expected.abs().max())
-    equal = [own for own in usable if _agree(candidates[own](*inputs).float(), expected, allowed)]
-    seconds = _time_candidates([candidates[own] for own in equal], inputs)
+def _try_candidates(name: str, kernel: Kernel, inputs: tuple[Any, ...]) -> str:
+    results = {own: _run(function, inputs) for own, function in kernel.candidates.items()}
+    first, *_ = usable = [own for own, result in results.items() if isinstance(result, Tensor)]
+    allowed = AGREEMENT * torch.finfo(inputs[0].dtype).eps * results[first].abs().max()
+    equal = [own for own in usable if (results[own] - results[first]).abs().max() <= allowed]
+    seconds = _time_candidates([kernel.candidates[own] for own in equal], inputs)
     fastest, least = min(zip(equal, seconds, strict=True), key=lambda pair: pair[1])
     gain = seconds[equal.index(first)] / least
-    if gain < WORTH:
+    if gain < kernel.worth:
         return first
     say(f"note: {name} is {fastest}, here {gain:.1f} times as fast as {first} (model.kernels can pin it).")
     return fastest
-
-
-def _agree(found: Tensor, expected: Tensor, allowed: float) -> bool:
-    return bool((found - expected).abs().max() <= allowed)
 
 
 def _time_candidates(functions: list[Callable[..., Tensor]], inputs: tuple[Any, ...]) -> list[float]:

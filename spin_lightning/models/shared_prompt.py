@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spin_lightning.models.attention import attention_of, set_attention
+from spin_lightning.models.attention import attention_of, heads_of, set_attention
+from spin_lightning.models.batches import pack
 from spin_lightning.models.cache import cache_argument
 from spin_lightning.models.cpu_memory import round_up, rounded
 from spin_lightning.types import ResponseBatch
@@ -30,26 +31,35 @@ from spin_lightning.types import ResponseBatch
 SUFFIX = "+shared_prompt"
 #: Rows of the score matrix that are held at a time: the part above the diagonal is never computed.
 BLOCK = 128
-#: In which dtypes the forward pass is matrix products, too. In the others torch's kernel is as fast, or more exact.
-IN_PRODUCTS = (torch.bfloat16,)
 #: Rows of a mask that are looked at to tell what kind it is.
 ROWS = 32
+#: From queries, keys, values, layout, scale and window to output and log of each softmax's sum.
+Attend = Callable[..., tuple[Tensor, Tensor]]
 #: Whether the forward pass in progress is one over a ``ResponseBatch``.
 _is_sharing: ContextVar[bool] = ContextVar("is_sharing", default=False)
 _wants_kernel: ContextVar[bool] = ContextVar("wants_kernel", default=False)
 
 
-def share_prompts(model: nn.Module) -> None:
+def share_prompts(model: nn.Module, kernel: str = "kernel") -> None:
     """Let a model's attention understand a ``ResponseBatch`` given as ``layout=``. Idempotent; weights are not touched.
+
+    Args:
+        model: Of ``transformers``.
+        kernel: Which of the ``CANDIDATES`` computes it on a CPU.
 
     Raises:
         NotImplementedError: The model's attention is not one that can be extended.
     """
     config: Any = model.config
-    set_attention(config, sharing_attention_of(config))
+    set_attention(config, sharing_attention_of(config, kernel))
 
 
-def sharing_attention_of(config: Any) -> str:
+def own_attention_of(config: Any) -> str:
+    """The name of a model's attention without what :func:`share_prompts` adds to it."""
+    return attention_of(config).partition(SUFFIX)[0]
+
+
+def sharing_attention_of(config: Any, kernel: str) -> str:
     """The name of an attention that does what a model's own does, and understands a ``ResponseBatch`` too.
 
     Raises:
@@ -57,16 +67,15 @@ def sharing_attention_of(config: Any) -> str:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    own = attention_of(config)
-    if own.endswith(SUFFIX):
-        return own
+    own = own_attention_of(config)
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"layers of kind {', '.join(sorted(others))} have no place for a shared prompt")
     if own not in ("sdpa", "eager"):
         raise NotImplementedError(f"attention {own!r} has no place for a shared prompt")
-    AttentionInterface.register(own + SUFFIX, _make_dispatch(own))
-    AttentionMaskInterface.register(own + SUFFIX, _make_mask_dispatch(AttentionMaskInterface()[own]))
-    return own + SUFFIX
+    name = f"{own}{SUFFIX}+{kernel}"
+    AttentionInterface.register(name, _make_dispatch(own, CANDIDATES[kernel]))
+    AttentionMaskInterface.register(name, _make_mask_dispatch(AttentionMaskInterface()[own]))
+    return name
 
 
 def hidden_states(decoder: nn.Module, batch: ResponseBatch) -> Tensor:
@@ -147,7 +156,7 @@ def _find_window(mask_function: Callable[..., Tensor], length: int) -> int | Non
     return window if window < length else None
 
 
-def _make_dispatch(own: str) -> Callable[..., Any]:
+def _make_dispatch(own: str, attend: Attend) -> Callable[..., Any]:
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -165,7 +174,7 @@ def _make_dispatch(own: str) -> Callable[..., Any]:
             ]:
                 raise NotImplementedError(f"attention with {', '.join(unknown)} has no place for a shared prompt")
             settings["sliding_window"] = attention_mask.window
-            return shared_prompt_attention(module, query, key, value, layout, **settings), None
+            return shared_prompt_attention(module, query, key, value, layout, attend=attend, **settings), None
         if own == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -196,6 +205,7 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    attend: Attend | None = None,
     **settings: Any,
 ) -> Tensor:
     """Causal attention in which each response sees its prompt and itself.
@@ -211,6 +221,7 @@ def shared_prompt_attention(
         dropout: Probability with which weights are dropped.
         sliding_window: How many positions back a token sees, itself included. None: all.
         softcap: Scores become ``softcap * tanh(scores / softcap)``. None: as they are.
+        attend: One of the ``CANDIDATES``, for CPUs. None: torch's kernel.
         **settings: What else the model gives its attention, for FlexAttention. Nothing that changes the result.
 
     Returns:
@@ -223,7 +234,7 @@ def shared_prompt_attention(
     value_dim, most = value.shape[-1], max(query.shape[-1], value.shape[-1])
     # kernels want one width; zeros add nothing to the scores, and columns of zeros are cut off again
     query, key, value = (F.pad(x, (0, most - x.shape[-1])) if x.shape[-1] < most else x for x in (query, key, value))
-    output = _attend(module, query, key, value, layout, scale, dropout, sliding_window, softcap, settings)
+    output = _attend(module, query, key, value, layout, scale, dropout, sliding_window, softcap, attend, settings)
     return output if value_dim == most else output[..., :value_dim]
 
 
@@ -237,6 +248,7 @@ def _attend(
     dropout: float,
     sliding_window: int | None,
     softcap: float | None,
+    attend: Attend | None,
     settings: dict[str, Any],
 ) -> Tensor:
     if query.device.type != "cpu" and not dropout:
@@ -252,7 +264,9 @@ def _attend(
             parts.append(_attend_plainly(query[:, :, q], keys, values, scale, dropout, sliding_window, softcap))
         parts.append(torch.zeros_like(query[:, :, q.stop :]))
         return torch.cat(parts, dim=2).transpose(1, 2)
-    return _CpuAttention.apply(query, key, value, layout, scale, sliding_window).transpose(1, 2)
+    if attend is None or _wants_kernel.get():
+        attend = attend_in_kernel
+    return _CpuAttention.apply(query, key, value, layout, scale, sliding_window, attend).transpose(1, 2)
 
 
 def segments(layout: ResponseBatch, past: int = 0) -> Iterator[tuple[slice, tuple[slice, ...]]]:
@@ -327,19 +341,23 @@ def _attend_plainly(
 
 
 class _CpuAttention(torch.autograd.Function):
-    """A few large matrix products a block of queries, the heads that share a key head below one another.
+    """Forward by one of the ``CANDIDATES``; backward as a few large matrix products a block of queries.
 
-    In bfloat16 on a CPU without AMX that takes half the time of torch's fused kernel, forward and backward. In float32
-    the forward pass is that kernel's, which is as fast there. Keeps what the kernel keeps: inputs, output, and the log
-    of each softmax's sum.
+    That takes half the time of torch's fused kernel backward in bfloat16. Keeps what the kernel keeps: inputs, output,
+    and the log of each softmax's sum.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: ResponseBatch, scale: float, window: int | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: ResponseBatch,
+        scale: float,
+        window: int | None,
+        attend: Attend,
     ) -> Tensor:
-        is_faster = query.dtype in IN_PRODUCTS and not _wants_kernel.get()
-        attend = _attend_in_products if is_faster else _attend_in_kernel
         output, log_sums = attend(query, key, value, layout, scale, window)
         ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
@@ -369,10 +387,10 @@ class _CpuAttention(torch.autograd.Function):
             grad_query[0, :, rows] = _unfold((grad_scores @ keys).mul_(ctx.scale), rows, heads)
             _add_rows(grad_value, places, weights.mT @ gradient)
             _add_rows(grad_key, places, grad_scores.mT @ queries)
-        return grad_query, grad_key.to(dtype)[None], grad_value.to(dtype)[None], None, None, None
+        return grad_query, grad_key.to(dtype)[None], grad_value.to(dtype)[None], None, None, None, None
 
 
-def _attend_in_kernel(
+def attend_in_kernel(
     query: Tensor, key: Tensor, value: Tensor, layout: ResponseBatch, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Output and log of each softmax's sum, by torch's fused kernel."""
@@ -392,10 +410,14 @@ def _attend_in_kernel(
     return output, log_sums
 
 
-def _attend_in_products(
+def attend_in_products(
     query: Tensor, key: Tensor, value: Tensor, layout: ResponseBatch, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The same as matrix products. Scores are computed twice: less their maximum they lose little to rounding."""
+    """The same as a few large matrix products a block of queries, heads that share keys below one another.
+
+    Scores are computed twice: less their maximum they lose little to rounding. Without AMX this took two thirds of the
+    kernel's time in bfloat16 (8.3 ms a layer instead of 12.6, 3 pairs of 1,188 tokens); in float32 about as long.
+    """
     heads, key_heads = query.shape[1], key.shape[1]
     output, scaled = torch.zeros_like(query), query * scale
     log_sums = _make_log_sums(query)
@@ -411,6 +433,23 @@ def _attend_in_products(
         output[0, :, rows] = _unfold((weights @ values).to(sums.dtype).div_(sums), rows, heads)
         log_sums[0, :, rows] = _unfold(sums.log_().add_(largest), rows, heads)[..., 0]
     return output, log_sums
+
+
+CANDIDATES: dict[str, Attend] = {"kernel": attend_in_kernel, "products": attend_in_products}
+
+
+def make_inputs(model: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments of the candidates, as a model's heads make them: two responses to a prompt.
+
+    Raises:
+        AttributeError: The config does not say how many heads there are, and how wide.
+    """
+    heads, key_heads, head_dim = heads_of(model)
+    layout = pack([([0] * 160, [[0] * 96, [0] * 96])])
+    random, length = torch.Generator().manual_seed(0), len(layout.input_ids)
+    shapes = ((1, length, count, head_dim) for count in (heads, key_heads, key_heads))
+    states = [torch.randn(shape, generator=random).to(dtype).transpose(1, 2) for shape in shapes]
+    return *states, layout, head_dim**-0.5, None
 
 
 def _make_log_sums(query: Tensor) -> Tensor:

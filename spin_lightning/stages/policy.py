@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.models.cpu_memory import keep_freed_memory
+from spin_lightning.models.forward_paths import forget_forward_path
 from spin_lightning.models.kernels import check_kernels, find_error, kernel_of, pin_kernels
 from spin_lightning.models.loading import (
     ModelOrName,
@@ -92,9 +93,9 @@ class PolicyModule(L.LightningModule):
         on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows, ``skip`` the update,
             or ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in
             any case.
-        kernels: Which of its ways of computing a kernel takes: ``decode_attention`` can be ``grouped``, ``folded`` or
-            ``compiled``. What is not named is tried where a run begins, and the fastest taken. The run's record keeps
-            the choice, and a resumed run takes the same.
+        kernels: Which of its ways of computing a kernel takes: ``prompt_attention`` can be ``kernel`` or ``products``,
+            ``decode_attention`` can be ``grouped``, ``folded`` or ``compiled``. What is not named is tried where a run
+            begins, and the fastest taken. The run's record keeps the choice, and a resumed run takes the same.
 
     Raises:
         UserError: A setting is outside its range.
@@ -105,7 +106,7 @@ class PolicyModule(L.LightningModule):
     """
 
     #: Names of the kernels with several candidates that a run of the stage needs.
-    kernels_used: tuple[str, ...] = ()
+    kernels_used: tuple[str, ...] = ("prompt_attention",)
     policy: PreTrainedModel
     stored_dtype: str | None = None  # of the weights that came in
     has_no_name = False
@@ -264,6 +265,7 @@ class PolicyModule(L.LightningModule):
                     )
                 choices[name] = wanted if wanted and not error else kernel_of(self.policy, name)
         pin_kernels(self.policy, choices)
+        forget_forward_path(self.policy)
         self._kernels_are_settled = True
         return choices
 

@@ -31,7 +31,9 @@ CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
 def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the candidates that are equal are found to take, in their order."""
     took = [3.0, 1.0]
-    monkeypatch.setattr(kernels, "KERNELS", {"times_three": Kernel(CANDIDATES, lambda model, dtype: (sample(dtype),))})
+    monkeypatch.setattr(
+        kernels, "KERNELS", {"times_three": Kernel(CANDIDATES, lambda model, dtype: (sample(dtype),), 1.5)}
+    )
     monkeypatch.setattr(kernels, "_tried", {})
     monkeypatch.setattr(kernels, "_time_candidates", lambda functions, inputs: took[: len(functions)])
     return took

@@ -255,18 +255,17 @@ def test_responses_do_not_see_each_other(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("in_products", [(), (torch.float64,)], ids=["kernel", "products"])
+@pytest.mark.parametrize("kernel", shared_prompt.CANDIDATES)
 @pytest.mark.parametrize(("block", "length_step"), [(256, 64), (8, 4), (4, 8), (5, 1), (1, 3)])
 def test_attention_in_blocks_equals_one_masked_softmax(
     block: int,
     length_step: int,
-    in_products: tuple[torch.dtype, ...],
+    kernel: str,
     window: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Forward and backward, whatever the blocks and the padding; what stands behind the batch is left alone."""
     monkeypatch.setattr(shared_prompt, "BLOCK", block)
-    monkeypatch.setattr(shared_prompt, "IN_PRODUCTS", in_products)
     monkeypatch.setattr(cpu_memory, "LENGTH_STEP", length_step)
     torch.manual_seed(0)
     batch = pack(GROUPS)
@@ -282,8 +281,9 @@ def test_attention_in_blocks_equals_one_masked_softmax(
     scores = query @ key.repeat_interleave(2, 1).mT * 0.7
     weights = scores[:, :, :count].masked_fill(~visible[:count], -torch.inf).softmax(-1)
     expected = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    attend = shared_prompt.CANDIDATES[kernel]
     found = shared_prompt.shared_prompt_attention(
-        nn.Identity(), query, key, value, batch, scaling=0.7, sliding_window=window
+        nn.Identity(), query, key, value, batch, scaling=0.7, sliding_window=window, attend=attend
     )
     assert_close(found[:, :count], expected)
     assert found.shape[1] == length and not found[:, count:].any()
@@ -296,7 +296,7 @@ def test_attention_in_blocks_equals_one_masked_softmax(
         assert_close(a, b)
 
 
-def test_large_scores_lose_no_more_in_bfloat16_products_than_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_scores_lose_no_more_in_bfloat16_products_than_in_the_kernel() -> None:
     """Scores of up to 60 rounded to bfloat16 would be off by 0.1; less their maximum they are not."""
     torch.manual_seed(0)
     batch = pack([([1] * 150, [[2] * 40, [3] * 70])])
@@ -304,13 +304,12 @@ def test_large_scores_lose_no_more_in_bfloat16_products_than_in_the_kernel(monke
         torch.randn(1, heads, 260, 16).mul(scale).bfloat16() for heads, scale in ((4, 4), (2, 4), (2, 1))
     )
 
-    def attend(in_products: tuple[torch.dtype, ...], dtype: torch.dtype) -> Tensor:
-        monkeypatch.setattr(shared_prompt, "IN_PRODUCTS", in_products)
-        inputs = (tensor.to(dtype) for tensor in (query, key, value))
-        return shared_prompt.shared_prompt_attention(nn.Identity(), *inputs, batch).double()
+    def attend(kernel: str, dtype: torch.dtype) -> Tensor:
+        inputs, function = (tensor.to(dtype) for tensor in (query, key, value)), shared_prompt.CANDIDATES[kernel]
+        return shared_prompt.shared_prompt_attention(nn.Identity(), *inputs, batch, attend=function).double()
 
-    exact, kernel = attend((), torch.float64), attend((), torch.bfloat16)
-    products = attend((torch.bfloat16,), torch.bfloat16)
+    exact, kernel = attend("kernel", torch.float64), attend("kernel", torch.bfloat16)
+    products = attend("products", torch.bfloat16)
     assert not torch.equal(products, kernel)
     assert (products - exact).norm() <= 1.6 * (kernel - exact).norm() <= 0.01 * exact.norm()
 

@@ -11,15 +11,16 @@ from games import Do, Game, Stopped, read
 from spin_lightning import ContinuousGenerator, SpinLightningModule, UserError
 from spin_lightning.models import kernels
 from spin_lightning.runs.settings import SETTINGS
+from spin_lightning.stages import policy
 
 
 @pytest.fixture
-def fastest(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def fastest(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Which candidate a trial finds to be the fastest."""
-    names = ["folded"]
+    names = {"prompt_attention": "products", "decode_attention": "folded"}
 
-    def find(name: str, candidates: Any, inputs: Any) -> str:
-        return names[0]
+    def find(name: str, *_: Any) -> str:
+        return names[name]
 
     monkeypatch.setattr(kernels, "_try_candidates", find)
     monkeypatch.setattr(kernels, "_tried", {})
@@ -41,57 +42,63 @@ def kernels_in(folder: Path) -> Any:
     return read(folder / SETTINGS)["kernels"]
 
 
+def taken_by(game: Game) -> dict[str, str]:
+    model = game.module.policy
+    attention = model.config._attn_implementation.rpartition("+")[2]
+    return {"prompt_attention": attention, "decode_attention": kernels.kernel_of(model, "decode_attention")}
+
+
 def test_a_continued_game_takes_the_kernels_of_its_record(
-    fastest: list[str], model: str, rows: str, tmp_path: Path
+    fastest: dict[str, str], model: str, rows: str, tmp_path: Path
 ) -> None:
     whole = make_game(model, rows, tmp_path / "whole").play()
     with pytest.raises(Stopped):
         make_game(model, rows, tmp_path / "stopped", callbacks=[Do(on_generation_end=stop)]).play()
-    assert kernels_in(tmp_path / "stopped") == {"decode_attention": "folded"}
-    fastest[0] = "grouped"
+    before, after = dict(fastest), {"prompt_attention": "kernel", "decode_attention": "grouped"}
+    assert kernels_in(tmp_path / "stopped") == before
+    fastest |= after
     kernels._tried.clear()
     continued = make_game(model, rows, tmp_path / "stopped").play()
-    assert kernels.kernel_of(continued.module.policy, "decode_attention") == "folded"
-    assert kernels_in(tmp_path / "stopped") == {"decode_attention": "folded"}
+    assert kernels_in(tmp_path / "stopped") == taken_by(continued) == before
     assert continued.weights == whole.weights
     other = make_game(model, rows, tmp_path / "other").play()
-    assert kernels_in(tmp_path / "other") == {"decode_attention": "grouped"}
-    assert kernels.kernel_of(other.module.policy, "decode_attention") == "grouped"
+    assert kernels_in(tmp_path / "other") == taken_by(other) == after
 
 
 def test_a_setting_has_the_last_word_and_a_run_keeps_it(
-    fastest: list[str], model: str, rows: str, tmp_path: Path
+    fastest: dict[str, str], model: str, rows: str, tmp_path: Path
 ) -> None:
     game = make_game(
         model, rows, tmp_path / "run", kernels={"decode_attention": "grouped"}, callbacks=[Do(on_train_start=stop)]
     )
     with pytest.raises(Stopped):
         game.play()
-    assert kernels_in(tmp_path / "run") == {"decode_attention": "grouped"}
+    assert kernels_in(tmp_path / "run") == {"prompt_attention": "products", "decode_attention": "grouped"}
     make_game(model, rows, tmp_path / "run", kernels={"decode_attention": "grouped"}).play()
     with pytest.raises(UserError, match=r"model\.kernels: .*'grouped'.* -> None"):
         make_game(model, rows, tmp_path / "run").play()
 
 
 def test_a_run_from_elsewhere_goes_on_with_another_kernel_and_says_so(
-    fastest: list[str],
+    fastest: dict[str, str],
     model: str,
     rows: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fastest[0] = "compiled"
+    fastest["decode_attention"] = "compiled"
     with pytest.raises(Stopped):
         make_game(model, rows, tmp_path / "run", callbacks=[Do(on_train_start=stop)]).play()
-    fastest[0] = "folded"
-    monkeypatch.setattr(kernels, "_tried", {})
-    monkeypatch.setattr(kernels, "_find_error", lambda function, inputs: "there is no compiler")
+    fastest["decode_attention"] = "folded"
+    kernels._tried.clear()
+    errors = {"compiled": "there is no compiler"}
+    monkeypatch.setattr(policy, "find_error", lambda model, name, candidate: errors.get(candidate, ""))
     capsys.readouterr()
     make_game(model, rows, tmp_path / "run").play()
     said = "note: this run took decode_attention compiled, which cannot be used here (there is no compiler)."
     assert said in capsys.readouterr().out
-    assert kernels_in(tmp_path / "run") == {"decode_attention": "folded"}
+    assert kernels_in(tmp_path / "run") == {"prompt_attention": "products", "decode_attention": "folded"}
 
 
 def test_what_a_setting_asks_for_must_be_possible(model: str, rows: str, tmp_path: Path) -> None:
