@@ -296,6 +296,24 @@ def test_attention_in_blocks_equals_one_masked_softmax(
         assert_close(a, b)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("kernel", shared_prompt.CANDIDATES)
+@pytest.mark.parametrize("past", [1, 7, 12])
+def test_tokens_that_ask_nothing_are_seen_by_those_behind_them(kernel: str, past: int, window: int | None) -> None:
+    """A beginning of the first prompt, or all of it, whose keys and values came from a cache."""
+    torch.manual_seed(0)
+    batch = pack([([3] * 12, [[4] * 5, [], [5] * 9]), ([6] * 4, [[7] * 3])])
+    query, key, value = torch.randn(3, 1, 4, len(batch.input_ids), 8, dtype=torch.float64)
+    settings = {"sliding_window": window, "attend": shared_prompt.CANDIDATES[kernel]}
+    whole = shared_prompt.shared_prompt_attention(nn.Identity(), query, key, value, batch, **settings)
+    behind = shared_prompt.shared_prompt_attention(nn.Identity(), query[:, :, past:], key, value, batch, **settings)
+    assert_close(behind, whole[:, past:])
+    plain = shared_prompt.shared_prompt_attention(
+        nn.Identity(), query[:, :, past:], key, value, batch, sliding_window=window, softcap=1e6
+    )
+    assert_close(plain, whole[:, past:], 1e-6)  # whose softmax is in float32
+
+
 def test_large_scores_lose_no_more_in_bfloat16_products_than_in_the_kernel() -> None:
     """Scores of up to 60 rounded to bfloat16 would be off by 0.1; less their maximum they are not."""
     torch.manual_seed(0)
