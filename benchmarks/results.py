@@ -47,11 +47,14 @@ def _name(section: str, is_brief: bool) -> str:
 def key(where: dict[str, Any]) -> str:
     """What a machine is called: its GPU, or else its processor and the units of it that multiply matrices.
 
+    Family and model tell processors apart whose name hides their generation, as in a virtual machine.
+
     Example:
-        >>> key({"gpu": None, "processor": "AMD EPYC", "bfloat16_units": ["avx512_bf16"]})
-        'AMD EPYC, avx512_bf16'
+        >>> key({"gpu": None, "processor": "AMD EPYC", "family": "26", "model": "2", "bfloat16_units": ["avx512_bf16"]})
+        'AMD EPYC (family 26, model 2), avx512_bf16'
     """
-    return where["gpu"] or ", ".join([where["processor"], *where["bfloat16_units"]])
+    generation = f" (family {where['family']}, model {where['model']})" if where.get("family") else ""
+    return where["gpu"] or ", ".join([where["processor"] + generation, *where["bfloat16_units"]])
 
 
 def machine() -> dict[str, Any]:
@@ -65,6 +68,8 @@ def machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": fields.get("model name", platform.processor() or platform.machine()),
+        "family": fields.get("cpu family"),
+        "model": fields.get("model"),
         "cores": os.cpu_count(),
         "bfloat16_units": [unit for unit in UNITS if unit in flags],
         "memory_gib": round(memory / 2**30),

@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from typing import IO, Any
 
 ROOT = Path(__file__).absolute().parent.parent
 BENCH = ROOT / ".bench"
+
+#: A contender that takes longer to load, or for a round, has failed.
+LONGEST_MINUTES = 60
 
 #: What glibc is told in every contender's process: what ours tells it in ``models/cpu_memory.py``.
 ALLOCATOR = {
@@ -93,9 +97,15 @@ class Resident:
         self.process.wait()
 
     def _read(self) -> dict[str, Any]:
+        watchdog = threading.Timer(LONGEST_MINUTES * 60, self.process.kill)
+        watchdog.start()
         line = pipe(self.process.stdout).readline()
+        is_late = not watchdog.is_alive()
+        watchdog.cancel()
         if not line:
             code = self.process.wait()
+            if is_late:
+                raise Failed(f"no answer in {LONGEST_MINUTES} minutes ({self.log.name})")
             if code < 0:
                 raise Failed(f"killed by signal {-code}{', as when memory runs out' if code == -9 else ''}")
             said = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]

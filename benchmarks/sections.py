@@ -16,7 +16,7 @@ from benchmarks.workload import SYSTEM, Lengths, describe, make_exchanges, read_
 #: Rounds before those that count: a process asks the system for memory in its first two steps, and hardly any more.
 WARM_UP = 2
 #: Updates that compiled TRL works before its first round, on other pairs: later ones compile hardly anything.
-COMPILING_UPDATES = 3
+COMPILING_UPDATES = 2
 
 #: The settings that made TRL fastest on a CPU, with or without ``torch_compile``; ``trl_settings`` measures others.
 TRL_BEST: dict[str, Any] = {
@@ -64,8 +64,7 @@ class Plan:
     def play(self, contenders: Sequence[Contender], rounds: int | None = None, **more: Any) -> list[dict[str, Any]]:
         """Let contenders take turns, as often as the plan says; one round if it is quick."""
         wanted = 1 if self.is_quick else rounds or self.rounds
-        warm_up = self.size(WARM_UP, 1, WARM_UP)
-        return play(contenders, wanted, **{"threads": self.threads, "warm_up": warm_up, **more})
+        return play(contenders, wanted, **{"threads": self.threads, "warm_up": WARM_UP, **more})
 
 
 def step(plan: Plan) -> dict[str, Any]:
@@ -173,32 +172,30 @@ def trl_settings(plan: Plan) -> dict[str, Any]:
 
 def generation(plan: Plan) -> dict[str, Any]:
     """Sampled tokens a CPU second, of a chat model answering at its natural length."""
-    many = plan.size(64, 32, 8)
+    many = plan.size(64, 16, 8)
     base, count = _asked("generation", plan, many)
 
     def plain(batch_size: int, is_sorted: bool) -> dict[str, Any]:
         return {**base, "way": "plain", "batch_size": batch_size, "is_sorted": is_sorted}
 
-    slow = [
-        Contender(f"transformers generate, {many} sorted", "generation", plain(many, True)),
-        Contender("transformers generate, 16 as they come", "generation", plain(16, False)),
-    ]
-    # a round takes minutes, in which the first calls are nothing
-    records = plan.play(slow[: plan.size(2, 1, 2)], rounds=1, warm_up=0)
-    fast = [_continuous(base, many // 2)] if not plan.is_brief else []
-    fast += [_continuous(base, many), *_vllm({f"vLLM for CPU, {many}": {"batch_size": many}}, base)]
+    slow = [Contender(f"transformers generate, {many} sorted", "generation", plain(many, True))]
+    fast = [_continuous(base, many)]
+    peers = {f"vLLM for CPU, {many}": {"batch_size": many}}
     if not plan.is_brief:
+        slow.append(Contender("transformers generate, 16 as they come", "generation", plain(16, False)))
+        fast.append(_continuous(base, many // 2))
         # what the game asks of a generator: the same response for the same seed, whatever is asked beside it
-        seeded = {"batch_size": many, "is_seeded": True}
-        fast += _vllm({f"vLLM for CPU, {many}, a seed for each prompt": seeded}, base)
-    records += plan.play([*fast, _products()], warm_up=1)
+        peers[f"vLLM for CPU, {many}, a seed for each prompt"] = {"batch_size": many, "is_seeded": True}
+    # a round takes minutes, in which the first calls are nothing
+    records = plan.play(slow, rounds=1, warm_up=0)
+    records += plan.play([*fast, *_vllm(peers, base), _products()], warm_up=1)
     return {"contenders": records, "prompts": count, "answers_per_prompt": 1}
 
 
 def several_answers(plan: Plan) -> dict[str, Any]:
     """The same where each prompt gets four responses, as with ``data.answers_per_prompt``."""
     answers = 4
-    base, count = _asked("several_answers", plan, plan.size(16, 8, 2), answers)
+    base, count = _asked("several_answers", plan, 2 if plan.is_quick else 16, answers)
     slots = answers * count
     both: dict[str, dict[str, Any]]
     both = {"prompt repeated": {"batch_size": slots}, "n=4": {"batch_size": slots, "answers_per_prompt": answers}}
@@ -224,6 +221,8 @@ def iteration(plan: Plan) -> dict[str, Any]:
         Contender("spin_lightning, bf16-true", "spin_iteration", {**own, "precision": "bf16-true"}),
         _products(),
     ]
+    if plan.is_brief:
+        del contenders[1]
     # one after the other: each has one round, and memory does not hold all
     records = [plan.play([contender], rounds=1, warm_up=0)[0] for contender in contenders]
     return {"contenders": records, "prompts": count, "batch_size": plan.batch_size}
@@ -412,19 +411,20 @@ def _template_tokens(encoder: Any) -> int:
 
 
 def _step_workload(
-    name: str, plan: Plan, rounds: int, warm_up: int | None = None, compiling_updates: int = COMPILING_UPDATES
+    name: str, plan: Plan, rounds: int, warm_up: int = WARM_UP, compiling_updates: int = COMPILING_UPDATES
 ) -> Work:
     """Batches to warm up with, then one a round; with the least work of each round."""
     model, encoder = _smollm2()
     size, rounds = plan.batch_size, plan.size(rounds, rounds, 1)
-    warm_up = plan.size(WARM_UP, 1, WARM_UP) if warm_up is None else warm_up
-    compiling_updates = plan.size(compiling_updates, compiling_updates, min(compiling_updates, 1))
+    compiling_updates = plan.size(compiling_updates, min(compiling_updates, 1), min(compiling_updates, 1))
     folder = _write(name, encoder, [plan.lengths] * size * (warm_up + rounds), size)
-    before = _write(f"before_{name}", encoder, [plan.lengths] * size * compiling_updates, size, seed=1)
+    before = None
+    if compiling_updates:
+        before = _write(f"before_{name}", encoder, [plan.lengths] * size * compiling_updates, size, seed=1)
     pairs = read_pairs(str(folder))
     starts = range(warm_up * size, len(pairs), size)
     least = [least_flops(pairs[start : start + size], Shape()) for start in starts]
-    return Work(model, folder, before if compiling_updates else None, compiling_updates, size, least)
+    return Work(model, folder, before, compiling_updates, size, least)
 
 
 def _asked(name: str, plan: Plan, count: int, answers: int = 1) -> tuple[dict[str, Any], int]:
@@ -435,7 +435,7 @@ def _asked(name: str, plan: Plan, count: int, answers: int = 1) -> tuple[dict[st
         answered.
     """
     model, encoder = _smollm2()
-    folder = _write(name, encoder, [Lengths()] * count, plan.batch_size)
+    folder = _write(name, encoder, [plan.size(Lengths(), plan.lengths, Lengths())] * count, plan.batch_size)
     pairs = [pair for pair in read_pairs(str(folder)) for _ in range(answers)]
     path = folder / "prompts.json"
     asked = {"prompts": [pair["prompt_ids"] for pair in pairs], "real": [pair["chosen_ids"] for pair in pairs]}
