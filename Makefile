@@ -6,7 +6,7 @@
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
 # make wheel   build the wheel, install it in an empty environment, and play a tiny game with a config from it
 # make lock    renew constraints.txt, the versions that all of the above install, to those of `make newest`
-# make bench   install TRL beside it, then measure speed and memory against it (about four hours on two CPU cores)
+# make bench   install TRL beside it, then measure speed and memory against it (three to four hours on two CPU cores)
 # make bench-brief  the same with little work: a step, generation and an iteration (at most 15 minutes)
 # make bench-vllm   install vLLM for CPU too (a large install, about 10 minutes), then measure generation with it
 

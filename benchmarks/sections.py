@@ -172,7 +172,7 @@ def trl_settings(plan: Plan) -> dict[str, Any]:
 
 def generation(plan: Plan) -> dict[str, Any]:
     """Sampled tokens a CPU second, of a chat model answering at its natural length."""
-    many = plan.size(64, 16, 8)
+    many = plan.size(64, 24, 8)
     base, count = _asked("generation", plan, many)
 
     def plain(batch_size: int, is_sorted: bool) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def several_answers(plan: Plan) -> dict[str, Any]:
 
 def iteration(plan: Plan) -> dict[str, Any]:
     """A whole iteration: the same prompts, the same number of updates."""
-    base, count = _asked("iteration", plan, plan.size(64, 16, 8))
+    base, count = _asked("iteration", plan, plan.size(64, 12, 8))
     base |= {"generation_batch": count}
     answers = Path(base["prompts"]).with_name("answers.json")
     answers.unlink(missing_ok=True)
@@ -416,7 +416,8 @@ def _step_workload(
     """Batches to warm up with, then one a round; with the least work of each round."""
     model, encoder = _smollm2()
     size, rounds = plan.batch_size, plan.size(rounds, rounds, 1)
-    compiling_updates = plan.size(compiling_updates, min(compiling_updates, 1), min(compiling_updates, 1))
+    # a brief one compiles while it warms up
+    compiling_updates = plan.size(compiling_updates, 0, min(compiling_updates, 1))
     folder = _write(name, encoder, [plan.lengths] * size * (warm_up + rounds), size)
     before = None
     if compiling_updates:
