@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report, rounds
+from benchmarks import report, results, rounds
 from benchmarks.flops import least_flops, least_generation_flops
 from benchmarks.models import Shape
-from benchmarks.results import Results, keep, shown
+from benchmarks.results import Results, expected_minutes, keep, shown
 from benchmarks.workload import Lengths, make_exchanges, read_pairs, write_workload
 from spin_lightning import SyntheticDataModule
 from spin_lightning.data.encoding import Encoder
@@ -75,6 +75,32 @@ def test_every_contender_gets_the_allocator_s_settings_of_ours(monkeypatch: pyte
     wanted = {"MALLOC_TRIM_THRESHOLD_": given[-1], "MALLOC_TOP_PAD_": given[-2], "MALLOC_MMAP_THRESHOLD_": given[-3]}
     assert {name: int(value) for name, value in rounds.ALLOCATOR.items()} == wanted
     assert len(given) == 3
+
+
+def test_a_contender_that_fails_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+
+    class Resident:
+        def __init__(self, contender: rounds.Contender, threads: int, variables: dict[str, str]) -> None:
+            self.name, self.turns = contender.name, 0
+            if self.name == "does not start":
+                raise rounds.Failed("no such file")
+
+        def round(self, is_last: bool) -> dict[str, float]:
+            self.turns += 1
+            if self.name == "dies" and self.turns == 3:
+                raise rounds.Failed("killed by signal 9")
+            return {"seconds": float(self.turns), "peak_mib": 1.0}
+
+        def stop(self) -> None:
+            stopped.append(self.name)
+
+    monkeypatch.setattr(rounds, "Resident", Resident)
+    contenders = [rounds.Contender(name, "a_module") for name in ("does not start", "dies", "works")]
+    records = rounds.play(contenders, rounds=2, warm_up=1)
+    assert [record.get("failed") for record in records] == ["no such file", "killed by signal 9", None]
+    assert [[sample["seconds"] for sample in record["samples"]] for record in records] == [[], [2.0], [2.0, 3.0]]
+    assert stopped == ["dies", "works"]
 
 
 def record(name: str, *seconds: float, settings: dict[str, Any] | None = None, **more: object) -> dict[str, Any]:
@@ -244,11 +270,19 @@ def test_a_result_in_which_nobody_worked_replaces_nothing() -> None:
     assert shown(results, "step")["a processor, amx_bf16"]["contenders"][0]["samples"]
 
 
+def test_expected_minutes_are_those_of_the_last_time_here_or_else_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "machine", lambda: HERE)
+    there = elsewhere({**STEP, "minutes": 7.0}, "another")
+    assert expected_minutes(kept(("step", there, False), ("step", STEP, False)), "step", is_brief=False) == 1.0
+    assert expected_minutes(kept(("step", there, False), ("step", STEP, True)), "step", is_brief=False) == 7.0
+    assert expected_minutes(kept(("step", there, False)), "step", is_brief=True) is None
+
+
 def test_the_page_shows_the_results_that_are_kept() -> None:
     """Neither can be edited without the other."""
-    results = json.loads((report.DOCS / "performance.json").read_text())
+    measured = json.loads((report.DOCS / "performance.json").read_text())
     page = report.DOCS / "performance.md"
-    assert report.with_tables(page.read_text(), results) == page.read_text()
+    assert report.with_tables(page.read_text(), measured) == page.read_text()
 
 
 def test_page_without_a_place_for_a_table_is_refused() -> None:
