@@ -6,8 +6,9 @@
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
 # make wheel   build the wheel, install it in an empty environment, and play a tiny game with a config from it
 # make lock    renew constraints.txt, the versions that all of the above install, to those of `make newest`
-# make bench   install TRL beside it, then measure speed and memory against it (two to three hours on two CPU cores)
-# make bench-vllm   the same for vLLM on CPU: generation only (a large install, about 10 minutes)
+# make bench   install TRL beside it, then measure speed and memory against it (three to four hours on two CPU cores)
+# make bench-brief  the same with little work: a step, generation and an iteration (at most 15 minutes)
+# make bench-vllm   install vLLM for CPU too (a large install, about 10 minutes), then measure generation with it
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test style check newest oldest wheel lock bench bench-vllm install clean
+.PHONY: demo lab test style check newest oldest wheel lock bench bench-brief bench-vllm install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -86,8 +87,11 @@ lock:
 bench: install .bench/trl/installed
 	$(BIN)/python -m benchmarks.run
 
+bench-brief: install .bench/trl/installed
+	$(BIN)/python -m benchmarks.run --brief
+
 bench-vllm: install .bench/trl/installed .bench/vllm/installed
-	$(BIN)/python -m benchmarks.run generation
+	$(BIN)/python -m benchmarks.run generation several_answers
 
 .bench/trl/installed:
 	$(PYTHON) -m venv .bench/trl

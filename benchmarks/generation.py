@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 
 import spin_lightning
+from benchmarks.flops import facts
 from benchmarks.measure import ON_GPU
 from benchmarks.plain_generation import generate, sampling
 from benchmarks.worker import Worker
@@ -32,7 +33,7 @@ def main() -> None:
         worker.wait()
         torch.manual_seed(number)
         lengths = [len(ids) for ids in answer_all(asked["prompts"], number)]
-        worker.report(tokens=sum(lengths), clipped=sum(length == settings["max_new_tokens"] for length in lengths))
+        worker.report(**facts(settings, asked["prompts"], lengths))
         number += 1
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.results import Result, Results, shown
+
 DOCS = Path(__file__).absolute().parent.parent / "docs"
-Results = dict[str, Any]
 Record = dict[str, Any]
 
 
@@ -21,15 +22,22 @@ def render(results: Results, path: Path) -> None:
     """Write tables into the page at ``path`` (the prose of ``docs`` where there is none yet) and pictures beside it."""
     from benchmarks import pictures
 
-    text = (path if path.exists() else DOCS / "performance.md").read_text()
-    for name, make in TABLES.items():
-        if name in results:
-            text = _between_markers(text, name, make(results[name]))
-    if results:
-        text = _between_markers(text, "machine", machine(results))
-    path.write_text(text)
+    path.write_text(with_tables((path if path.exists() else DOCS / "performance.md").read_text(), results))
     pictures.draw(results, path.parent)
     print(f"report: {path}")
+
+
+def with_tables(page: str, results: Results) -> str:
+    """The page with the tables of these results between its markers.
+
+    Raises:
+        ValueError: It has no markers for one of them.
+    """
+    for name, make in TABLES.items():
+        if found := shown(results, name):
+            tables = (f"{heading(machine, section)}\n\n{make(section)}" for machine, section in found.items())
+            page = _between_markers(page, name, "\n\n".join(tables))
+    return _between_markers(page, "machine", machines(results)) if results else page
 
 
 def _between_markers(text: str, name: str, content: str) -> str:
@@ -63,35 +71,64 @@ def peak(record: Record, rounds: int | None = None) -> float:
     return max(values(record, "peak_mib")[:rounds]) / 1024
 
 
-def of(section: Results, word: str) -> list[Record]:
-    """The contenders with this word in their name that have samples, in order."""
-    return [record for record in section["contenders"] if word in record["name"] and record["samples"]]
+def workers(section: Result) -> list[Record]:
+    """The contenders that have samples, in order, without the one that multiplies matrices to measure the peak."""
+    return [record for record in section["contenders"] if record["samples"] and not _is_products(record)]
 
 
-def utilisation(section: Results) -> dict[str, list[float]]:
-    """Share of the measured matrix-multiply peak that the least work of each round amounts to, by contender."""
-    (products,) = of(section, "matrix products")
-    best = max(
-        median(sample["flops_per_second"][name] for sample in products["samples"])
-        for name in products["samples"][0]["flops_per_second"]
-    )
-    return {
-        record["name"]: [
-            flops / seconds / best for flops, seconds in zip(section["least_flops"], values(record), strict=False)
-        ]
-        for record in section["contenders"]
-        if record["samples"] and record is not products
-    }
+def of(section: Result, word: str) -> list[Record]:
+    """Those of them with this word in their name."""
+    return [record for record in workers(section) if word in record["name"]]
+
+
+def is_ours(record: Record) -> bool:
+    return "spin_lightning" in record["name"] or "Generator" in record["name"]
+
+
+def dtype(record: Record) -> str:
+    """Of weights and products, as Lightning calls it. Whose settings do not tell computes as its users do."""
+    settings = record["settings"]
+    loads = settings.get("trl", {}).get("model_init_kwargs", {})
+    return str(settings.get("precision", "bf16-true" if loads.get("dtype") == "bfloat16" else "bf16-mixed"))
+
+
+def product_speeds(section: Result) -> dict[str, float]:
+    """FLOP a second of each of the model's own matrix products; empty where they were not measured."""
+    samples = [sample for record in section["contenders"] if _is_products(record) for sample in record["samples"]]
+    names = samples[0]["flops_per_second"] if samples else ()
+    return {name: median(sample["flops_per_second"][name] for sample in samples) for name in names}
+
+
+def _is_products(record: Record) -> bool:
+    return any("flops_per_second" in sample for sample in record["samples"])
+
+
+def shares(section: Result, record: Record) -> list[float]:
+    """Share of the machine's matrix-multiply peak that the least work of each round amounts to; empty if unknown."""
+    speeds = product_speeds(section)
+    least = section.get("least_flops") or [sample.get("least_flops") for sample in record["samples"]]
+    if not speeds or None in least:
+        return []
+    best = max(speeds.values())
+    return [flops / seconds / best for flops, seconds in zip(least, values(record), strict=False)]
 
 
 def spread(numbers: Sequence[float], form: str) -> str:
-    """Median, and least and most in brackets."""
-    if len(numbers) == 1:
-        return format(numbers[0], form)
+    """Median, and least and most in brackets; a dash where there is no number."""
+    if len(numbers) < 2:
+        return format(numbers[0], form) if numbers else "-"
     return f"{median(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def heading(machine: str, section: Result) -> str:
+    """Whose table follows: the machine, the day, and what it can do at best."""
+    speeds = product_speeds(section)
+    best = f"peak {max(speeds.values()) / 1e9:,.0f} GFLOP a CPU second" if speeds else "peak not measured"
+    brief = ", brief measurement" if section.get("is_brief") else ""
+    return f"**{machine}**, {section['measured_at'][:10]}{brief}: {best}."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -99,45 +136,55 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _failures(section: Results) -> str:
-    return "".join(
-        f"\n\nDid not run: {record['name']}: `{record['failed']}`."
-        for record in section["contenders"]
-        if record.get("failed")
-    )
+def _remarks(section: Result) -> str:
+    """Who compiled in rounds that count, and who did not run."""
+    made = ""
+    for record in workers(section):
+        compiling = _compiling(record)
+        if compiling > 0.01 * sum(values(record)) and "phases" not in record["samples"][0]:
+            made += f"\n\nCompiling took {compiling:,.0f} s of these rounds of {record['name']}."
+    for record in section["contenders"]:
+        if record.get("failed"):
+            made += f"\n\nDid not run: {record['name']}: `{record['failed']}`."
+    return made
 
 
-def step_table(section: Results, most_peers: int = 3) -> str:
-    """Seconds, memory, and how many times faster than each peer."""
-    records = [record for record in section["contenders"] if "flops_per_second" not in (record["samples"] or [{}])[0]]
-    records = sorted((record for record in records if record["samples"]), key=lambda record: "spin" in record["name"])
-    peers = [record for record in records if "spin" not in record["name"]][:most_peers]
+def step_table(section: Result, most_peers: int = 3) -> str:
+    """Seconds, memory, and how many times faster than each peer; the peer of the same dtype first."""
+    records = sorted(workers(section), key=is_ours)
+    peers = [record for record in records if not is_ours(record)]
+    same = {name: next((peer for peer in peers if dtype(peer) == name), None) for name in map(dtype, records)}
+    named = [peer for peer in peers if dtype(peer) == "bf16-mixed"][:most_peers]
+    head = ["contender", "samples", "CPU seconds a step", "times faster, same dtype"]
+    head += [*(f"times faster than {peer['name']}" for peer in named), "share of peak", "peak GiB"]
     rows = []
     for record in records:
-        faster = [spread(ratios(peer, record), ".2f") for peer in peers]
-        rows.append([record["name"], spread(values(record), ".1f"), *faster, f"{peak(record):.1f}"])
-    head = ["contender", "CPU seconds a step", *(f"times faster than {peer['name']}" for peer in peers), "peak GiB"]
-    made = table(head, rows)
-    if of(section, "matrix products"):
-        shares = {name: f"{median(share):.0%}" for name, share in utilisation(section).items()}
-        (products,) = of(section, "matrix products")
-        speeds = {
-            name: median(sample["flops_per_second"][name] for sample in products["samples"])
-            for name in products["samples"][0]["flops_per_second"]
-        }
-        made += (
-            "\n\nShare of the matrix-multiply peak (least work of the step, divided by CPU seconds and by the best of "
-            "the model's own products):\n\n"
-        )
-        made += "\n".join(f"- {name}: {share}" for name, share in shares.items())
+        like = same[dtype(record)]
+        faster = spread(ratios(like, record), ".2f") if like and is_ours(record) else "-"
+        others = (spread(ratios(peer, record), ".2f") for peer in named)
+        share = f"{median(found):.0%}" if (found := shares(section, record)) else "-"
+        seconds = spread(values(record), ".1f")
+        rows.append([record["name"], _samples(record), seconds, faster, *others, share, f"{peak(record):.1f}"])
+    made = _without_empty(head, rows)
+    if speeds := product_speeds(section):
         made += "\n\nPeaks in GFLOP a CPU second, bfloat16, 1,024 tokens: "
         made += ", ".join(f"{name} {speed / 1e9:,.0f}" for name, speed in speeds.items()) + "."
-    return made + _workload(section["workload"]) + _failures(section)
+    return made + _workload(section) + _remarks(section)
 
 
-def long_run_table(section: Results, warm_up: int = 2) -> str:
+def _samples(record: Record) -> str:
+    return str(len(record["samples"]))
+
+
+def _without_empty(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table without columns of dashes alone."""
+    kept = [place for place in range(len(head)) if any(row[place] != "-" for row in rows)]
+    return table([head[place] for place in kept], [[row[place] for place in kept] for row in rows])
+
+
+def long_run_table(section: Result, warm_up: int = 2) -> str:
     """Peak memory up to some steps; the cost of a step after a warm-up, and of all of them."""
-    base, *_ = records = [record for record in section["contenders"] if record["samples"]]
+    base, *_ = records = workers(section)
     last = max(len(record["samples"]) for record in records)
     steps = sorted({min(step, last) for step in (1, 3, 6, 12, 18, 24)})
     first = min(warm_up, last - 1)
@@ -145,73 +192,86 @@ def long_run_table(section: Results, warm_up: int = 2) -> str:
     for record in records:
         peaks = [f"{peak(record, step):.1f}" for step in steps]
         faster = spread(ratios(base, record)[first:], ".2f")
+        share = f"{median(found[first:]):.0%}" if (found := shares(section, record)) else "-"
         total = sum(values(record))
         all_faster = f"{sum(values(base)) / total:.2f}"
-        rows.append(
-            [record["name"], *peaks, spread(values(record)[first:], ".1f"), faster, f"{total:,.0f}", all_faster]
-        )
+        settled = [str(len(record["samples"]) - first), spread(values(record)[first:], ".1f"), faster, share]
+        rows.append([record["name"], *peaks, *settled, f"{total:,.0f}", all_faster])
     head = ["contender", *(f"peak GiB, {step} step{'s' * (step > 1)}" for step in steps)]
-    head += [f"CPU seconds a step, after {first}", "times faster", "all steps, start included, CPU s", "times faster"]
-    return table(head, rows) + _workload(section["workload"]) + _failures(section)
+    head += ["samples", f"CPU seconds a step, after {first}", f"times faster than {base['name']}", "share of peak"]
+    head += ["all steps, start included, CPU s", "times faster"]
+    return _without_empty(head, rows) + _workload(section) + _remarks(section)
 
 
-def _workload(facts: dict[str, Any]) -> str:
+def _workload(section: Result) -> str:
+    facts = section["workload"]
     sides = (
         f"{side} {facts[side]['median']}/{facts[side]['p90']}/{facts[side]['most']}"
         for side in ("prompt", "real", "generated")
     )
     return (
-        f"\n\nWorkload: {facts['pairs']} pairs, those of a warm-up included; tokens (median/90 %/most): "
-        f"{', '.join(sides)}."
+        f"\n\nWorkload: {facts['pairs']} pairs, {section.get('batch_size', 8)} a step, those of a warm-up included; "
+        f"tokens (median/90 %/most): {', '.join(sides)}."
     )
 
 
-def generation_table(section: Results) -> str:
-    base, *_ = section["contenders"]
-    base_rates = rates(base)
+def generation_table(section: Result) -> str:
+    records = workers(section)
+    plain = max(of(section, "transformers generate"), key=_median_rate, default=None)
+    vllm = max(of(section, "vLLM"), key=_median_rate, default=None)
+    bases = [base for base in (plain, vllm) if base]
+    head = ["contender", "samples", "tokens a CPU second", *(f"times {base['name']}" for base in bases)]
+    head += ["share of peak", "peak GiB", "tokens sampled"]
     rows = []
-    for record in section["contenders"]:
-        if record["samples"]:
-            rate = rates(record)
-            faster = spread([one / median(base_rates) for one in rate], ".2f") if base_rates else "-"
-            tokens = sum(values(record, "tokens"))
-            rows.append([record["name"], spread(rate, ".0f"), faster, f"{peak(record):.1f}", f"{tokens:,}"])
-    head = ["contender", "tokens a CPU second", f"times {base['name']}", "peak GiB", "tokens sampled"]
-    return table(head, rows) + f"\n\n{section['prompts']} prompts a round." + _failures(section)
+    for record in records:
+        faster = (spread([rate / _median_rate(base) for rate in rates(record)], ".2f") for base in bases)
+        share = f"{median(found):.0%}" if (found := shares(section, record)) else "-"
+        tokens = f"{sum(values(record, 'tokens')):,}"
+        figures = [spread(rates(record), ".0f"), *faster, share, f"{peak(record):.1f}", tokens]
+        rows.append([record["name"], _samples(record), *figures])
+    answers = section.get("answers_per_prompt", 1)
+    asked = f"{section['prompts']} prompts a round{f', {answers} responses to each' if answers > 1 else ''}."
+    return _without_empty(head, rows) + f"\n\n{asked}" + _remarks(section)
 
 
-def iteration_table(section: Results) -> str:
+def _median_rate(record: Record) -> float:
+    return median(rates(record))
+
+
+def iteration_table(section: Result) -> str:
     rows = []
-    for record in section["contenders"]:
+    for record in workers(section):
         for sample in record["samples"]:
             phases = [f"{sample['phases'][phase]:.0f}" for phase in ("generate", "score", "train")]
+            compiling = f"{sample['compile_seconds']:.0f}" if "compile_seconds" in sample else "-"
             rest = [
+                compiling,
                 f"{sample['seconds']:.0f}",
                 f"{sample['tokens']:,}",
                 str(sample["updates"]),
                 f"{sample['peak_mib'] / 1024:.1f}",
             ]
             rows.append([record["name"], *phases, *rest])
-    head = [
-        "contender",
-        "generate",
-        "score",
-        "train",
-        "whole iteration, CPU s",
-        "tokens sampled",
-        "updates",
-        "peak GiB",
-    ]
-    made = table(head, rows)
-    if len(ours := of(section, "spin_lightning")) == 1 and (others := of(section, "TRL")):
-        made += f"\n\nThe whole iteration: {median(ratios(others[0], ours[0])):.2f} times faster. One run of each."
-    return made + _failures(section)
+    head = ["contender", "generate", "score", "train", "of these compiling", "whole iteration, CPU s"]
+    made = _without_empty([*head, "tokens sampled", "updates", "peak GiB"], rows)
+    for own in of(section, "spin_lightning"):
+        for other in of(section, "TRL"):
+            made += f"\n\n{own['name']}: {median(ratios(other, own)):.2f} times faster than {other['name']}"
+            if max(_compiling(own), _compiling(other)) > 1:
+                settled = [sum(values(record)) - _compiling(record) for record in (other, own)]
+                made += f", {settled[0] / settled[1]:.2f} times without what each spent compiling"
+            made += "."
+    return made + "\n\nOne run of each." + _remarks(section)
 
 
-def by_point_table(section: Results, first: str, label: Callable[[Any], str] = "{:,}".format) -> str:
+def _compiling(record: Record) -> float:
+    """Seconds of all rounds that went into ``torch.compile``."""
+    return float(sum(sample.get("compile_seconds", 0) for sample in record["samples"]))
+
+
+def by_point_table(section: Result, first: str, label: Callable[[Any], str] = "{:,}".format) -> str:
     """One line a point; each contender has one record with a sample a point, or one record a point."""
-    columns = {name: by_point(section, name) for name in ("TRL", "spin_lightning")}
-    columns = {name: column for name, column in columns.items() if column}
+    columns = by_point(section)
     rows = []
     for point in section["points"]:
         cells = []
@@ -222,41 +282,54 @@ def by_point_table(section: Results, first: str, label: Callable[[Any], str] = "
                 if samples
                 else ["-", "-"]
             )
-        rows.append([label(point), *cells])
-    head = [first, *(f"{name}, {what}" for name in columns for what in ("CPU s a step", "peak GiB"))]
-    return table(head, rows) + _failures(section)
+        counts = {len(column.get(point, [])) for column in columns.values()}
+        rows.append([label(point), " or ".join(map(str, sorted(counts))), *cells])
+    head = [first, "samples", *(f"{name}, {what}" for name in columns for what in ("CPU s a step", "peak GiB"))]
+    return table(head, rows) + _remarks(section)
 
 
-def by_point(section: Results, word: str) -> dict[Any, list[Record]]:
-    """Samples of a contender at each point."""
-    records = [record for record in section["contenders"] if word in record["name"]]
-    if len(records) == 1:  # a sample a point, in their order
-        return {point: [sample] for point, sample in zip(section["points"], records[0]["samples"], strict=False)}
-    return {point: record["samples"] for point, record in zip(section["points"], records, strict=False)}
+def by_point(section: Result) -> dict[str, dict[Any, list[Any]]]:
+    """Samples of each contender at each point. A contender of one point alone has the point behind its name."""
+    points = section["points"]
+    found: dict[str, dict[Any, list[Any]]] = {}
+    for record in workers(section):
+        name, point = record["name"], None
+        for candidate in points:
+            if name.endswith(f", {candidate:,}"):
+                name, point = name.removesuffix(f", {candidate:,}"), candidate
+        column = found.setdefault(name, {})
+        if point is None:
+            column |= {point: [sample] for point, sample in zip(points, record["samples"], strict=False)}
+        else:
+            column[point] = record["samples"]
+    return found
 
 
-def machine(results: Results) -> str:
-    """Where, when and with what each section was measured."""
-    lines = []
-    for name, section in results.items():
-        where = section["machine"]
-        units = " and ".join(where["bfloat16_units"]) or "no bfloat16 units"
-        lines.append(
-            f"- {name}: {section['measured_at'][:10]}, {where['processor']}, {where['cores']} cores, {units}, "
-            f"{where['memory_gib']} GiB, {section['threads']} thread(s), load before {section['load_before']:.1f}, "
-            f"{section['minutes']} minutes; `{section['command']}`"
-        )
-    versions = {key: value for section in results.values() for key, value in section["versions"].items()}
-    return "\n".join(lines) + "\n\nVersions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + "."
+def machines(results: Results) -> str:
+    """Where, when and with what each section was measured, machine by machine."""
+    made = []
+    for machine, sections in results.items():
+        where = list(sections.values())[-1]["machine"]
+        lines = [f"**{machine}**, {where['cores']} cores, {where['memory_gib']} GiB:", ""]
+        for name, section in sections.items():
+            lines.append(
+                f"- {name}: {section['measured_at'][:10]}, {section['threads']} thread(s), "
+                f"load before {section['load_before']:.1f}, {section['minutes']} minutes; `{section['command']}`"
+            )
+        versions = {key: value for section in sections.values() for key, value in section["versions"].items()}
+        said = ", ".join(f"{name} {value}" for name, value in versions.items())
+        made.append("\n".join(lines) + f"\n\nVersions: {said}.")
+    return "\n\n".join(made)
 
 
-TABLES: dict[str, Callable[[Results], str]] = {
+TABLES: dict[str, Callable[[Result], str]] = {
     "step": step_table,
     "without_amx": step_table,
     "long_run": long_run_table,
     "authors": step_table,
     "trl_settings": lambda section: step_table(section, most_peers=1),
     "generation": generation_table,
+    "several_answers": generation_table,
     "iteration": iteration_table,
     "prompt_length": lambda section: by_point_table(section, "prompt tokens"),
     "answers_per_prompt": lambda section: by_point_table(section, "answers per prompt"),

@@ -12,13 +12,26 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).absolute().parent.parent
 BENCH = ROOT / ".bench"
+
+#: A contender that takes longer to load, or for a round, has failed.
+LONGEST_MINUTES = 60
+
+#: What glibc is told in every contender's process: what ours tells it in ``models/cpu_memory.py``.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Resident:
             )
         command = [str(contender.python), "-m", f"benchmarks.{contender.module}", json.dumps(contender.settings)]
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+        kept = {**ALLOCATOR, "TORCHINDUCTOR_CACHE_DIR": str(BENCH / "compiled")}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -63,7 +77,7 @@ class Resident:
             stderr=self.log.open("w"),
             text=True,
             cwd=ROOT,
-            env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads), **variables},
+            env={**os.environ, **quiet, **kept, "OMP_NUM_THREADS": str(threads), **variables},
         )
         self._read()  # that it is ready
 
@@ -83,9 +97,15 @@ class Resident:
         self.process.wait()
 
     def _read(self) -> dict[str, Any]:
+        watchdog = threading.Timer(LONGEST_MINUTES * 60, self.process.kill)
+        watchdog.start()
         line = pipe(self.process.stdout).readline()
+        is_late = not watchdog.is_alive()
+        watchdog.cancel()
         if not line:
             code = self.process.wait()
+            if is_late:
+                raise Failed(f"no answer in {LONGEST_MINUTES} minutes ({self.log.name})")
             if code < 0:
                 raise Failed(f"killed by signal {-code}{', as when memory runs out' if code == -9 else ''}")
             said = [text for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
@@ -104,8 +124,6 @@ def play(
     warm_up: int = 1,
     threads: int = 1,
     variables: Mapping[str, str] | None = None,
-    describe: Callable[[dict[str, Any]], float] = lambda sample: sample["seconds"],
-    unit: str = "s",
 ) -> list[dict[str, Any]]:
     """Let contenders take turns, printing how it goes.
 
@@ -115,8 +133,6 @@ def play(
         warm_up: Rounds before those that count.
         threads: ``OMP_NUM_THREADS`` of every contender.
         variables: More of the environment of every contender.
-        describe: The number to print of a sample.
-        unit: The unit of that number.
 
     Returns:
         One record a contender: name, settings, samples, and why it failed if it did.
@@ -134,6 +150,7 @@ def play(
             except Failed as error:
                 _fail(record, error)
         for number in range(warm_up + rounds):
+            started = time.monotonic()
             for record in records:
                 if (resident := residents.get(record["name"])) is None:
                     continue
@@ -146,16 +163,31 @@ def play(
                 label = f"round {number - warm_up + 1}/{rounds}" if number >= warm_up else "warm-up"
                 if number >= warm_up:
                     record["samples"].append(sample)
-                running = [describe(kept) for kept in record["samples"] or [sample]]
+                compiling = sample.get("compile_seconds", 0)
+                running = [_headline(kept)[0] for kept in record["samples"] or [sample]]
+                number_now, unit = _headline(sample)
                 print(
-                    f"  {label:11} {record['name']:44} {describe(sample):9.2f} {unit}  "
-                    f"median {statistics.median(running):9.2f}  peak {sample['peak_mib']:6.0f} MiB",
+                    f"  {label:11} {record['name']:44} {number_now:9.2f} {unit:9}"
+                    f"median {statistics.median(running):9.2f}  peak {sample['peak_mib']:6.0f} MiB"
+                    + (f", {compiling:.0f} s of compiling" if compiling > 1 else ""),
                     flush=True,
                 )
+            left = (warm_up + rounds - number - 1) * (time.monotonic() - started) / 60
+            if left > 1:
+                print(f"  {datetime.now():%H:%M} about {left:.0f} minutes to go with these", flush=True)
     finally:
         for resident in residents.values():
             resident.stop()
     return records
+
+
+def _headline(sample: dict[str, Any]) -> tuple[float, str]:
+    """The number of a sample that is printed, and its unit."""
+    if "flops_per_second" in sample:
+        return max(sample["flops_per_second"].values()) / 1e9, "GFLOP/s"
+    if "tokens" in sample and "phases" not in sample:
+        return sample["tokens"] / sample["seconds"], "tokens/s"
+    return sample["seconds"], "s"
 
 
 def pipe(stream: IO[str] | None) -> IO[str]:

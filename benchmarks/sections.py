@@ -13,27 +13,53 @@ from benchmarks.models import Shape, random_llama, smollm2
 from benchmarks.rounds import BENCH, Contender, play
 from benchmarks.workload import SYSTEM, Lengths, describe, make_exchanges, read_pairs, write_workload
 
-#: Pairs in an update, everywhere: TRL's default.
-BATCH = 8
-MAX_NEW_TOKENS = 384
 #: Rounds before those that count: a process asks the system for memory in its first two steps, and hardly any more.
 WARM_UP = 2
+#: Updates that compiled TRL works before its first round, on other pairs: later ones compile hardly anything.
+COMPILING_UPDATES = 2
 
-#: The settings that made TRL fastest on a CPU; section ``trl_settings`` measures the others.
+#: The settings that made TRL fastest on a CPU, with or without ``torch_compile``; ``trl_settings`` measures others.
 TRL_BEST: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "gradient_checkpointing": False,
     "precompute_ref_log_probs": True,
 }
+COMPILED: dict[str, Any] = {"torch_compile": True}
+WEIGHTS_IN_BFLOAT16: dict[str, Any] = {"model_init_kwargs": {"dtype": "bfloat16"}}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to measure. ``is_quick`` shrinks everything, to see that it works."""
+    """How much to measure.
+
+    ``is_brief`` takes a few minutes a section and keeps what headline ratios need; ``is_quick`` shrinks everything, to
+    see that it works.
+    """
 
     threads: int = 1
     rounds: int = 2
     is_quick: bool = False
+    is_brief: bool = False
+
+    def size(self, full: Any, brief: Any, quick: Any) -> Any:
+        """What belongs to the plan."""
+        return quick if self.is_quick else brief if self.is_brief else full
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs in an update. Eight is TRL's default."""
+        return int(self.size(8, 4, 8))
+
+    @property
+    def lengths(self) -> Lengths:
+        """Of usual prompts and responses."""
+        usual: Lengths = self.size(Lengths(), Lengths(longest=256), Lengths(64, 32, longest=128))
+        return usual
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Cap on sampled responses."""
+        return int(self.size(384, 128, 24))
 
     def play(self, contenders: Sequence[Contender], rounds: int | None = None, **more: Any) -> list[dict[str, Any]]:
         """Let contenders take turns, as often as the plan says; one round if it is quick."""
@@ -42,192 +68,189 @@ class Plan:
 
 
 def step(plan: Plan) -> dict[str, Any]:
-    """A training step against TRL's, and the share of the machine's peak that ours uses."""
-    many = 2 * plan.rounds
-    model, folder, lengths = _step_workload("step", plan, many)
+    """A training step against TRL's, and the share of the machine's peak that each uses."""
+    many = plan.size(2 * plan.rounds, plan.rounds, 1)
+    work = _step_workload("step", plan, many)
     # in groups, because 24 GiB do not hold all of them at once; all have the same work, the slow ones the first of it
     records = plan.play(
         [
-            _trl("TRL, its best settings", model, folder, **_best_at(1)),
-            _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
-            _ours("spin_lightning, bf16-mixed", model, folder, "bf16-mixed"),
+            _trl("TRL compiled", work, **COMPILED),
+            _ours("spin_lightning, bf16-mixed", work, "bf16-mixed"),
+            _ours("spin_lightning, bf16-true", work, "bf16-true"),
+            _products(),
+        ],
+        many,
+    )
+    uncompiled = _trl("TRL uncompiled", work)
+    if plan.is_brief:
+        return _result(records + plan.play([uncompiled], many), work)
+    records += plan.play(
+        [
+            uncompiled,
+            _trl("TRL compiled, weights in bfloat16", work, **COMPILED, **WEIGHTS_IN_BFLOAT16),
+            _ours("spin_lightning, bf16-true, again", work, "bf16-true"),
         ],
         many,
     )
     records += plan.play(
         [
-            _trl("TRL, its defaults", model, folder, per_device_train_batch_size=BATCH),
-            _ours("spin_lightning, bf16-true, again", model, folder, "bf16-true"),
-            _products(),
+            _trl("TRL, its defaults", work, is_default=True),
+            _ours("spin_lightning, bf16-mixed, again", work, "bf16-mixed"),
         ]
     )
-    # eight at a time, its default, take 20 GiB without checkpointing: nothing fits beside them
-    records += plan.play(
-        [
-            _trl("TRL, best settings but 4 pairs at a time", model, folder, **_best_at(4)),
-            _ours("spin_lightning, bf16-true, a third time", model, folder, "bf16-true"),
-        ]
-    )
-    return {"contenders": records, "workload": describe(folder), "least_flops": lengths}
+    return _result(records, work)
 
 
 def without_amx(plan: Plan) -> dict[str, Any]:
     """A training step with the processor's AMX units turned off, as on processors that have none."""
-    model, folder, lengths = _step_workload("without_amx", plan, plan.rounds)
+    work = _step_workload("without_amx", plan, plan.rounds)
     contenders = [
-        _trl("TRL, its best settings", model, folder, **_best_at(1)),
-        _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
+        _trl("TRL compiled", work, **COMPILED),
+        _ours("spin_lightning, bf16-mixed", work, "bf16-mixed"),
+        _ours("spin_lightning, bf16-true", work, "bf16-true"),
         _products(),
     ]
-    records = plan.play(contenders, variables={"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"})
-    return {"contenders": records, "workload": describe(folder), "least_flops": lengths}
+    return _result(plan.play(contenders, variables={"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}), work)
 
 
 def long_run(plan: Plan) -> dict[str, Any]:
     """Whether memory grows: as many steps as it takes to see, from the first one on."""
-    steps = 1 if plan.is_quick else 24
-    model, folder, lengths = _step_workload("long_run", plan, steps, warm_up=0)
+    steps = plan.size(24, 24, 1)
+    work = _step_workload("long_run", plan, steps, warm_up=0, compiling_updates=0)
     contenders = [
-        _trl("TRL, its best settings", model, folder, **_best_at(1)),
-        _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
+        _trl("TRL compiled", work, **COMPILED),
+        _ours("spin_lightning, bf16-true", work, "bf16-true"),
+        _products(),
     ]
-    records = plan.play(contenders, steps, warm_up=0)
-    return {"contenders": records, "workload": describe(folder), "least_flops": lengths}
+    return _result(plan.play(contenders, steps, warm_up=0), work)
 
 
 def authors(plan: Plan) -> dict[str, Any]:
     """A training step against that of the authors' released code, re-created."""
-    model, folder, lengths = _step_workload("authors", plan, plan.rounds)
-    base = {"model": model, "workload": str(folder)}
+    work = _step_workload("authors", plan, plan.rounds)
+    base = {"model": work.model, "workload": str(work.folder)}
+    way = {**base, "gradient_checkpointing": True, "per_device": plan.batch_size}
+    best = {**base, "gradient_checkpointing": False, "per_device": 1}
     # in two groups, for memory's sake
     records = plan.play(
         [
-            Contender("the authors' way", "authors_way", {**base, "gradient_checkpointing": True, "per_device": BATCH}),
-            _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
+            Contender("the authors' way", "authors_way", way),
+            _ours("spin_lightning, bf16-true", work, "bf16-true"),
+            _products(),
         ]
     )
     records += plan.play(
         [
-            Contender(
-                "the authors' way, at its best",
-                "authors_way",
-                {**base, "gradient_checkpointing": False, "per_device": 1},
-            ),
-            _ours("spin_lightning, bf16-mixed", model, folder, "bf16-mixed"),
+            Contender("the authors' way, at its best", "authors_way", best),
+            _ours("spin_lightning, bf16-mixed", work, "bf16-mixed"),
         ]
     )
-    return {"contenders": records, "workload": describe(folder), "least_flops": lengths}
+    return _result(records, work)
 
 
 def trl_settings(plan: Plan) -> dict[str, Any]:
     """TRL's best settings on this machine, and those that do not work. Two contenders at a time, to save memory."""
-    model, folder, lengths = _step_workload("trl_settings", plan, 1)
-    best = _best_at(1)
+    work = _step_workload("trl_settings", plan, 1, warm_up=1)
     tried: dict[str, dict[str, Any]] = {
-        "best: 1 pair at a time, no checkpointing, reference precomputed": best,
-        "2 pairs at a time": _best_at(2),
-        "with gradient checkpointing": {**best, "gradient_checkpointing": True},
-        "reference model resident": {**best, "precompute_ref_log_probs": False},
-        "padding_free": {**best, "padding_free": True},
-        "weights in bfloat16 (small updates are lost)": {**best, "model_init_kwargs": {"dtype": "bfloat16"}},
-        "torch_compile": {**best, "torch_compile": True},
-        "8 pairs at a time": _best_at(8),
+        "best: 1 pair at a time, no checkpointing, reference precomputed": {},
+        "torch_compile": COMPILED,
+        "2 pairs at a time": {"pairs": 2},
+        "with gradient checkpointing": {"gradient_checkpointing": True},
+        "reference model resident": {"precompute_ref_log_probs": False},
+        "padding_free": {"padding_free": True},
+        "weights in bfloat16 (small updates are lost)": WEIGHTS_IN_BFLOAT16,
+        "4 pairs at a time": {"pairs": 4},
+        "8 pairs at a time": {"pairs": 8},
     }
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = plan.play([_products()], rounds=1, warm_up=0)
     names = list(tried)
     for start in range(0, len(names), 2):
-        chosen = [_trl(name, model, folder, **tried[name]) for name in names[start : start + 2]]
+        chosen = [_trl(name, work, **tried[name]) for name in names[start : start + 2]]
         records += plan.play(chosen, rounds=1, warm_up=1)
-    return {"contenders": records, "workload": describe(folder), "least_flops": lengths}
+    return _result(records, work)
 
 
 def generation(plan: Plan) -> dict[str, Any]:
     """Sampled tokens a CPU second, of a chat model answering at its natural length."""
-    model, encoder = _smollm2()
-    prompts = _prompts("generation", 8 if plan.is_quick else 64, encoder)
-    base = {"model": model, "prompts": str(prompts), "max_new_tokens": 24 if plan.is_quick else MAX_NEW_TOKENS}
-
-    def ours(generator: str, batch_size: int) -> dict[str, Any]:
-        return {**base, "way": "ours", "generator": generator, "batch_size": batch_size}
+    many = plan.size(64, 24, 8)
+    base, count = _asked("generation", plan, many)
 
     def plain(batch_size: int, is_sorted: bool) -> dict[str, Any]:
         return {**base, "way": "plain", "batch_size": batch_size, "is_sorted": is_sorted}
 
-    def take_turns(contenders: list[Contender], rounds: int, warm_up: int) -> list[dict[str, Any]]:
-        return plan.play(
-            contenders,
-            rounds,
-            warm_up=warm_up,
-            describe=lambda sample: sample["tokens"] / sample["seconds"],
-            unit="tokens/s",
-        )
-
-    records = take_turns(
-        [
-            Contender("transformers generate, 16 as they come", "generation", plain(16, False)),
-            Contender("transformers generate, 64 sorted", "generation", plain(64, True)),
-        ],
-        rounds=1,
-        warm_up=0,  # a round takes minutes, in which the first calls are nothing
-    )
-    fast = [
-        Contender("ContinuousGenerator, 32 slots", "generation", ours("ContinuousGenerator", 32)),
-        Contender("ContinuousGenerator, 64 slots", "generation", ours("ContinuousGenerator", 64)),
-    ]
-    if (BENCH / "vllm" / "bin" / "python").exists():
-        vllm = {**base, "batch_size": 64}
-        fast.append(Contender("vLLM for CPU, 64", "vllm_generation", vllm, "vllm"))
+    slow = [Contender(f"transformers generate, {many} sorted", "generation", plain(many, True))]
+    fast = [_continuous(base, many)]
+    peers = {f"vLLM for CPU, {many}": {"batch_size": many}}
+    if not plan.is_brief:
+        slow.append(Contender("transformers generate, 16 as they come", "generation", plain(16, False)))
+        fast.append(_continuous(base, many // 2))
         # what the game asks of a generator: the same response for the same seed, whatever is asked beside it
-        seeded = {**vllm, "is_seeded": True}
-        fast.append(Contender("vLLM for CPU, 64, a seed for each prompt", "vllm_generation", seeded, "vllm"))
-    records += take_turns(fast, rounds=min(plan.rounds, 2), warm_up=1)
-    return {"contenders": records, "prompts": len(json.loads(prompts.read_text())["prompts"])}
+        peers[f"vLLM for CPU, {many}, a seed for each prompt"] = {"batch_size": many, "is_seeded": True}
+    # a round takes minutes, in which the first calls are nothing
+    records = plan.play(slow, rounds=1, warm_up=0)
+    records += plan.play([*fast, *_vllm(peers, base), _products()], warm_up=1)
+    return {"contenders": records, "prompts": count, "answers_per_prompt": 1}
+
+
+def several_answers(plan: Plan) -> dict[str, Any]:
+    """The same where each prompt gets four responses, as with ``data.answers_per_prompt``."""
+    answers = 4
+    base, count = _asked("several_answers", plan, 2 if plan.is_quick else 16, answers)
+    slots = answers * count
+    both: dict[str, dict[str, Any]]
+    both = {"prompt repeated": {"batch_size": slots}, "n=4": {"batch_size": slots, "answers_per_prompt": answers}}
+    peers = _vllm({f"vLLM for CPU, {slots}, {how}": settings for how, settings in both.items()}, base)
+    records = plan.play([_continuous(base, slots), *peers, _products()], warm_up=1)
+    return {"contenders": records, "prompts": count, "answers_per_prompt": answers}
 
 
 def iteration(plan: Plan) -> dict[str, Any]:
     """A whole iteration: the same prompts, the same number of updates."""
-    model, encoder = _smollm2()
-    count = BATCH if plan.is_quick else 8 * BATCH
-    prompts = _prompts("iteration", count, encoder)
-    base = {"model": model, "max_new_tokens": 24 if plan.is_quick else MAX_NEW_TOKENS, "generation_batch": 64}
-    public = {**base, "prompts": str(prompts), "trl": _best_at(1)}
-    own = {**base, "rows": str(prompts.parent / "rows.jsonl"), "batch_size": BATCH}
-    own |= {"generator": "ContinuousGenerator", "precision": "bf16-true"}
+    base, count = _asked("iteration", plan, plan.size(64, 12, 8))
+    base |= {"generation_batch": count}
+    answers = Path(base["prompts"]).with_name("answers.json")
+    answers.unlink(missing_ok=True)
+    public = {**base, "answers": str(answers), "runs": str(BENCH / "runs" / "public")}
+    own = {**base, "rows": str(answers.with_name("rows.jsonl")), "batch_size": plan.batch_size}
+    own |= {"generator": "ContinuousGenerator", "runs": str(BENCH / "runs" / "own")}
+    best = _best_at(1, plan.batch_size)
     contenders = [
-        Contender(
-            "generate + TRL, best settings", "trl_iteration", {**public, "runs": str(BENCH / "runs" / "public")}, "trl"
-        ),
-        Contender("spin_lightning", "spin_iteration", {**own, "runs": str(BENCH / "runs" / "own")}),
+        Contender("generate + TRL compiled", "trl_iteration", {**public, "trl": {**best, **COMPILED}}, "trl"),
+        Contender("generate + TRL uncompiled", "trl_iteration", {**public, "trl": best}, "trl"),
+        Contender("spin_lightning, bf16-mixed", "spin_iteration", {**own, "precision": "bf16-mixed"}),
+        Contender("spin_lightning, bf16-true", "spin_iteration", {**own, "precision": "bf16-true"}),
+        _products(),
     ]
-    return {"contenders": plan.play(contenders, rounds=1, warm_up=0), "prompts": count}
+    if plan.is_brief:
+        del contenders[1]
+    # one after the other: each has one round, and memory does not hold all
+    records = [plan.play([contender], rounds=1, warm_up=0)[0] for contender in contenders]
+    return {"contenders": records, "prompts": count, "batch_size": plan.batch_size}
 
 
 def prompt_length(plan: Plan) -> dict[str, Any]:
     """How a step's cost grows with the prompts: two pairs a step, responses of 128 tokens."""
     model, encoder = _smollm2()
-    lengths = (64, 256) if plan.is_quick else (64, 256, 1024, 2048)
+    lengths = plan.size((64, 256, 1024, 2048), (64, 256), (64, 256))
     steps = (lengths[-2], *lengths)  # the first to warm up
     pairs = [Lengths(length, 128, spread=0, longest=4096) for length in steps for _ in range(2)]
     folder = _write("prompt_length", encoder, pairs, batch_size=2)
-    contenders = [
-        _trl("TRL, its best settings", model, folder, gradient_accumulation_steps=2, **TRL_BEST),
-        _ours("spin_lightning, bf16-true", model, folder, "bf16-true"),
-    ]
-    return {"contenders": play(contenders, len(lengths), threads=plan.threads), "points": lengths}
+    before = _write("before_prompt_length", encoder, pairs, batch_size=2, seed=1)
+    work = Work(model, folder, before, len(steps), 2)
+    return {"contenders": play(_growing(work), len(lengths), threads=plan.threads), "points": lengths}
 
 
 def answers_per_prompt(plan: Plan) -> dict[str, Any]:
     """How a step's cost falls when its 16 pairs share prompts: prompts of 256 tokens, responses of 64."""
     model, encoder = _smollm2()
-    points = (1, 4) if plan.is_quick else (1, 2, 4, 8, 16)
-    records = []
+    points = plan.size((1, 2, 4, 8, 16), (1, 4), (1, 4))
+    records = plan.play([_products()], rounds=1)
     for answers in points:
         pair = Lengths(256, 64, spread=0)
         folder = _write(f"answers_{answers}", encoder, [pair] * (16 // answers), 16, answers)
         settings = {"epochs": 3, "data": {"answers_per_prompt": answers, "keep_prompts_together": True}}
-        records += plan.play(
-            [_ours(f"spin_lightning, K = {answers}", model, folder, "bf16-true", **settings)], rounds=1
-        )
+        ours = _ours(f"spin_lightning, bf16-true, {answers}", Work(model, folder), "bf16-true", **settings)
+        records += plan.play([ours], rounds=1)
     return {"contenders": records, "points": points}
 
 
@@ -250,16 +273,18 @@ def model_size(plan: Plan) -> dict[str, Any]:
     return {"contenders": _random_models("model_size", plan, points, shapes), "points": points}
 
 
+Section = Callable[[Plan], dict[str, Any]]
+
 #: Everything that ``make bench`` measures, in this order.
-SECTIONS: dict[str, Callable[[Plan], dict[str, Any]]] = {
+SECTIONS: dict[str, Section] = {
     section.__name__: section
     for section in (
         step,
-        without_amx,
-        long_run,
-        authors,
         generation,
+        several_answers,
         iteration,
+        authors,
+        long_run,
         prompt_length,
         answers_per_prompt,
         vocabulary,
@@ -267,27 +292,84 @@ SECTIONS: dict[str, Callable[[Plan], dict[str, Any]]] = {
     )
 }
 
-#: Measured only when named.
-EXTRA: dict[str, Callable[[Plan], dict[str, Any]]] = {"trl_settings": trl_settings}
+#: Measured only when named. ``without_amx`` differs from ``step`` where there is AMX to turn off.
+EXTRA: dict[str, Section] = {"without_amx": without_amx, "trl_settings": trl_settings}
+
+#: What ``--brief`` measures.
+BRIEF = ("step", "generation", "iteration")
 
 
 # --- contenders and workloads -----------------------------------------------------------------------------------------
 
 
-def _trl(name: str, model: str, folder: Path, **trl: Any) -> Contender:
-    return Contender(
-        name, "trl_step", {"model": model, "workload": str(folder), "runs": _runs(name), "trl": trl}, "trl"
-    )
+@dataclass(frozen=True)
+class Work:
+    """Pairs for training steps.
+
+    Attributes:
+        model: Folder of the model that trains.
+        folder: Where the pairs of all rounds lie, those of the warm-up included.
+        before: Other pairs, on which those who compile train before their first round. None: the rounds show it.
+        updates_before: Updates that these make.
+        batch_size: Pairs in an update.
+        least_flops: Least work of each round that counts.
+    """
+
+    model: str
+    folder: Path
+    before: Path | None = None
+    updates_before: int = 0
+    batch_size: int = 2
+    least_flops: Sequence[float] = ()
 
 
-def _ours(name: str, model: str, folder: Path, precision: str, **more: Any) -> Contender:
-    settings = {"model": model, "workload": str(folder), "runs": _runs(name), "precision": precision, **more}
+def _result(records: list[dict[str, Any]], work: Work) -> dict[str, Any]:
+    """What a section of training steps returns."""
+    facts = {"workload": describe(work.folder), "least_flops": work.least_flops, "batch_size": work.batch_size}
+    return {"contenders": records, **facts}
+
+
+def _trl(name: str, work: Work, pairs: int = 1, is_default: bool = False, **trl: Any) -> Contender:
+    """TRL at its best settings with so many pairs at a time, or at its defaults, and more settings over them."""
+    chosen = {"per_device_train_batch_size": work.batch_size} if is_default else _best_at(pairs, work.batch_size)
+    settings = {"model": work.model, "workload": str(work.folder), "runs": _runs(name), "trl": {**chosen, **trl}}
+    if trl.get("torch_compile") and work.before:
+        settings |= {"before": str(work.before), "updates_before": work.updates_before}
+    return Contender(name, "trl_step", settings, "trl")
+
+
+def _ours(name: str, work: Work, precision: str, **more: Any) -> Contender:
+    settings = {"model": work.model, "workload": str(work.folder), "runs": _runs(name), "precision": precision, **more}
     return Contender(name, "spin_step", settings)
 
 
-def _best_at(pairs: int) -> dict[str, Any]:
-    """TRL's best settings with so many pairs at a time, ``BATCH`` in an update."""
-    return {**TRL_BEST, "per_device_train_batch_size": pairs, "gradient_accumulation_steps": BATCH // pairs}
+def _growing(work: Work, suffix: str = "") -> list[Contender]:
+    """Who is compared where something grows."""
+    return [
+        _trl(f"TRL compiled{suffix}", work, **COMPILED),
+        _trl(f"TRL uncompiled{suffix}", work),
+        _ours(f"spin_lightning, bf16-mixed{suffix}", work, "bf16-mixed"),
+        _ours(f"spin_lightning, bf16-true{suffix}", work, "bf16-true"),
+        _products(),
+    ]
+
+
+def _best_at(pairs: int, batch_size: int) -> dict[str, Any]:
+    """TRL's best settings with so many pairs at a time."""
+    return {**TRL_BEST, "per_device_train_batch_size": pairs, "gradient_accumulation_steps": batch_size // pairs}
+
+
+def _continuous(base: dict[str, Any], slots: int) -> Contender:
+    settings = {**base, "way": "ours", "generator": "ContinuousGenerator", "batch_size": slots}
+    return Contender(f"ContinuousGenerator, {slots} slots", "generation", settings)
+
+
+def _vllm(contenders: dict[str, dict[str, Any]], base: dict[str, Any]) -> list[Contender]:
+    """These contenders; nobody where vLLM is not installed."""
+    if not (BENCH / "vllm" / "bin" / "python").exists():
+        print(f"  without {', '.join(contenders)}: not installed (make bench-vllm)", flush=True)
+        return []
+    return [Contender(name, "vllm_generation", {**base, **more}, "vllm") for name, more in contenders.items()]
 
 
 def _products() -> Contender:
@@ -310,12 +392,15 @@ def _encoder(folder: str) -> Any:
     return Encoder(load_tokenizer(folder))
 
 
-def _write(name: str, encoder: Any, lengths: Sequence[Lengths], batch_size: int, answers: int = 1) -> Path:
+def _write(
+    name: str, encoder: Any, lengths: Sequence[Lengths], batch_size: int, answers: int = 1, seed: int = 0
+) -> Path:
     exchanges = make_exchanges(
         lengths,
         lambda text: len(encoder.tokenizer.encode(text, add_special_tokens=False)),
         _template_tokens(encoder),
         answers,
+        seed,
     )
     return write_workload(name, BENCH / "workloads", exchanges, encoder, batch_size)
 
@@ -325,35 +410,48 @@ def _template_tokens(encoder: Any) -> int:
     return len(encoder.prompt_ids(turns))
 
 
-def _step_workload(name: str, plan: Plan, rounds: int, warm_up: int = WARM_UP) -> tuple[str, Path, list[float]]:
+def _step_workload(
+    name: str, plan: Plan, rounds: int, warm_up: int = WARM_UP, compiling_updates: int = COMPILING_UPDATES
+) -> Work:
     """Batches to warm up with, then one a round; with the least work of each round."""
     model, encoder = _smollm2()
-    rounds = 1 if plan.is_quick else rounds
-    usual = Lengths(64, 32, longest=128) if plan.is_quick else Lengths()
-    folder = _write(name, encoder, [usual] * BATCH * (warm_up + rounds), BATCH)
+    size, rounds = plan.batch_size, plan.size(rounds, rounds, 1)
+    # a brief one compiles while it warms up
+    compiling_updates = plan.size(compiling_updates, 0, min(compiling_updates, 1))
+    folder = _write(name, encoder, [plan.lengths] * size * (warm_up + rounds), size)
+    before = None
+    if compiling_updates:
+        before = _write(f"before_{name}", encoder, [plan.lengths] * size * compiling_updates, size, seed=1)
     pairs = read_pairs(str(folder))
-    starts = range(warm_up * BATCH, len(pairs), BATCH)
-    return model, folder, [least_flops(pairs[start : start + BATCH], Shape()) for start in starts]
+    starts = range(warm_up * size, len(pairs), size)
+    least = [least_flops(pairs[start : start + size], Shape()) for start in starts]
+    return Work(model, folder, before, compiling_updates, size, least)
 
 
-def _prompts(name: str, count: int, encoder: Any) -> Path:
-    """Prompts and real responses as token ids, with the same rows beside them as a user has them."""
-    folder = _write(name, encoder, [Lengths()] * count, BATCH)
-    pairs = read_pairs(str(folder))
+def _asked(name: str, plan: Plan, count: int, answers: int = 1) -> tuple[dict[str, Any], int]:
+    """Prompts and real responses as token ids, with the same rows beside them as a user has them.
+
+    Returns:
+        What every contender is told, and how many prompts there are. Each stands in the file as often as it is to be
+        answered.
+    """
+    model, encoder = _smollm2()
+    folder = _write(name, encoder, [plan.size(Lengths(), plan.lengths, Lengths())] * count, plan.batch_size)
+    pairs = [pair for pair in read_pairs(str(folder)) for _ in range(answers)]
     path = folder / "prompts.json"
     asked = {"prompts": [pair["prompt_ids"] for pair in pairs], "real": [pair["chosen_ids"] for pair in pairs]}
     path.write_text(json.dumps({**asked, "terminator_id": encoder.terminator_id, "pad_id": encoder.pad_id}))
-    return path
+    base = {"model": model, "prompts": str(path), "max_new_tokens": plan.max_new_tokens, "shape": asdict(Shape())}
+    return base, count
 
 
 def _random_models(name: str, plan: Plan, points: Sequence[int], shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     records = []
     for point, shape in zip(points, shapes, strict=True):
         model = str(random_llama(BENCH / "models" / f"{name}_{point}", shape))
-        folder = _write(f"{name}_{point}", _encoder(model), [Lengths(128, 100, spread=0)] * 8, batch_size=2)
-        contenders = [
-            _trl(f"TRL, its best settings, {point:,}", model, folder, gradient_accumulation_steps=2, **TRL_BEST),
-            _ours(f"spin_lightning, bf16-true, {point:,}", model, folder, "bf16-true"),
-        ]
-        records += plan.play(contenders)
+        encoder = _encoder(model)
+        lengths = [Lengths(128, 100, spread=0)] * 2 * (WARM_UP + plan.rounds)
+        folder = _write(f"{name}_{point}", encoder, lengths, batch_size=2)
+        before = _write(f"before_{name}_{point}", encoder, lengths[: 2 * COMPILING_UPDATES], batch_size=2, seed=1)
+        records += plan.play(_growing(Work(model, folder, before, COMPILING_UPDATES), f", {point:,}"))
     return records

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, TrainerState
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.measure import ON_GPU
@@ -26,16 +26,18 @@ class GivenIds(DPOTrainer):
 
 
 class Turns(TrainerCallback):
-    """One round a training step. What the trainer fetched ahead of a step belongs to that step."""
+    """One round a training step, the first so many apart. What the trainer fetched ahead of a step belongs to it."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, worker: Worker, updates_before: int) -> None:
+        self.worker, self.updates_before = worker, updates_before
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.worker.wait()
+    def on_step_begin(self, args: Any, state: TrainerState, *more: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.updates_before:
+            self.worker.wait()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.worker.report()
+    def on_step_end(self, args: Any, state: TrainerState, *more: Any, **kwargs: Any) -> None:
+        if state.global_step > self.updates_before:
+            self.worker.report()
 
 
 def make_trainer(
@@ -65,12 +67,13 @@ def make_trainer(
 def main() -> None:
     worker = Worker()
     settings = worker.settings
+    before = read_pairs(settings["before"]) if "before" in settings else []
     trainer = make_trainer(
         settings["model"],
-        read_pairs(settings["workload"]),
+        before + read_pairs(settings["workload"]),
         str(Path(settings["runs"]) / "trl"),
         settings["trl"],
-        [Turns(worker)],
+        [Turns(worker, settings.get("updates_before", 0))],
     )
     trainer.train()
 

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from benchmarks.flops import facts
 from benchmarks.worker import Worker
 
 
@@ -24,25 +25,30 @@ def main() -> None:
         dtype="bfloat16",
         max_model_len=1024,
         max_num_seqs=settings["batch_size"],
-        enable_prefix_caching=False,  # rounds repeat their prompts
+        enable_prefix_caching=True,
         **settings.get("vllm", {}),
     )
+    answers = settings.get("answers_per_prompt", 1)
+    prompts = asked["prompts"][::answers]  # the file repeats each as often as it is to be answered
     number = 0
     while True:
+        if not llm.reset_prefix_cache():  # rounds repeat their prompts
+            raise RuntimeError("the prefix cache was not emptied: requests are still running")
         worker.wait()
         parameters = [
             SamplingParams(
+                n=answers,
                 temperature=1.0,
                 max_tokens=settings["max_new_tokens"],
                 stop_token_ids=[asked["terminator_id"]],
                 detokenize=False,
                 seed=1000 * number + index if settings.get("is_seeded") else None,
             )
-            for index in range(len(asked["prompts"]))
+            for index in range(len(prompts))
         ]
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], parameters, use_tqdm=False)
-        lengths = [len(output.outputs[0].token_ids) for output in outputs]
-        worker.report(tokens=sum(lengths), clipped=sum(length == settings["max_new_tokens"] for length in lengths))
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+        lengths = [len(response.token_ids) for output in outputs for response in output.outputs]
+        worker.report(**facts(settings, asked["prompts"], lengths))
         number += 1
 
 

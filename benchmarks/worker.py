@@ -31,9 +31,15 @@ class Worker:
             os._exit(0)
         self.meter.resume()
 
-    def report(self, **facts: Any) -> None:
-        """The cost of everything since the last report, waiting apart, with facts about the work."""
-        self._say({**self.meter.lap(), **facts})
+    def report(self, earlier_seconds: float = 0.0, **facts: Any) -> None:
+        """The cost of everything since the last report, waiting apart, with facts about the work.
+
+        Args:
+            earlier_seconds: What another contender spent on work that this one uses.
+            facts: Whatever else the report needs.
+        """
+        cost = self.meter.lap()
+        self._say({**cost, "seconds": cost["seconds"] + earlier_seconds, **facts})
 
     def _say(self, message: dict[str, Any]) -> None:
         print(json.dumps(message), file=self._answers, flush=True)
