@@ -24,9 +24,11 @@ from spin_lightning.models import head, rope, shared_prompt
 from spin_lightning.models.attention import attention_of, set_attention
 from spin_lightning.models.batches import pack, sequences, shifted
 from spin_lightning.models.cpu_memory import round_up
+from spin_lightning.models.fused_layers import fuse_layers, unfuse_layers
+from spin_lightning.models.gated_mlp import find_gated_mlp
 from spin_lightning.models.kernels import kernel_of
 from spin_lightning.models.modes import compute_dtype, evaluating
-from spin_lightning.models.rms_norm import fuse_rms_norms, unfuse_rms_norms
+from spin_lightning.models.rms_norm import find_rms_norm
 from spin_lightning.terminal import say
 from spin_lightning.types import ResponseBatch, UserError
 
@@ -36,6 +38,8 @@ from spin_lightning.types import ResponseBatch, UserError
 AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 #: Tokens of the longest sequence that forward paths are tried on, where a model takes so many.
 PROBE_TOKENS = 128
+#: The kinds of layers that are computed in another way where prompts are shared.
+FUSED = (find_rms_norm, find_gated_mlp)
 
 
 ForwardPath = Callable[[nn.Module, ResponseBatch], Tensor]
@@ -220,7 +224,7 @@ def _choose_forward_path(
     own = shared_prompt.own_attention_of(config)
     failures, taken = [f"cannot {failed}"] if failed else [], ""
     set_attention(config, own)
-    unfuse_rms_norms(model)
+    unfuse_layers(model)
     with evaluating(model):
         probe, expected, allowed = _make_reference(model)
         is_linear = head.is_linear(model)
@@ -231,7 +235,7 @@ def _choose_forward_path(
             try:
                 if path is _score_shared:
                     shared_prompt.share_prompts(model, kernel_of(model, "prompt_attention"))
-                    fuse_rms_norms(model)
+                    fuse_layers(model, FUSED)
                 differences = (_token_log_probs(chosen, model, probe) - expected).abs()
                 totals = differences.new_zeros(len(probe)).index_add(0, probe.response_index, differences)
                 difference = float((totals / probe.response_lengths).max())
@@ -244,7 +248,7 @@ def _choose_forward_path(
                 reason = f"log-probs would differ by {difference:.1g} nats a token"
             failures.append(f"cannot {ability} ({reason})")
             set_attention(config, own)
-            unfuse_rms_norms(model)
+            unfuse_layers(model)
     if failures:
         say(
             f"note: {type(model).__name__} {', and '.join(failures)}; "

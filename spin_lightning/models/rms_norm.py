@@ -7,32 +7,22 @@ model's activations, and a tenth of its time on a CPU. The numbers are the same 
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spin_lightning.models.fused_layers import Fused, fused_class, is_single_token
 
-def fuse_rms_norms(model: nn.Module) -> None:
-    """Let a model's RMS normalisations on the CPU compute in one step. Weights and their names stay as they are.
 
-    A layer is recognised by what it computes, ``x / rms(x) * weight`` or ``x / rms(x) * (1 + weight)``; others are left
-    alone.
+def find_rms_norm(module: nn.Module) -> type[nn.Module] | None:
+    """The class that computes a layer in one step, if that is RMS normalisation on the CPU.
+
+    It is recognised by what it computes, ``x / rms(x) * weight`` or ``x / rms(x) * (1 + weight)``.
     """
-    for module in model.modules():
-        if "RMSNorm" in type(module).__name__ and not isinstance(module, _Fused):
-            offset = _find_offset(module)
-            if offset is not None:
-                own: Any = type(module)
-                module.__class__ = _make_fused_class(own, offset)
-
-
-def unfuse_rms_norms(model: nn.Module) -> None:
-    """Undo :func:`fuse_rms_norms`."""
-    for module in model.modules():
-        if isinstance(module, _Fused):
-            module.__class__ = type(module).__bases__[1]
+    offset = _find_offset(module) if "RMSNorm" in type(module).__name__ else None
+    own: Any = type(module)
+    return None if offset is None else fused_class(own, _RmsNormLayer, offset=offset)
 
 
 def _find_offset(module: nn.Module) -> float | None:
@@ -61,21 +51,15 @@ def _find_eps(module: Any) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-class _Fused(nn.Module):
+class _RmsNormLayer(Fused):
     offset: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 3 and x.shape[1] == 1:  # a token a row, as in decoding: the layer's own steps cost less than these
+        if is_single_token(x):
             own: Tensor = super().forward(x)
             return own
         result: Tensor = _RmsNorm.apply(x, self.weight, _find_eps(self), self.offset)
         return result
-
-
-@cache
-def _make_fused_class(own: Any, offset: float) -> type[nn.Module]:
-    """One class for all layers of a kind: ``torch.compile`` compiles a layer of a model once, not each anew."""
-    return type(own.__name__, (_Fused, own), {"offset": offset})
 
 
 class _RmsNorm(torch.autograd.Function):

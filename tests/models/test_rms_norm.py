@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from spin_lightning.models.rms_norm import _Fused, fuse_rms_norms, unfuse_rms_norms
+from spin_lightning.models.fused_layers import Fused, fuse_layers, unfuse_layers
+from spin_lightning.models.rms_norm import find_rms_norm
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm])
@@ -24,8 +25,8 @@ def test_fused_is_as_close_to_float64_as_what_it_replaces(
     own = kind(48, 1e-3).to(dtype)
     own.weight.data.normal_()
     fused = copy.deepcopy(own)
-    fuse_rms_norms(fused)
-    assert isinstance(fused, _Fused) and isinstance(fused, kind) and not isinstance(own, _Fused)
+    fuse_layers(fused, [find_rms_norm])
+    assert isinstance(fused, Fused) and isinstance(fused, kind) and not isinstance(own, Fused)
     x, above = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
 
     def run(layer: nn.Module, dtype: torch.dtype) -> list[Tensor]:
@@ -49,9 +50,9 @@ def test_fused_is_as_close_to_float64_as_what_it_replaces(
 def test_a_copy_has_its_own_weight_and_undoing_leaves_no_trace() -> None:
     model = tiny_model(32)
     classes = [type(module) for module in model.modules()]
-    fuse_rms_norms(model)
-    fuse_rms_norms(model)
-    fused = [module for module in model.modules() if isinstance(module, _Fused)]
+    fuse_layers(model, [find_rms_norm])
+    fuse_layers(model, [find_rms_norm])
+    fused = [module for module in model.modules() if isinstance(module, Fused)]
     assert len(fused) == 5 and len({type(module) for module in fused}) == 1  # torch.compile needs one class, not five
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -59,7 +60,7 @@ def test_a_copy_has_its_own_weight_and_undoing_leaves_no_trace() -> None:
     x = torch.randn(1, 3, 16)
     assert model.model.norm(x).abs().sum() > 0 and twin.model.norm(x).abs().sum() == 0
     assert model.state_dict().keys() == tiny_model(32).state_dict().keys()
-    unfuse_rms_norms(model)
+    unfuse_layers(model)
     assert [type(module) for module in model.modules()] == classes
 
 
@@ -76,5 +77,5 @@ class ShiftedRMSNorm(LlamaRMSNorm):
 @pytest.mark.parametrize("kind", [GatedRMSNorm, ShiftedRMSNorm, nn.LayerNorm, nn.Linear])
 def test_layers_that_compute_something_else_are_left_alone(kind: type[nn.Module]) -> None:
     layer = kind(8, 8) if kind is nn.Linear else kind(8)
-    fuse_rms_norms(layer)
+    fuse_layers(layer, [find_rms_norm])
     assert type(layer) is kind
