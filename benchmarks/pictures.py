@@ -154,12 +154,12 @@ def draw_growth(results: Results, panels: Sequence[Any], path: Path) -> None:
 
 def _lines(axes: Any, section: Result, label: str, write: Callable[[Any], str], title: str) -> None:
     """A line for each contender, both axes logarithmic."""
-    highest = 0.0
+    highest, lowest = 0.0, float("inf")
     colours = {ours: iter(shades) for ours, shades in LINES.items()}
     for name, column in by_point(section).items():
         points = [point for point, samples in column.items() if samples]
         seconds = [median(sample["seconds"] for sample in column[point]) for point in points]
-        highest = max(highest, *seconds)
+        highest, lowest = max(highest, *seconds), min(lowest, *seconds)
         axes.plot(points, seconds, "o-", color=next(colours[is_ours({"name": name})]), linewidth=2, label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -171,7 +171,7 @@ def _lines(axes: Any, section: Result, label: str, write: Callable[[Any], str], 
         if axes.get_ylim()[0] / 1.6 <= tick <= highest * 2
     ]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_ylim(0.9 * ticks[0], max(ticks[-1], highest * 1.6))
+    axes.set_ylim(0.9 * min(ticks[0], lowest), max(ticks[-1], highest * 1.6))
     axes.set_xlabel(label)
     axes.set_ylabel("CPU seconds a step")
     axes.set_title(title, loc="left", fontsize="medium")

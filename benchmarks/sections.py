@@ -237,7 +237,7 @@ def prompt_length(plan: Plan) -> dict[str, Any]:
     folder = _write("prompt_length", encoder, pairs, batch_size=2)
     before = _write("before_prompt_length", encoder, pairs, batch_size=2, seed=1)
     work = Work(model, folder, before, len(steps), 2)
-    return {"contenders": play(_growing(work), len(lengths), threads=plan.threads), "points": lengths}
+    return {"contenders": _grow(plan, work, len(lengths), warm_up=1), "points": lengths}
 
 
 def answers_per_prompt(plan: Plan) -> dict[str, Any]:
@@ -343,14 +343,19 @@ def _ours(name: str, work: Work, precision: str, **more: Any) -> Contender:
     return Contender(name, "spin_step", settings)
 
 
-def _growing(work: Work, suffix: str = "") -> list[Contender]:
-    """Who is compared where something grows."""
-    return [
+def _grow(plan: Plan, work: Work, rounds: int, warm_up: int, suffix: str = "") -> list[dict[str, Any]]:
+    """Who is compared where something grows. In two groups: 24 GiB do not hold all of them at the largest points."""
+    first = [
         _trl(f"TRL compiled{suffix}", work, **COMPILED),
-        _trl(f"TRL uncompiled{suffix}", work),
         _ours(f"spin_lightning, bf16-mixed{suffix}", work, "bf16-mixed"),
-        _ours(f"spin_lightning, bf16-true{suffix}", work, "bf16-true"),
         _products(),
+    ]
+    second = [
+        _trl(f"TRL uncompiled{suffix}", work),
+        _ours(f"spin_lightning, bf16-true{suffix}", work, "bf16-true"),
+    ]
+    return [
+        record for group in (first, second) for record in play(group, rounds, warm_up=warm_up, threads=plan.threads)
     ]
 
 
@@ -453,5 +458,6 @@ def _random_models(name: str, plan: Plan, points: Sequence[int], shapes: Sequenc
         lengths = [Lengths(128, 100, spread=0)] * 2 * (WARM_UP + plan.rounds)
         folder = _write(f"{name}_{point}", encoder, lengths, batch_size=2)
         before = _write(f"before_{name}_{point}", encoder, lengths[: 2 * COMPILING_UPDATES], batch_size=2, seed=1)
-        records += plan.play(_growing(Work(model, folder, before, COMPILING_UPDATES), f", {point:,}"))
+        work = Work(model, folder, before, COMPILING_UPDATES)
+        records += _grow(plan, work, 1 if plan.is_quick else plan.rounds, WARM_UP, f", {point:,}")
     return records
