@@ -90,7 +90,7 @@ class RowDataModule(L.LightningDataModule):
         max_prompt_tokens: int = 512,
         max_response_tokens: int = 256,
         batch_size: int = 8,
-        micro_batch_tokens: int = 2048,
+        micro_batch_tokens: int = 1024,
         num_workers: int = 0,
         seed: int = 0,
         tokenizer_name_or_path: str | None = None,

@@ -60,9 +60,10 @@ def _compute(module: nn.Module, places: tuple[str, str, str, str], x: Tensor) ->
     if node is None:
         return down(product)  # type: ignore[no-any-return]
 
+    place, size = product.data_ptr(), product.numel()  # the hooks live as long as the graph, and must not hold it
+
     def pack(saved: Tensor) -> Any:
-        is_product = saved.data_ptr() == product.data_ptr() and saved.numel() == product.numel()
-        return saved.shape if is_product else saved
+        return saved.shape if (saved.data_ptr(), saved.numel()) == (place, size) else saved
 
     def unpack(kept: Any) -> Tensor:
         return kept if isinstance(kept, Tensor) else _multiply_again(node).view(kept)

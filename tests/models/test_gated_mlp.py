@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -93,8 +94,11 @@ def test_only_gate_and_up_are_kept() -> None:
     x = torch.randn(1, 7, 12)
     with counted() as kept_by_own:
         own(x)
+    fused, products = fused_copy(own), []
+    fused.down_proj.register_forward_pre_hook(lambda _, inputs: products.append(weakref.ref(inputs[0])))
     with counted() as kept:
-        fused_copy(own)(x)
+        output = fused(x)
+    assert output.requires_grad and [product() for product in products] == [None]
     assert kept_by_own.count(7 * 40) == 4  # act(gate) and the product, too
     assert kept.count(7 * 40) == 2
 
