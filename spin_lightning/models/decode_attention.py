@@ -10,6 +10,8 @@ Which one a model takes is therefore tried (see ``kernels``).
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable
@@ -37,7 +39,7 @@ def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
         query: Shape ``(B, heads, 1, head_dim)``.
         key: Shape ``(B, key_heads, K, head_dim)``; ``heads`` is a multiple of ``key_heads``.
         value: As ``key``.
-        mask: Numbers to add to the scores, shape ``(B, 1, 1, K)``.
+        mask: Numbers to add to the scores, shape ``(B, 1, 1, K)``, or ``(B, heads, 1, K)``.
         scale: Factor of the scores. None: 1 / sqrt(head_dim).
 
     Returns:
@@ -54,6 +56,8 @@ def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale
     rows, heads, _, head_dim = query.shape
     key_heads, group = key.shape[1], heads // key.shape[1]
     queries = query.reshape(rows, key_heads, group, head_dim)
+    if mask.shape[1] == heads > 1:
+        mask = mask.reshape(len(mask), key_heads, group, -1)
     if group == 1:
         queries = queries.expand(-1, -1, 2, -1)
     output = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scale)
@@ -71,7 +75,7 @@ def attend_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     if key.dtype is not torch.bfloat16:
         raise NotImplementedError(f"in C there are sums of bfloat16 only, not of {key.dtype}")
     (rows, heads, _, head_dim), (_, key_heads, keys, _) = query.shape, key.shape
-    if head_dim % _WIDTH or value.shape[-1] != head_dim:
+    if head_dim % _WIDTH or value.shape[-1] != head_dim or mask.shape[1] != 1:
         return attend_folded(query.to(key.dtype), key, value, mask.to(key.dtype), scale)
     attend = _build(head_dim, heads // key_heads)
     query, mask = query.to(key.dtype), mask.to(key.dtype)  # as autocast has it
@@ -96,7 +100,10 @@ def _build(head_dim: int, group: int) -> Callable[..., int]:
     Raises:
         NotImplementedError: There is no compiler, or it cannot do it.
     """
-    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    named = (os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc")
+    compiler = next((path for name in named if name and (path := shutil.which(name.split()[0]))), None)
+    if compiler is None:
+        raise NotImplementedError("attention in C cannot be built here: there is no C compiler")
     source = Path(__file__).with_suffix(".c")
     with TemporaryDirectory() as folder:
         part, library = Path(folder, "attend.o"), Path(folder, "attend.so")

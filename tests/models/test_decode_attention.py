@@ -15,9 +15,7 @@ from torch import Tensor
 from spin_lightning.models import decode_attention
 from spin_lightning.models.decode_attention import CANDIDATES, attend_compiled, make_inputs
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) is None, reason="nothing can be compiled here"
-)
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="nothing can be compiled here")
 #: Heads, key heads and their width: groups of several sizes, heads with keys of their own, a width that C has not.
 SHAPES = [(9, 3, 64), (4, 4, 16), (14, 2, 32), (8, 1, 128), (6, 2, 24)]
 PARAMETERS = [pytest.param(name, marks=needs_compiler if name == "compiled" else []) for name in CANDIDATES]
@@ -56,6 +54,15 @@ def test_every_candidate_is_attention(
     # rounded once where weights meet values, and once at the end
     assert (found.double() - expected).abs().max() <= 2**-7 * states[2].abs().max()
     assert (found.double() - expected).abs().mean() <= 2**-9 * expected.abs().mean() + 1e-3
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_mask_may_differ_by_head(name: str) -> None:
+    query, key, value, mask = make_states(9, 3, 64)
+    slopes = torch.linspace(-1, 1, 9).bfloat16()[:, None, None] * torch.arange(37).bfloat16()
+    states = (query, key, value, mask + slopes)
+    found = CANDIDATES[name](*states, None)
+    assert (found.double() - expected_of(*states, None)).abs().max() <= 2**-7 * value.abs().max()
 
 
 @pytest.mark.parametrize("name", [name for name in CANDIDATES if name != "compiled"])
@@ -111,10 +118,24 @@ def builds_anew() -> Iterator[None]:
     decode_attention._build.cache_clear()
 
 
-def test_without_a_compiler_it_says_so(builds_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: "no-such-compiler -pthread")
-    with pytest.raises(NotImplementedError, match=r"cannot be built here: .*no-such-compiler"):
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("", "there is no C compiler"), ("false", "returned non-zero exit status 1")]
+)
+def test_where_nothing_can_be_compiled_it_says_so(
+    compiler: str, reason: str, builds_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    if not compiler:
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(NotImplementedError, match=f"cannot be built here: .*{reason}"):
         attend_compiled(*make_states(9, 3, 64), None)
+
+
+@needs_compiler
+def test_the_compiler_of_the_environment_is_taken(builds_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: "cc -pthread")
+    attend_compiled(*make_states(9, 3, 64), None)
 
 
 def test_in_c_there_is_bfloat16_only() -> None:
