@@ -47,7 +47,8 @@ def ours(model: Any, settings: dict[str, Any], terminator_id: int, pad_id: int) 
     def answer(prompts: list[Ids], number: int) -> list[Ids]:
         seeds = [1000 * number + index for index in range(len(prompts))]
         with opened(generator, Player(model)):
-            return [response.ids for _, response in generator.generate(prompts, seeds, terminator_id, pad_id)]
+            found = dict(generator.generate(prompts, seeds, terminator_id, pad_id))
+        return [found[index].ids for index in range(len(prompts))]
 
     return answer
 

@@ -20,7 +20,12 @@ UNITS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 
 def keep(results: Results, section: str, result: Result, is_brief: bool = False) -> None:
     """Put a result in the place of the last one of the same machine, section and kind, unless nobody worked."""
-    if any(record["samples"] for record in result["contenders"]):
+    if any(
+        "seconds" in sample
+        for record in result["contenders"]
+        for sample in record["samples"]
+        if "flops_per_second" not in sample
+    ):
         results.setdefault(key(result["machine"]), {})[_name(section, is_brief)] = result
 
 

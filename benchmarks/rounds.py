@@ -97,14 +97,19 @@ class Resident:
         self.process.wait()
 
     def _read(self) -> dict[str, Any]:
-        watchdog = threading.Timer(LONGEST_MINUTES * 60, self.process.kill)
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.process.kill()
+
+        watchdog = threading.Timer(LONGEST_MINUTES * 60, give_up)
         watchdog.start()
         line = pipe(self.process.stdout).readline()
-        is_late = not watchdog.is_alive()
         watchdog.cancel()
         if not line:
             code = self.process.wait()
-            if is_late:
+            if late.is_set():
                 raise Failed(f"no answer in {LONGEST_MINUTES} minutes ({self.log.name})")
             if code < 0:
                 raise Failed(f"killed by signal {-code}{', as when memory runs out' if code == -9 else ''}")

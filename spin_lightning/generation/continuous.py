@@ -91,6 +91,8 @@ class ContinuousGenerator(TransformersGenerator):
                 entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             if entering or len(kept) < len(active):
                 order = cache.refill(kept, [prompts[index] for index in entering], pad_id)
+                if prefix is not None and cache.prefix is None:
+                    _verdicts[model] = _Verdict()  # and not again
                 active += [
                     _Answer(index, prompts[index][-1], uniforms_of(seeds[index], self.max_new_tokens).tolist())
                     for index in entering

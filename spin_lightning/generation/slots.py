@@ -7,7 +7,7 @@ sliding windows, positions and head stay the model's own, and no architecture is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from typing import Any
@@ -60,10 +60,10 @@ class SlotCache(Cache):
         # a GPU would pay more for launching the blocks than for the columns they spare
         own = attention_of(self.config)
         is_blockwise = self.device.type == "cpu" and own.split("+")[0] == "sdpa"
-        self.block_rows = BLOCK_ROWS if is_blockwise else None
         kernel = kernel_of(model, "decode_attention") if is_blockwise else ""
         self.attention = f"{BLOCKWISE}+{kernel}" if is_blockwise else own
-        self.cuts_rows = is_blockwise and kernel != "compiled"  # which reads of each row what the row has
+        # in C no more is read of a row than it has
+        self.block_rows = BLOCK_ROWS if is_blockwise and kernel != "compiled" else None
         self.prefix: Ids | None = None if prefix is None or self.device.type != "cpu" else tuple(prefix)
         self.prefix_states: list[States] = []
         self.last: tuple[Ids, list[States]] | None = None  # a prompt, and its keys and values
@@ -114,7 +114,7 @@ class SlotCache(Cache):
         ids, widths = torch.tensor([last_ids, self.widths], device=self.device)[..., None]
         mask = torch.arange(self.past + 1, device=self.device) >= self.past - widths
         inputs = {"input_ids": ids, "position_ids": widths, "attention_mask": mask.long()}
-        if self.block_rows and self.cuts_rows:
+        if self.block_rows:
             blocks = [slice(row, row + self.block_rows) for row in range(0, len(self.widths), self.block_rows)]
             inputs["blocks"] = [(block, max(self.widths[block]) + 1) for block in blocks]
         with attention(self.config, self.attention), decoding_with(self.forwards):
@@ -131,8 +131,16 @@ class SlotCache(Cache):
             self._write(*self.last, slots.pop(self.last[0]))
         waiting = sorted(filter(None, slots), key=len, reverse=True)
         while waiting:
-            group, waiting = self._cut_group(waiting)
-            for ids, states in self._read_padded(group, pad_id) if self.prefix is None else self._read_shared(group):
+            group, others = self._cut_group(waiting)
+            try:
+                read = self._read_padded(group, pad_id) if self.prefix is None else self._read_shared(group)
+            except NotImplementedError:  # a mask that only passes longer than those of the trial have
+                if self.prefix is None:
+                    raise
+                self.prefix = None
+                continue
+            waiting = others
+            for ids, states in read:
                 self._write(ids, states, slots[ids])
                 if ids == prompts[-1][0]:  # the next that comes may be the same
                     self.last = (ids, [(keys.clone(), values.clone()) for keys, values in states])
@@ -146,7 +154,7 @@ class SlotCache(Cache):
             count = PREFILL_TOKENS // len(prompts[0])
         return prompts[: max(1, count)], prompts[max(1, count) :]
 
-    def _read_shared(self, prompts: list[Ids]) -> Iterator[tuple[Ids, list[States]]]:
+    def _read_shared(self, prompts: list[Ids]) -> list[tuple[Ids, list[States]]]:
         """Keys and values of prompts, each ``(heads, len(ids), head_dim)``: end to end, behind what they share."""
         decoder, prefix = decoder_of(self.model), self.prefix or ()
         start, cache = len(prefix), DynamicCache()
@@ -159,18 +167,15 @@ class SlotCache(Cache):
             for layer_idx, states in enumerate(self.prefix_states):
                 cache.update(*states, layer_idx)
             fill_cache(decoder, pack([(prefix, [ids[start:] for ids in prompts])]), cache)
+        found = []
         for ids in prompts:
             own = slice(start, start + len(ids) - len(prefix))
-            yield (
-                ids,
-                [
-                    (_join(keys[0], len(prefix), own), _join(values[0], len(prefix), own))
-                    for keys, values in _states_of(cache)
-                ],
-            )
+            layers = _states_of(cache)
+            found.append((ids, [(_join(k[0], len(prefix), own), _join(v[0], len(prefix), own)) for k, v in layers]))
             start = own.stop
+        return found
 
-    def _read_padded(self, prompts: list[Ids], pad_id: int) -> Iterator[tuple[Ids, list[States]]]:
+    def _read_padded(self, prompts: list[Ids], pad_id: int) -> list[tuple[Ids, list[States]]]:
         """The same, in padded rows."""
         longest = len(prompts[0])
         # right padding, and so no mask: causal attention does not see what comes after
@@ -180,8 +185,10 @@ class SlotCache(Cache):
         padded = round_up(padded, dim=1)[:, : max(longest, most)]
         cache, no_logits = DynamicCache(), torch.arange(0, device=self.device)
         self.model(input_ids=padded, **{self.argument_name: cache}, use_cache=True, logits_to_keep=no_logits)
-        for row, ids in enumerate(prompts):
-            yield ids, [(keys[row, :, : len(ids)], values[row, :, : len(ids)]) for keys, values in _states_of(cache)]
+        return [
+            (ids, [(keys[row, :, : len(ids)], values[row, :, : len(ids)]) for keys, values in _states_of(cache)])
+            for row, ids in enumerate(prompts)
+        ]
 
     def _write(self, ids: Ids, states: list[States], slots: list[int]) -> None:
         """Put the keys and values of a prompt into slots."""

@@ -53,7 +53,8 @@ static inline void fetch(const uint16_t *states) {
 }
 
 /* Strides count elements. The last dimension of query, key and value has stride 1; the output has no gaps.
- * Returns 0, or 1 where there is no memory for the scores. */
+ * A row that sees no key
+ * gives zeros. Returns 0, or 1 where there is no memory for the scores. */
 int attend(const uint16_t *query, int64_t query_row, int64_t query_head,
            const uint16_t *key, int64_t key_row, int64_t key_head, int64_t key_step,
            const uint16_t *value, int64_t value_row, int64_t value_head, int64_t value_step,
@@ -118,7 +119,7 @@ int attend(const uint16_t *query, int64_t query_row, int64_t query_head,
             }
             UNROLLED for (int h = 0; h < GROUP; h++) {
                 uint16_t *one = output + ((row * key_heads + head) * GROUP + h) * HEAD_DIM;
-                UNROLLED for (int c = 0; c < CHUNKS; c++) narrow(sums[h][c] / totals[h], one + c * WIDTH);
+                UNROLLED for (int c = 0; c < CHUNKS; c++) narrow(sums[h][c] / (totals[h] > 0 ? totals[h] : 1), one + c * WIDTH);
             }
             free(scores);
         }

@@ -4,7 +4,7 @@ Torch's kernel has fast matrix products only for several queries at a time, whic
 given to it as. In C, built where there is a compiler, each key is read once for these heads and turned to float32 on
 the way. Without AMX, 8 rows of 160 to 320 keys in bfloat16 took 0.92 to 1.8 ms as the kernel does it, 0.25 to 0.43 ms
 with a group's heads as queries, and 0.09 to 0.15 ms in C; with AMX the second was found to be slower than the first.
-Which one a model takes is therefore tried (see ``kernels``).
+Which one a model takes in bfloat16 is therefore tried (see ``kernels``).
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
 def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """The heads that share a key head as queries of one head; a head with keys of its own asks twice.
 
-    Arguments and result are those of :func:`attend_grouped`.
+    Arguments and result are those of :func:`attend_grouped`, which is called where the mask differs by head.
     """
+    if mask.shape[1] > 1:
+        return attend_grouped(query, key, value, mask, scale)
     rows, heads, _, head_dim = query.shape
     key_heads, group = key.shape[1], heads // key.shape[1]
     queries = query.reshape(rows, key_heads, group, head_dim)
-    if mask.shape[1] == heads > 1:
-        mask = mask.reshape(len(mask), key_heads, group, -1)
     if group == 1:
         queries = queries.expand(-1, -1, 2, -1)
     output = F.scaled_dot_product_attention(queries, key, value, attn_mask=mask, scale=scale)
@@ -67,16 +67,20 @@ def attend_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale
 def attend_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """In C. Keys that the mask hides are not read, so rows of any widths may come together.
 
-    Arguments and result are those of :func:`attend_grouped`; in bfloat16.
+    Arguments and result are those of :func:`attend_grouped`, which is called where the mask differs by head, is one of
+    truth values, or where values have another width than keys.
 
     Raises:
-        NotImplementedError: In another dtype, or where nothing can be compiled.
+        NotImplementedError: In another dtype than bfloat16, with heads of a width that is no multiple of 16, or where
+            nothing can be compiled.
     """
     if key.dtype is not torch.bfloat16:
         raise NotImplementedError(f"in C there are sums of bfloat16 only, not of {key.dtype}")
     (rows, heads, _, head_dim), (_, key_heads, keys, _) = query.shape, key.shape
-    if head_dim % _WIDTH or value.shape[-1] != head_dim or mask.shape[1] != 1:
-        return attend_folded(query.to(key.dtype), key, value, mask.to(key.dtype), scale)
+    if head_dim % _WIDTH:
+        raise NotImplementedError(f"in C the width of heads is a multiple of {_WIDTH}, not {head_dim}")
+    if value.shape[-1] != head_dim or mask.shape[1] > 1 or not mask.is_floating_point():
+        return attend_grouped(query, key, value, mask, scale)
     attend = _build(head_dim, heads // key_heads)
     query, mask = query.to(key.dtype), mask.to(key.dtype)  # as autocast has it
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
@@ -95,7 +99,7 @@ def attend_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
 
 @cache
 def _build(head_dim: int, group: int) -> Callable[..., int]:
-    """The function in ``decode_attention.c`` for this processor. Takes a third of a second.
+    """The function in ``decode_attention.c`` for this processor. Takes a third of a second, once a process.
 
     Raises:
         NotImplementedError: There is no compiler, or it cannot do it.

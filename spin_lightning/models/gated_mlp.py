@@ -8,11 +8,14 @@ projections are called as they are, with whatever hooks and adapters they have.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from spin_lightning.models.fused_layers import Fused, fused_class, is_single_token
@@ -21,26 +24,43 @@ from spin_lightning.models.fused_layers import Fused, fused_class, is_single_tok
 def find_gated_mlp(module: nn.Module) -> type[nn.Module] | None:
     """The class that computes a layer, if that is ``down(act(gate(x)) * up(x))`` on the CPU."""
     names = {name: any(True for _ in child.parameters()) for name, child in module.named_children()}
+    is_alone = not module._parameters and not module._buffers  # what else it has, it may use
     if len(names) != 4 or sum(names.values()) != 3 or len(inspect.signature(module.forward).parameters) != 1:
         return None
     act = next(name for name, has_weights in names.items() if not has_weights)
     projections = [name for name, has_weights in names.items() if has_weights]
     first = getattr(module, projections[0])
     weight, width = next(first.parameters()), getattr(first, "in_features", None)
-    if width is None or weight.device.type != "cpu" or not weight.dtype.is_floating_point:
+    if not is_alone or width is None or weight.device.type != "cpu" or not weight.dtype.is_floating_point:
         return None
-    with torch.no_grad():
+    mode, module.training = module.training, True  # so that what it does in training only shows
+    try:
         for gate, up, down in permutations(projections):
             places = (gate, up, down, act)
             width = getattr(getattr(module, gate), "in_features", width)
             x = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-            try:
-                if torch.equal(_compute(module, places, x), module(x)):
-                    own: Any = type(module)
-                    return fused_class(own, _GatedMlp, places=places)
-            except RuntimeError:  # sizes that do not fit
-                continue
+            if _are_equal(partial(_compute, module, places), module, x):
+                own: Any = type(module)
+                return fused_class(own, _GatedMlp, places=places)
+    finally:
+        module.training = mode
     return None
+
+
+def _are_equal(some: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether two functions give the same bits, and the same gradient of what they are given."""
+
+    def run(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        given = x.clone().requires_grad_()
+        result = function(given)
+        (gradient,) = torch.autograd.grad(result.sum(), given)
+        return result, gradient
+
+    try:
+        with torch.enable_grad():
+            return all(map(torch.equal, run(some), run(other)))
+    except Exception:  # sizes that do not fit, or layers that are used otherwise
+        return False
 
 
 class _GatedMlp(Fused):
@@ -83,6 +103,7 @@ class _Product(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up, active = ctx.again or _activate_again(ctx)
         ctx.again = None

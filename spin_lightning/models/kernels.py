@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ KERNELS = {
     "decode_attention": Kernel(decode_attention.CANDIDATES, decode_attention.make_inputs, worth=1.5),
 }
 
-_pinned: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+_pinned: dict[tuple[str, torch.dtype], str] = {}
 _tried: dict[tuple[Any, ...], str] = {}
 
 
@@ -69,16 +68,29 @@ def check_kernels(choices: Mapping[str, str], setting: str) -> None:
 
 
 def pin_kernels(model: nn.Module, choices: Mapping[str, str]) -> None:
-    """Have a model take these candidates without a trial, from now on."""
-    _pinned.setdefault(model, {}).update(choices)
+    """Have this process take these candidates without a trial, in the place of those pinned before.
+
+    They hold for models that compute in the dtype in which this one does here and now, so for its copies too.
+    """
+    dtype = _dtype_of(model)
+    _pinned.clear()
+    _pinned.update({(name, dtype): candidate for name, candidate in choices.items()})
 
 
 @torch.no_grad()
 def find_error(model: nn.Module, name: str, candidate: str) -> str:
     """Why a model cannot take a candidate here; empty if it can."""
+    candidates = KERNELS[name].candidates
+    if candidate not in candidates:
+        return f"this version has {', '.join(candidates)}"
     inputs = _make_inputs(model, name)
-    result = _run(KERNELS[name].candidates[candidate], inputs) if inputs else ""
+    result = _run(candidates[candidate], inputs) if inputs else ""
     return result if isinstance(result, str) else ""
+
+
+def first_of(name: str) -> str:
+    """The candidate to fall back on."""
+    return next(iter(KERNELS[name].candidates))
 
 
 def kernel_of(model: nn.Module, name: str) -> str:
@@ -90,26 +102,28 @@ def kernel_of(model: nn.Module, name: str) -> str:
         >>> kernel_of(LlamaForCausalLM(LlamaConfig(**sizes)), "decode_attention")  # in float32
         'grouped'
     """
-    if choice := _pinned.get(model, {}).get(name):
+    dtype = _dtype_of(model)
+    if choice := _pinned.get((name, dtype)):
         return choice
-    candidates, inputs = KERNELS[name].candidates, _make_inputs(model, name)
-    if inputs is None or inputs[0].dtype not in (torch.bfloat16, torch.float16):
-        return next(iter(candidates))
-    sizes = [value.shape for value in inputs if isinstance(value, Tensor)]
-    key = (name, inputs[0].dtype, torch.get_num_threads(), *sizes)
+    if dtype not in (torch.bfloat16, torch.float16) or (inputs := _make_inputs(model, name)) is None:
+        return first_of(name)
+    key = (name, dtype, torch.get_num_threads(), *(value.shape for value in inputs if isinstance(value, Tensor)))
     if key not in _tried:
         _tried[key] = _try_candidates(name, KERNELS[name], inputs)
     return _tried[key]
 
 
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return compute_dtype(next(model.parameters()).device, model)
+
+
 def _make_inputs(model: nn.Module, name: str) -> tuple[Any, ...] | None:
     """What the candidates of a model are tried on; None where they are not."""
-    device = next(model.parameters()).device
-    if device.type != "cpu":
+    if next(model.parameters()).device.type != "cpu":
         return None
     try:
-        return KERNELS[name].make_inputs(model, compute_dtype(device, model))
-    except AttributeError:  # a config that names its sizes otherwise
+        return KERNELS[name].make_inputs(model, _dtype_of(model))
+    except Exception:  # a config that names its sizes otherwise, or has others in each layer
         return None
 
 
@@ -124,10 +138,13 @@ def _run(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
 
 @torch.no_grad()
 def _try_candidates(name: str, kernel: Kernel, inputs: tuple[Any, ...]) -> str:
-    results = {own: _run(function, inputs) for own, function in kernel.candidates.items()}
-    first, *_ = usable = [own for own, result in results.items() if isinstance(result, Tensor)]
-    allowed = AGREEMENT * torch.finfo(inputs[0].dtype).eps * results[first].abs().max()
-    equal = [own for own in usable if (results[own] - results[first]).abs().max() <= allowed]
+    first, results = first_of(name), {own: _run(function, inputs) for own, function in kernel.candidates.items()}
+    expected = results[first]
+    if isinstance(expected, str):  # it is all there is to compare with
+        return first
+    allowed = AGREEMENT * torch.finfo(inputs[0].dtype).eps * expected.abs().max()
+    others = {own: result for own, result in results.items() if own != first and isinstance(result, Tensor)}
+    equal = [first, *(own for own, result in others.items() if (result - expected).abs().max() <= allowed)]
     seconds = _time_candidates([kernel.candidates[own] for own in equal], inputs)
     fastest, least = min(zip(equal, seconds, strict=True), key=lambda pair: pair[1])
     gain = seconds[equal.index(first)] / least

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from spin_lightning.models.fused_layers import Fused, fused_class, is_single_token
 
@@ -81,6 +82,7 @@ class _RmsNorm(torch.autograd.Function):
         return output.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weight, scales = ctx.saved_tensors
         grad, grad_rows = grad_output.reshape(rows.shape), torch.empty_like(rows)

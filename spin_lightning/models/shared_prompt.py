@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from spin_lightning.models.attention import attention_of, heads_of, set_attention
 from spin_lightning.models.batches import pack
@@ -73,8 +74,9 @@ def sharing_attention_of(config: Any, kernel: str) -> str:
     if own not in ("sdpa", "eager"):
         raise NotImplementedError(f"attention {own!r} has no place for a shared prompt")
     name = f"{own}{SUFFIX}+{kernel}"
-    AttentionInterface.register(name, _make_dispatch(own, CANDIDATES[kernel]))
-    AttentionMaskInterface.register(name, _make_mask_dispatch(AttentionMaskInterface()[own]))
+    if name not in AttentionInterface().valid_keys():
+        AttentionInterface.register(name, _make_dispatch(own, CANDIDATES[kernel]))
+        AttentionMaskInterface.register(name, _make_mask_dispatch(AttentionMaskInterface()[own]))
     return name
 
 
@@ -364,6 +366,7 @@ class _CpuAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, output, log_sums = ctx.saved_tensors
         heads = query.shape[1]
@@ -490,7 +493,7 @@ def _unfold(tensor: Tensor, rows: slice, heads: int) -> Tensor:
 def _hide(scores: Tensor, diagonal: int, window: int | None, filler: float = 0.0) -> None:
     """Fill in what a block's queries do not see, in place: the first sees the key ``diagonal`` last, the next another.
 
-    Zero is written, for what is finite; minus infinity is added.
+    With no filler, zeros are written in its place. A filler is added.
     """
     late = scores[..., diagonal:]
     if not filler:

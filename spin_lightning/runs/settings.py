@@ -200,7 +200,7 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
                 f"note: what it runs on changed since this run began ({', '.join(drift)}): it continues, but its "
                 "weights need not be those of an undisturbed run, bit by bit."
             )
-    kernels = module.settle_kernels((record or {}).get("kernels", {}))
+    kernels = module.settle_kernels(None if record is None else record.get("kernels", {}))
     write_json(path, {"settings": settings, "changes": changes, "versions": now, "kernels": kernels})
 
 

@@ -22,7 +22,7 @@ from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.models.cpu_memory import keep_freed_memory
 from spin_lightning.models.forward_paths import forget_forward_path
-from spin_lightning.models.kernels import check_kernels, find_error, kernel_of, pin_kernels
+from spin_lightning.models.kernels import check_kernels, find_error, first_of, kernel_of, pin_kernels
 from spin_lightning.models.loading import (
     ModelOrName,
     as_policy,
@@ -93,9 +93,10 @@ class PolicyModule(L.LightningModule):
         on_non_finite: What to do when a gradient is NaN or infinite: ``stop`` and name the rows, ``skip`` the update,
             or ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in
             any case.
-        kernels: Which of its ways of computing a kernel takes: ``prompt_attention`` can be ``kernel`` or ``products``,
-            ``decode_attention`` can be ``grouped``, ``folded`` or ``compiled``. What is not named is tried where a run
-            begins, and the fastest taken. The run's record keeps the choice, and a resumed run takes the same.
+        kernels: How attention is computed on a CPU: ``prompt_attention`` by ``kernel`` or ``products``,
+            ``decode_attention`` by ``grouped``, ``folded`` or ``compiled``. What is not named is the first of these in
+            float32; in bfloat16 one that a trial finds clearly faster takes its place. The run's record keeps the
+            choice, and a resumed run takes the same.
 
     Raises:
         UserError: A setting is outside its range.
@@ -223,8 +224,9 @@ class PolicyModule(L.LightningModule):
         keep_batches_as_collated(self.trainer)
         self._refuse_other_vocabulary()
         self._measure_in_float32()
-        if not self._kernels_are_settled:  # a run with checkpoints settled them by its record
-            self.settle_kernels({})
+        if not self._kernels_are_settled:  # a run with checkpoints has settled them by its record
+            self.settle_kernels(None)
+        self._kernels_are_settled = False  # the next fit begins anew
         if not self.dropout:
             with self.precision_context():
                 if is_random(self.policy):
@@ -242,19 +244,23 @@ class PolicyModule(L.LightningModule):
         if self.device.type == "cpu":
             keep_freed_memory()
 
-    def settle_kernels(self, recorded: Mapping[str, str]) -> dict[str, str]:
-        """Fix which candidates the run takes: those of the setting, else those on record, else the fastest in a trial.
+    def settle_kernels(self, recorded: Mapping[str, str] | None) -> dict[str, str]:
+        """Fix how a run computes its kernels: by the setting, else by its record, else by a trial.
 
         Args:
-            recorded: What the run took before, by the names of the kernels.
+            recorded: What the run took before, by the names of the kernels; of one that is not among them the run
+                knew no candidates, and it takes the first. None: the run begins.
 
         Raises:
             UserError: One that the setting names cannot be used here.
         """
         setting, choices = self.kernels or {}, {}
+        if unused := sorted(setting.keys() - set(self.kernels_used)):
+            say(f"note: model.kernels names {', '.join(unused)}, which {type(self).__name__} does not use.")
         with self.precision_context():
+            pin_kernels(self.policy, {})
             for name in self.kernels_used:
-                wanted = setting.get(name) or recorded.get(name)
+                wanted = setting.get(name) or (None if recorded is None else recorded.get(name, first_of(name)))
                 error = find_error(self.policy, name, wanted) if wanted else ""
                 if error and name in setting:
                     raise UserError(f"model.kernels asks for {name} {wanted}, which cannot be used here: {error}.")
@@ -264,7 +270,7 @@ class PolicyModule(L.LightningModule):
                         "another, and its weights need not be those of an undisturbed run, bit by bit."
                     )
                 choices[name] = wanted if wanted and not error else kernel_of(self.policy, name)
-        pin_kernels(self.policy, choices)
+            pin_kernels(self.policy, choices)
         forget_forward_path(self.policy)
         self._kernels_are_settled = True
         return choices
@@ -278,6 +284,7 @@ class PolicyModule(L.LightningModule):
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "validate":  # in a fit it is done already
             self._refuse_other_vocabulary()
+            self.settle_kernels(None)
         self._measure_in_float32()
 
     def _measure_in_float32(self) -> None:

@@ -44,7 +44,7 @@ from spin_lightning.generation import (
     seed_of,
     slots,
 )
-from spin_lightning.models import cpu_memory, decode_attention, kernels, rope
+from spin_lightning.models import cpu_memory, decode_attention, kernels, rope, shared_prompt
 from spin_lightning.types import Response
 
 TERMINATOR, PAD = 4, 4
@@ -79,10 +79,12 @@ PROMPTS.append(PROMPTS[2])  # a second answer to a prompt
 SEEDS = [seed_of(0, 0, number, 0) for number in range(len(PROMPTS))]
 
 
-def made(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def made(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MODELS[name]()
+        if changes:
+            model = type(model)(type(model.config)(**{**model.config.to_dict(), **changes}))
     with torch.no_grad():
         for parameter in model.parameters():  # far from uniform, so that every mistake shows
             if parameter.ndim == 2:
@@ -447,11 +449,32 @@ def test_a_model_whose_attention_is_unknown_reads_its_prompts_in_rows() -> None:
     assert continuous._verdicts[llama].shares
 
 
+def test_a_mask_that_only_long_passes_have_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama")
+    expected = plain_answers(model)
+    with torch.no_grad():
+        continuous.refusal(model, PROMPTS, PAD)
+    assert continuous._verdicts[model].shares
+    find_window = shared_prompt._find_window
+
+    def refuse_long(mask_function: Any, length: int) -> int | None:
+        if length > 20:
+            raise NotImplementedError("a mask of another kind")
+        return find_window(mask_function, length)
+
+    monkeypatch.setattr(shared_prompt, "_find_window", refuse_long)
+    assert_same(answers(model, batch_size=3), expected)
+    assert not continuous._verdicts[model].shares
+
+
 @pytest.mark.parametrize("kernel", decode_attention.CANDIDATES)
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_every_kernel_gives_the_logits_of_the_models_own_cache(name: str, kernel: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_every_kernel_gives_the_logits_of_the_models_own_cache(
+    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bfloat16 within its rounding, which is what a model is refused for."""
-    model = made(name, torch.bfloat16)
+    monkeypatch.setattr(kernels, "_pinned", {})
+    model = made(name, torch.bfloat16, head_dim=16)
     if error := kernels.find_error(model, "decode_attention", kernel):
         pytest.skip(error)
     kernels.pin_kernels(model, {"decode_attention": kernel})

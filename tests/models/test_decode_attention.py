@@ -16,8 +16,8 @@ from spin_lightning.models import decode_attention
 from spin_lightning.models.decode_attention import CANDIDATES, attend_compiled, make_inputs
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="nothing can be compiled here")
-#: Heads, key heads and their width: groups of several sizes, heads with keys of their own, a width that C has not.
-SHAPES = [(9, 3, 64), (4, 4, 16), (14, 2, 32), (8, 1, 128), (6, 2, 24)]
+#: Heads, key heads and their width: groups of several sizes, heads with keys of their own.
+SHAPES = [(9, 3, 64), (4, 4, 16), (14, 2, 32), (8, 1, 128)]
 PARAMETERS = [pytest.param(name, marks=needs_compiler if name == "compiled" else []) for name in CANDIDATES]
 
 
@@ -63,6 +63,23 @@ def test_a_mask_may_differ_by_head(name: str) -> None:
     states = (query, key, value, mask + slopes)
     found = CANDIDATES[name](*states, None)
     assert (found.double() - expected_of(*states, None)).abs().max() <= 2**-7 * value.abs().max()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_mask_may_be_one_of_truth_values(name: str) -> None:
+    query, key, value, mask = make_states(9, 3, 64)
+    found = CANDIDATES[name](query, key, value, mask == 0, None)
+    assert (found.double() - expected_of(query, key, value, mask, None)).abs().max() <= 2**-7 * value.abs().max()
+
+
+@needs_compiler
+def test_in_c_a_row_may_see_one_key_or_none() -> None:
+    query, key, value, mask = make_states(40, 2, 16)  # and a group is larger than what is unrolled
+    mask = mask.clone()
+    mask[0], mask[0, ..., 5], mask[1] = -torch.inf, 0, -torch.inf
+    found = attend_compiled(query, key, value, mask, None)
+    assert torch.equal(found[0, :, 0], value[0, :, 5].repeat_interleave(20, 0))
+    assert not found[1].any() and found[2].isfinite().all()
 
 
 @pytest.mark.parametrize("name", [name for name in CANDIDATES if name != "compiled"])
@@ -136,6 +153,11 @@ def test_the_compiler_of_the_environment_is_taken(builds_anew: None, monkeypatch
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: "cc -pthread")
     attend_compiled(*make_states(9, 3, 64), None)
+
+
+def test_in_c_there_are_some_widths_only() -> None:
+    with pytest.raises(NotImplementedError, match="a multiple of 16, not 24"):
+        attend_compiled(*make_states(6, 2, 24), None)
 
 
 def test_in_c_there_is_bfloat16_only() -> None:

@@ -132,6 +132,13 @@ def test_the_projections_are_called_with_their_hooks() -> None:
     assert seen == ["gate_proj", "up_proj", "down_proj"]
 
 
+def test_a_second_derivative_is_refused() -> None:
+    fused, x = fused_copy(LAYERS["llama"]()), torch.randn(1, 7, 12, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_undoing_leaves_no_trace() -> None:
     model = tiny_model(32)
     classes = [type(module) for module in model.modules()]
@@ -159,11 +166,62 @@ class Dropped(SwiGlu):
         self.dropout = nn.Dropout()
 
 
+class Scaled(SwiGlu):
+    """By a weight of its own, which is one at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class Random(SwiGlu):
+    """In training only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class InPlace(SwiGlu):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+
+class Tuples(SwiGlu):
+    """One of whose parts gives something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w3.register_forward_hook(lambda module, inputs, output: (output,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.act(self.w1(x)) * self.w3(x)[0])  # type: ignore[no-any-return]
+
+
+def make_random() -> nn.Module:
+    return Random().eval()
+
+
 @pytest.mark.parametrize(
-    "make", [Plus, Gated, Dropped, lambda: Phi3MLP(Phi3Config(**SHAPE, pad_token_id=0)), lambda: SwiGlu().to("meta")]
+    "make",
+    [
+        Plus,
+        Gated,
+        Dropped,
+        Scaled,
+        make_random,
+        InPlace,
+        Tuples,
+        lambda: Phi3MLP(Phi3Config(**SHAPE, pad_token_id=0)),
+        lambda: SwiGlu().to("meta"),
+    ],
 )
 def test_layers_that_compute_something_else_are_left_alone(make: type[nn.Module]) -> None:
     layer = make()
-    before = type(layer)
+    before, mode = type(layer), layer.training
     fuse_layers(layer, FUSED)
-    assert type(layer) is before
+    assert type(layer) is before and layer.training is mode
+    assert all(weight.grad is None for weight in layer.parameters())

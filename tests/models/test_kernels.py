@@ -35,6 +35,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         kernels, "KERNELS", {"times_three": Kernel(CANDIDATES, lambda model, dtype: (sample(dtype),), 1.5)}
     )
     monkeypatch.setattr(kernels, "_tried", {})
+    monkeypatch.setattr(kernels, "_pinned", {})
     monkeypatch.setattr(kernels, "_time_candidates", lambda functions, inputs: took[: len(functions)])
     return took
 
@@ -81,11 +82,42 @@ def test_in_float32_there_is_no_trial(seconds: list[float]) -> None:
         assert kernel_of(make_model(torch.float32), "times_three") == "other"
 
 
-def test_what_is_pinned_is_taken_by_that_model_alone(seconds: list[float]) -> None:
-    model = make_model()
-    pin_kernels(model, {"times_three": "first"})
-    assert kernel_of(model, "times_three") == "first"
+def test_what_is_pinned_is_taken_by_every_model_of_that_dtype(seconds: list[float]) -> None:
+    """By copies of a policy too, such as its opponent; and not by what computes in float32 later."""
+    seconds[:] = [1.0, 3.0]
+    pin_kernels(make_model(), {"times_three": "other"})
     assert kernel_of(make_model(), "times_three") == "other"
+    assert kernel_of(make_model(torch.float32), "times_three") == "first"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernel_of(make_model(torch.float32), "times_three") == "other"
+    pin_kernels(make_model(), {})
+    assert kernel_of(make_model(), "times_three") == "first"
+
+
+@pytest.mark.parametrize("first", [fail, lambda x: x * torch.nan])
+def test_without_a_first_candidate_to_compare_with_there_is_no_other(
+    first: Callable[[Tensor], Tensor], seconds: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = {**CANDIDATES, "first": first}
+    monkeypatch.setitem(kernels.KERNELS, "times_three", Kernel(candidates, lambda model, dtype: (sample(dtype),), 1.5))
+    assert kernel_of(make_model(), "times_three") == "first"
+
+
+def test_a_model_whose_config_does_not_say_its_shape_takes_the_first(
+    seconds: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 4 has heads of two widths, and refuses to name one."""
+
+    def refuse(model: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        raise RuntimeError("ambiguous")
+
+    monkeypatch.setitem(kernels.KERNELS, "times_three", Kernel(CANDIDATES, refuse, 1.5))
+    assert kernel_of(make_model(), "times_three") == "first"
+    assert kernels.find_error(make_model(), "times_three", "other") == ""
+
+
+def test_a_candidate_of_another_version_is_an_error_in_words() -> None:
+    assert "this version has grouped, folded, compiled" in kernels.find_error(make_model(), "decode_attention", "bent")
 
 
 def test_the_clock_takes_turns_and_keeps_the_least() -> None:
