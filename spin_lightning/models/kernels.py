@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spin_lightning.models import decode_attention, shared_prompt
+from spin_lightning.models.attention import heads_of
 from spin_lightning.models.modes import compute_dtype
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -105,11 +106,15 @@ def kernel_of(model: nn.Module, name: str) -> str:
     dtype = _dtype_of(model)
     if choice := _pinned.get((name, dtype)):
         return choice
-    if dtype not in (torch.bfloat16, torch.float16) or (inputs := _make_inputs(model, name)) is None:
+    if dtype not in (torch.bfloat16, torch.float16):
         return first_of(name)
-    key = (name, dtype, torch.get_num_threads(), *(value.shape for value in inputs if isinstance(value, Tensor)))
+    try:
+        key = (name, dtype, torch.get_num_threads(), next(model.parameters()).device.type, *heads_of(model))
+    except Exception:  # a config that names its sizes otherwise, or has others in each layer
+        return first_of(name)
     if key not in _tried:
-        _tried[key] = _try_candidates(name, KERNELS[name], inputs)
+        inputs = _make_inputs(model, name)
+        _tried[key] = first_of(name) if inputs is None else _try_candidates(name, KERNELS[name], inputs)
     return _tried[key]
 
 
@@ -123,7 +128,7 @@ def _make_inputs(model: nn.Module, name: str) -> tuple[Any, ...] | None:
         return None
     try:
         return KERNELS[name].make_inputs(model, _dtype_of(model))
-    except Exception:  # a config that names its sizes otherwise, or has others in each layer
+    except Exception:  # as in kernel_of
         return None
 
 
