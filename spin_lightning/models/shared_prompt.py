@@ -176,6 +176,8 @@ def _make_dispatch(own: str, attend: Attend) -> Callable[..., Any]:
             ]:
                 raise NotImplementedError(f"attention with {', '.join(unknown)} has no place for a shared prompt")
             settings["sliding_window"] = attention_mask.window
+            if own == "sdpa":  # leaves it out, and so does all that the model computes elsewhere
+                settings.pop("softcap", None)
             return shared_prompt_attention(module, query, key, value, layout, attend=attend, **settings), None
         if own == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
