@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.results import Result, Results, shown
+from benchmarks.results import Result, Results, is_products, shown
 
 DOCS = Path(__file__).absolute().parent.parent / "docs"
 Record = dict[str, Any]
@@ -73,7 +73,7 @@ def peak(record: Record, rounds: int | None = None) -> float:
 
 def workers(section: Result) -> list[Record]:
     """The contenders that have samples, in order, without the one that multiplies matrices to measure the peak."""
-    return [record for record in section["contenders"] if record["samples"] and not _is_products(record)]
+    return [record for record in section["contenders"] if record["samples"] and not is_products(record)]
 
 
 def of(section: Result, word: str) -> list[Record]:
@@ -94,13 +94,9 @@ def dtype(record: Record) -> str:
 
 def product_speeds(section: Result) -> dict[str, float]:
     """FLOP a second of each of the model's own matrix products; empty where they were not measured."""
-    samples = [sample for record in section["contenders"] if _is_products(record) for sample in record["samples"]]
+    samples = [sample for record in section["contenders"] if is_products(record) for sample in record["samples"]]
     names = samples[0]["flops_per_second"] if samples else ()
     return {name: median(sample["flops_per_second"][name] for sample in samples) for name in names}
-
-
-def _is_products(record: Record) -> bool:
-    return any("flops_per_second" in sample for sample in record["samples"])
 
 
 def shares(section: Result, record: Record) -> list[float]:

@@ -20,13 +20,13 @@ UNITS = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 
 def keep(results: Results, section: str, result: Result, is_brief: bool = False) -> None:
     """Put a result in the place of the last one of the same machine, section and kind, unless nobody worked."""
-    if any(
-        "seconds" in sample
-        for record in result["contenders"]
-        for sample in record["samples"]
-        if "flops_per_second" not in sample
-    ):
+    if any(record["samples"] and not is_products(record) for record in result["contenders"]):
         results.setdefault(key(result["machine"]), {})[_name(section, is_brief)] = result
+
+
+def is_products(record: dict[str, Any]) -> bool:
+    """Whether a record is of the machine's peak, and of no contender's work."""
+    return any("flops_per_second" in sample for sample in record["samples"])
 
 
 def shown(results: Results, section: str) -> dict[str, Result]:

@@ -42,6 +42,16 @@ def printable(text: str) -> str:
     return _OBEYED.sub(shown, text)
 
 
+def name_error(error: Exception) -> str:
+    r"""The kind of an error and the first line of what it says, for a note.
+
+    Example:
+        >>> name_error(ValueError("no such layer\nin this model")), name_error(MemoryError())
+        ('ValueError: no such layer', 'MemoryError: ')
+    """
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
 def say(*texts: Any, file: TextIO | None = None, wraps: bool = True) -> None:
     """Print, as ``print`` does and at once also into a file, what a terminal can show without obeying it.
 

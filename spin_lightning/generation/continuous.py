@@ -23,7 +23,7 @@ from spin_lightning.generation.slots import SlotCache
 from spin_lightning.generation.transformers import TransformersGenerator
 from spin_lightning.models import rope
 from spin_lightning.models.cache import cache_argument, cache_of
-from spin_lightning.terminal import say
+from spin_lightning.terminal import name_error, say
 from spin_lightning.types import Response
 
 #: Tokens that all prompts must have in common for these to be read in a pass of their own.
@@ -162,7 +162,7 @@ def _find_reason(model: nn.Module, ids: list[int], pad_id: int, *, shares: bool)
     try:
         difference, allowed = _measure_slots(model, ids, pad_id, shares=shares)
     except Exception as error:  # whatever a model's code does with a cache that it does not know
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return name_error(error)
     return "" if difference <= allowed else f"its logits would be off by {difference:.1g} of their spread"
 
 

@@ -167,10 +167,9 @@ class SlotCache(Cache):
             for layer_idx, states in enumerate(self.prefix_states):
                 cache.update(*states, layer_idx)
             fill_cache(decoder, pack([(prefix, [ids[start:] for ids in prompts])]), cache)
-        found = []
+        found, layers = [], _states_of(cache)
         for ids in prompts:
             own = slice(start, start + len(ids) - len(prefix))
-            layers = _states_of(cache)
             found.append((ids, [(_join(k[0], len(prefix), own), _join(v[0], len(prefix), own)) for k, v in layers]))
             start = own.stop
         return found
@@ -185,8 +184,9 @@ class SlotCache(Cache):
         padded = round_up(padded, dim=1)[:, : max(longest, most)]
         cache, no_logits = DynamicCache(), torch.arange(0, device=self.device)
         self.model(input_ids=padded, **{self.argument_name: cache}, use_cache=True, logits_to_keep=no_logits)
+        layers = _states_of(cache)
         return [
-            (ids, [(keys[row, :, : len(ids)], values[row, :, : len(ids)]) for keys, values in _states_of(cache)])
+            (ids, [(keys[row, :, : len(ids)], values[row, :, : len(ids)]) for keys, values in layers])
             for row, ids in enumerate(prompts)
         ]
 

@@ -22,7 +22,7 @@ from spin_lightning.generation.base import ResponseGenerator, as_set
 from spin_lightning.generation.sampling import choose_tokens, uniforms_of
 from spin_lightning.models import rope
 from spin_lightning.models.modes import compute_dtype
-from spin_lightning.terminal import say
+from spin_lightning.terminal import name_error, say
 from spin_lightning.types import Response, UserError
 
 
@@ -133,7 +133,7 @@ def manner_of(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Manner:
                     break
                 why = f"its logits would be off by {difference:.1g} of their spread"
             except Exception as error:  # whatever a model's code does with padding or a cache
-                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                why = name_error(error)
             reason = reason or why
         else:
             raise UserError(

@@ -29,7 +29,7 @@ from spin_lightning.models.gated_mlp import find_gated_mlp
 from spin_lightning.models.kernels import kernel_of
 from spin_lightning.models.modes import compute_dtype, evaluating
 from spin_lightning.models.rms_norm import find_rms_norm
-from spin_lightning.terminal import say
+from spin_lightning.terminal import name_error, say
 from spin_lightning.types import ResponseBatch, UserError
 
 #: How closely two forward paths through one model must agree, in nats a token on average over a response. A prompt that
@@ -240,7 +240,7 @@ def _choose_forward_path(
                 totals = differences.new_zeros(len(probe)).index_add(0, probe.response_index, differences)
                 difference = float((totals / probe.response_lengths).max())
             except Exception as error:  # whatever a model's code does when it is used otherwise than it expects
-                reason = _first_line(error)
+                reason = name_error(error)
             else:
                 if path is _score_alone or difference <= allowed:
                     taken = description
@@ -307,7 +307,7 @@ def _make_reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
     except Exception as error:
         raise UserError(
             f"{name} cannot be trained as a causal language model, which takes token ids and returns logits of the "
-            f"next: {_first_line(error)}. Use a decoder-only model (AutoModelForCausalLM)."
+            f"next: {name_error(error)}. Use a decoder-only model (AutoModelForCausalLM)."
         ) from error
     dtype = compute_dtype(expected.device, model)
     eps = torch.finfo(dtype).eps
@@ -351,7 +351,3 @@ def _make_probe(model: nn.Module) -> ResponseBatch:
     first, second, last = tokens[a : a + b], tokens[a + b : a + b + c], tokens[a + b + c :]
     batch = pack([(tokens[:a], [first, second]), (last[:3], [last[3:]])])
     return move_data_to_device(batch, embeddings.device)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -24,14 +24,15 @@ from spin_lightning.models.fused_layers import Fused, fused_class, is_single_tok
 def find_gated_mlp(module: nn.Module) -> type[nn.Module] | None:
     """The class that computes a layer, if that is ``down(act(gate(x)) * up(x))`` on the CPU."""
     names = {name: any(True for _ in child.parameters()) for name, child in module.named_children()}
-    is_alone = not module._parameters and not module._buffers  # what else it has, it may use
+    if module._parameters or module._buffers:  # which it may use
+        return None
     if len(names) != 4 or sum(names.values()) != 3 or len(inspect.signature(module.forward).parameters) != 1:
         return None
     act = next(name for name, has_weights in names.items() if not has_weights)
     projections = [name for name, has_weights in names.items() if has_weights]
     first = getattr(module, projections[0])
     weight, width = next(first.parameters()), getattr(first, "in_features", None)
-    if not is_alone or width is None or weight.device.type != "cpu" or not weight.dtype.is_floating_point:
+    if width is None or weight.device.type != "cpu" or not weight.dtype.is_floating_point:
         return None
     mode, module.training = module.training, True  # so that what it does in training only shows
     try:
