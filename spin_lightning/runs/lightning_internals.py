@@ -58,6 +58,11 @@ def starts_processes(trainer: Any) -> bool:
     return type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher"
 
 
+def children_of(trainer: Any) -> list[Any]:
+    """The processes that a fit started on this machine and that run the same command, as ``ddp`` does."""
+    return list(getattr(trainer.strategy.launcher, "procs", []))
+
+
 def attach(trainer: Any, module: Any, data: Any) -> None:
     """Let data be read before a fit as in one: the data module knows the trainer, and that the module."""
     data.trainer = trainer

@@ -26,6 +26,7 @@ from spin_lightning.models.batches import collate_pairs
 from spin_lightning.models.model_card import render_model_card
 from spin_lightning.models.rope import refuse_crossing
 from spin_lightning.models.saving import weights_hash
+from spin_lightning.runs import processes
 from spin_lightning.runs.files import need_space
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import ShardStore, refuse_broken_chain, refuse_other_binding
@@ -85,6 +86,8 @@ class Iteration(ABC):
     """One iteration of a stage that plays: made by the stage's module, run by the clock.
 
     What it makes is kept in the run's folder, so that a run can be killed between any two of these calls and go on.
+    Every process makes all of these calls but ``close``, which the first one makes alone; in ``fill`` they share the
+    work, and each writes shards of its own.
 
     Args:
         number: From 0.
@@ -155,9 +158,11 @@ class SpinIteration(Iteration):
         for k in combined | ({0} if self.loss.needs_initial_response and number else set()):
             refuse_other_binding(self._pairs_of(k), depends_on, ("prompts_sha256", "encoding_sha256", *_LAYOUT))
         refuse_broken_chain([self._pairs_of(k) for k in range(number - 1, -1, -1)], known)
+        weights = weights_hash(model)
+        processes.refuse_different(weights, f"the weights at the start of iteration {number}")
         binding = {
             "iteration": number,
-            "opponent_sha256": weights_hash(model),
+            "opponent_sha256": weights,
             PairStore.chained_by: known if number else None,
             **depends_on,
         }
@@ -190,7 +195,8 @@ class SpinIteration(Iteration):
         initial = None
         if self.loss.needs_initial_log_probs:
             initial = self._load_initial() if number else self.policy.model
-        self._need_space(sampling["max_new_tokens"])
+        if processes.is_first():
+            self._need_space(sampling["max_new_tokens"])
         maker = PairMaker(
             opponent=Player(self.policy.model, self._opponent_folder),
             encoder=data.encoder,
@@ -208,6 +214,7 @@ class SpinIteration(Iteration):
             shard_size=self.run.shard_size,
         )
         names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
+        store.gather()
         columns = ["iteration", "real_ids", "generated_ids", "real_finish_reason", "generated_finish_reason"]
         store.finish(
             names,

@@ -1,0 +1,98 @@
+"""Several processes of one run, as ``torchrun`` would start them, without the time that imports take."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["games", "several", "spin_lightning.cli.stage_cli"])
+#: A test that hangs is one that fails.
+LONGEST_SECONDS = 240.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
+    """What ``torchrun`` tells a process."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+
+
+class Several:
+    """The processes of one run, from ``start`` until they have all ended.
+
+    Attributes:
+        codes: Their exit codes; minus the number of a signal that killed one.
+        printed: What each wrote to stdout and stderr.
+    """
+
+    def __init__(self, folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        port, number = free_port(), len(list(folder.glob("printed_*_0")))
+        self.files = [folder / f"printed_{number}_{rank}" for rank in range(world)]
+        self.processes = [
+            CONTEXT.Process(target=_run, args=(environment_of(rank, world, port), self.files[rank], function, args))
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self) -> Several:
+        end = time.monotonic() + LONGEST_SECONDS
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not hanging, f"processes {hanging} hang; they printed {self.printed}"
+        return self
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def printed(self) -> list[str]:
+        return [path.read_text(errors="replace") if path.exists() else "" for path in self.files]
+
+
+def together(folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> Several:
+    """Run a function in several processes of one run, and wait for them."""
+    return Several(folder, function, *args, world=world).wait()
+
+
+def _run(environment: dict[str, str], printed: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with printed.open("w") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    try:
+        function(*args)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    else:
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
