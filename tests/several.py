@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import lightning as L
+
+from spin_lightning import TransformersGenerator, UserError
+from spin_lightning.types import Response
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["games", "several", "spin_lightning.cli.stage_cli"])
@@ -74,6 +80,55 @@ class Several:
 def together(folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> Several:
     """Run a function in several processes of one run, and wait for them."""
     return Several(folder, function, *args, world=world).wait()
+
+
+# --- a process to which something happens -----------------------------------------------------------------------------
+
+#: Where it happens, in the environment: rank, place, number there, and what.
+FATE = "FATE_OF_A_PROCESS"
+_seen: dict[str, int] = {}
+
+
+def meet_fate(place: str) -> None:
+    """Be killed, signalled or broken if this is the process, the place and the time for it."""
+    _seen[place] = _seen.get(place, 0) + 1
+    rank, where, number, what = (os.environ.get(FATE) or "- - 0 -").split()
+    own_rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    if (rank, where, int(number)) == (own_rank, place, _seen[place]):
+        if what == "broken":
+            raise UserError("a plug was pulled. Put it back")
+        os.kill(os.getpid(), signal.SIGKILL if what == "killed" else signal.SIGTERM)
+
+
+class MortalGenerator(TransformersGenerator):
+    """Answers slowly, and may meet its fate."""
+
+    def generate(self, *args: Any) -> Iterator[tuple[int, Response]]:
+        for item in super().generate(*args):
+            meet_fate("generation")
+            time.sleep(0.02)
+            yield item
+
+
+class Mortal(L.Callback):
+    """May meet its fate in a training step, in validation, or as an iteration ends."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        meet_fate("training")
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        meet_fate("validation")
+
+    def on_iteration_end(self, *args: Any) -> None:
+        meet_fate("export")
+
+
+def run_command(args: list[str], fate: str = "") -> None:
+    """A command line, in a process that may meet its fate."""
+    from spin_lightning.cli.commands import main
+
+    os.environ[FATE] = fate
+    main(args)
 
 
 def _run(environment: dict[str, str], printed: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -68,11 +68,6 @@ FLAGS_OF_SPARSE = [
         ("gradient_clip_val=-1", "trainer.gradient_clip_val cannot be -1 here"),
         ("strategy=ddp_spawn", "trainer.strategy DDPStrategy starts its processes by spawn or fork"),
         ("strategy=fsdp", "Change trainer.accelerator (now 'cpu'), trainer.strategy"),
-        (
-            "strategy=lightning.pytorch.strategies.ModelParallelStrategy",
-            "trainer.strategy ModelParallelStrategy shards weights, and the gradients of a batch in several passes "
-            "would be lost without a word. Set trainer.strategy: ddp",
-        ),
         ("callbacks+=LearningRateFinder", "LearningRateFinder trains before the run"),
         ("callbacks=EarlyStopping", "EarlyStopping' cannot be used: the following arguments are required: monitor."),
         ("plugins=AsyncCheckpointIO", "multiple values for CheckpointIO"),

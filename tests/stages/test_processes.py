@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from games import Do, Game, pairs_of, read, without_seconds
-from helpers import load, write_rows
-from several import together
+from games import Do, DoLast, Game, Stopped, pairs_of, read, without_seconds
+from helpers import args_of, load, write_rows
+from several import FATE, free_port, run_command, together
 
 #: Games that are played by two processes and by one. Two shards at least, held-out rows, two epochs in each iteration.
 GAMES: dict[str, dict[str, Any]] = {
@@ -93,3 +97,162 @@ def test_two_processes_play_the_game_of_one(
     assert ended.codes == [0, 0], ended.printed
     assert "iteration 1: " in ended.printed[0] and "iteration" not in ended.printed[1]  # the first one speaks for both
     compare(tmp_path / "one", tmp_path / "two", loss, weight)
+
+
+# --- stopped, and continued -------------------------------------------------------------------------------------------
+
+
+def play_until(batch: int, model: str, rows: str, folder: Path, settings: dict[str, Any], several: bool) -> None:
+    """The same game, stopped after a batch and its checkpoint."""
+
+    def stop(trainer: Any, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == batch:
+            raise Stopped
+
+    trainer = {**settings.get("trainer", {}), **({"devices": 2, "strategy": "ddp"} if several else {})}
+    with pytest.raises(Stopped):
+        Game(
+            model,
+            rows,
+            folder,
+            **{**settings, "trainer": trainer},
+            last=[DoLast(on_train_batch_end=stop)],
+            every_n_steps=1,
+        ).play()
+
+
+@pytest.mark.parametrize("first", ["two processes", "one process"])
+def test_another_number_of_processes_continues_a_game(first: str, model: str, rows: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"trainer": {"precision": "64-true"}, "data": {"answers_per_prompt": 2, "batch_size": 6}}
+    play(model, rows, tmp_path / "whole", settings, False)
+    run, arguments = tmp_path / "run", (model, rows, tmp_path / "run", settings)
+    if first == "two processes":  # in the middle of the second iteration's first epoch
+        assert together(tmp_path, play_until, 8, *arguments, True).codes == [0, 0]
+        play(*arguments, False)
+    else:
+        play_until(8, *arguments, False)
+        ended = together(tmp_path, play, *arguments, True)
+        assert ended.codes == [0, 0], ended.printed
+    losses = [json.loads((folder / "losses_0.json").read_text()) for folder in (tmp_path / "whole", run)]
+    assert losses[1] == pytest.approx(losses[0][-len(losses[1]) :], abs=1e-14, rel=0) and 0 < len(losses[1]) < len(
+        losses[0]
+    )
+    summaries = [without_seconds(read(folder / "iteration_1" / "summary.json")) for folder in (tmp_path / "whole", run)]
+    assert_close(summaries[1], summaries[0], 1e-6)
+
+
+def flags_of(model: str, rows: str, folder: Path, *more: str) -> list[str]:
+    return args_of(
+        "fit", model, rows, folder,
+        "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=several.Mortal", "--data.generator=several.MortalGenerator",
+        "--data.generator.max_new_tokens=5", "--data.val_fraction=0.2", "--data.batch_size=4",
+        "--self_play.iterations=2", "--self_play.epochs=1", "--self_play.shard_size=2", "--model.learning_rate=1e-2",
+        "--checkpoint.every_n_steps=1", *more,
+    )  # fmt: skip
+
+
+TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
+
+#: What happens to a process: its rank, where, at which number there, and what.
+FATES = [
+    "1 generation 3 killed",
+    "0 generation 7 signalled",
+    "1 training 3 signalled",
+    "0 training 3 killed",
+    "1 training 2 broken",
+    "1 generation 3 broken",
+]
+if os.environ.get("ALL_PROCESSES"):
+    PLACES = ("generation 3", "generation 7", "training 1", "training 3", "validation 1", "export 1")
+    FATES = [
+        f"{rank} {place} {what}" for rank in (0, 1) for place in PLACES for what in ("killed", "signalled", "broken")
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The game that the fates befall, played by two processes without any."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = together(folder, run_command, flags_of(model, rows, folder / "run", *TWO))
+    assert ended.codes == [0, 0], ended.printed
+    return folder / "run"
+
+
+@pytest.mark.parametrize("fate", FATES)
+def test_what_ends_one_process_ends_all_with_one_sentence_and_the_same_command_continues(
+    fate: str, model: str, rows: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    command = flags_of(model, rows, tmp_path / "run", *TWO)
+    ended = together(tmp_path, run_command, command, fate)
+    printed, rank = "".join(ended.printed), int(fate[0])
+    assert "Traceback" not in printed
+    sentences = [line for line in printed.splitlines() if line.startswith("spin-lightning: ")]
+    if fate.endswith("killed"):
+        expected, code = "error: another process of this run is gone", 75
+    elif fate.endswith("signalled"):
+        expected, code = "stopped by SIGTERM; what is finished is saved", 143
+    else:
+        expected, code = "error: a plug was pulled", 2
+    assert len(sentences) == 1 and f"spin-lightning: {expected}" in sentences[0], printed
+    codes = list(ended.codes)
+    if fate.endswith("killed"):
+        assert codes.pop(rank) == -signal.SIGKILL
+    assert codes[0] == code, codes  # that of the first process, or else of the one that is left
+    assert not (tmp_path / "run" / "game.json").exists()
+    continued = together(tmp_path, run_command, command)
+    assert continued.codes == [0, 0], continued.printed
+    for name in ("game.json", "iteration_1/summary.json"):
+        assert without_seconds(read(tmp_path / "run" / name)) == without_seconds(read(undisturbed / name))
+    for k in range(2):
+        assert pairs_of(tmp_path / "run", k) == pairs_of(undisturbed, k)
+        policy = f"iteration_{k}/policy/model.safetensors"
+        assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
+    assert not list((tmp_path / "run").rglob(".ended_*"))
+
+
+# --- as a user starts them --------------------------------------------------------------------------------------------
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
+
+
+def test_one_command_starts_its_processes_and_ends_with_the_code_of_the_one_that_fails(
+    model: str, rows: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "spin_lightning", *flags_of(model, rows, tmp_path / "run", *TWO)]
+    for fate, code, words in (
+        ("1 training 3 broken", 2, "a plug was pulled"),
+        ("1 generation 2 killed", 75, "is gone"),
+    ):
+        done = subprocess.run(command, env=environment(**{FATE: fate}), capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert done.stderr.count("spin-lightning: ") == 1 and words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    subprocess.run(command, env=environment(), capture_output=True, check=True)
+    policy = "iteration_1/policy/model.safetensors"
+    assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
+
+
+def test_two_machines_play_one_game(model: str, rows: str, undisturbed: Path, tmp_path: Path) -> None:
+    flags = flags_of(model, rows, tmp_path / "run", "--trainer.num_nodes=2", "--trainer.strategy=ddp")
+    port = str(free_port())
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}",
+                "-m", "spin_lightning", *flags,
+            ],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert "the game is over" in printed[0] and "iteration 0" not in printed[1]
+    for k in range(2):
+        policy = f"iteration_{k}/policy/model.safetensors"
+        assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
