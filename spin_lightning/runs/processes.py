@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from spin_lightning import terminal
-from spin_lightning.runs.lightning_internals import children_of, starts_processes
+from spin_lightning.runs.lightning_internals import children_of, let_children_explain, starts_processes
 from spin_lightning.types import EndedElsewhere, LostProcess, UserError
 
 T = TypeVar("T")
@@ -35,6 +35,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 #: Seconds that a process with a broken connection waits for the notice of why.
 NOTICE_SECONDS = 2.0
+#: Seconds that all processes of a machine have to end after one has failed.
+LONGEST_FAREWELL = 60.0
 #: Seconds that the first process has to end, and what started them to end the others, before another one says the same.
 UNMET_SECONDS = 3.0
 
@@ -98,9 +100,9 @@ def add_up(values: Tensor) -> Tensor:
     """The sum over all processes of numbers of one shape. Together."""
     if world_size() == 1:
         return values
-    total = values.detach().to("cpu", copy=True)
+    total = values.detach().to("cpu", torch.float64, copy=True)
     dist.all_reduce(total, group=_patient_group())
-    return total.to(values.device)
+    return total.to(values.device, values.dtype)
 
 
 def join(columns: Tensor) -> Tensor:
@@ -160,6 +162,7 @@ def meet(folder: Path, trainer: Any) -> None:
     if world_size() > 1:
         _notice = folder / f".ended_{share(uuid.uuid4().hex[:8])}"
         _children[:], _parent = children_of(trainer), os.getppid()
+        let_children_explain(LONGEST_FAREWELL)
 
 
 def refuse_strategy(trainer: Any) -> None:

@@ -160,7 +160,8 @@ class _Passes(torch.autograd.Function):
     def forward(
         ctx: Any, loss_of: Callable[[Any], Tensor], parts: Sequence[Any], unused: set[int] | None, *weights: Tensor
     ) -> Tensor:
-        total: Any = 0.0 if parts else weights[0].new_zeros((), dtype=torch.float32)
+        none = weights[0].new_zeros((), dtype=torch.promote_types(weights[0].dtype, torch.float32))
+        total: Any = 0.0 if parts else none
         gradients: list[Tensor | None] = [None] * len(weights)
         places = _make_block_like(weights)
 

@@ -8,14 +8,20 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from games import Do, DoLast, Game, Stopped, pairs_of, read, without_seconds
-from helpers import args_of, load, write_rows
+from helpers import QUIET, args_of, load, write_rows
+from lightning.pytorch.strategies import DDPStrategy
 from several import FATE, free_port, run_command, together
+
+from spin_lightning import ExportPolicy, RowDataModule, RunCheckpoint, SftLightningModule
 
 #: Games that are played by two processes and by one. Two shards at least, held-out rows, two epochs in each iteration.
 GAMES: dict[str, dict[str, Any]] = {
@@ -97,6 +103,57 @@ def test_two_processes_play_the_game_of_one(
     assert ended.codes == [0, 0], ended.printed
     assert "iteration 1: " in ended.printed[0] and "iteration" not in ended.printed[1]  # the first one speaks for both
     compare(tmp_path / "one", tmp_path / "two", loss, weight)
+
+
+def fine_tune(model: str, rows: str, folder: Path, several: bool) -> None:
+    """Fine-tune in batches of five rows, the last of which has one."""
+    module, losses = SftLightningModule(model, 1e-2), []
+    note = Do(on_train_batch_end=lambda *_: losses.append(float(module.update_loss)))
+    trainer = L.Trainer(
+        max_epochs=2,
+        precision="64-true",
+        num_sanity_val_steps=-1,
+        callbacks=[note, ExportPolicy(str(folder)), RunCheckpoint(str(folder / "checkpoints"))],
+        **QUIET,
+        **({"devices": 2, "strategy": "ddp"} if several else {}),
+    )
+    trainer.fit(module, RowDataModule(rows, batch_size=5, val_fraction=0.2, max_response_tokens=5))
+    (folder / f"losses_{trainer.global_rank}.json").write_text(json.dumps(losses))
+
+
+def test_two_processes_fine_tune_as_one_does(model: str, more_rows: str, tmp_path: Path) -> None:
+    fine_tune(model, more_rows, tmp_path / "one", False)
+    ended = together(tmp_path, fine_tune, model, more_rows, tmp_path / "two", True)
+    assert ended.codes == [0, 0], ended.printed
+    losses = [json.loads((tmp_path / name).read_text()) for name in ("one/losses_0.json", "two/losses_0.json")]
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], abs=1e-14, rel=0)
+    summaries = [without_seconds(read(tmp_path / name / "summary.json")) for name in ("one", "two")]
+    assert_close(summaries[1], summaries[0], 1e-6)
+
+
+def play_impatiently(model: str, rows: str, folder: Path, dies: bool) -> None:
+    """With a time-out of two seconds for each collective operation, and a process that generates for five more."""
+    strategy = DDPStrategy(timeout=timedelta(seconds=2))
+
+    def wait(trainer: Any, module: Any, iteration: int) -> None:
+        if trainer.global_rank == 1 and iteration == 0:
+            time.sleep(5)
+            if dies:
+                os._exit(7)
+
+    game = Game(
+        model, rows, folder, trainer={"devices": 2, "strategy": strategy}, callbacks=[Do(on_iteration_start=wait)]
+    )
+    game.play()
+
+
+def test_a_process_may_generate_for_longer_than_the_others_wait_elsewhere(
+    model: str, rows: str, tmp_path: Path
+) -> None:
+    ended = together(tmp_path, play_impatiently, model, rows, tmp_path / "run", False)
+    assert ended.codes == [0, 0], ended.printed
+    gone = together(tmp_path, play_impatiently, model, rows, tmp_path / "gone", True)
+    assert gone.codes == [1, 7] and "Connection closed by peer" in gone.printed[0]
 
 
 # --- stopped, and continued -------------------------------------------------------------------------------------------
@@ -224,8 +281,8 @@ def test_one_command_starts_its_processes_and_ends_with_the_code_of_the_one_that
 ) -> None:
     command = [sys.executable, "-m", "spin_lightning", *flags_of(model, rows, tmp_path / "run", *TWO)]
     for fate, code, words in (
-        ("1 training 3 broken", 2, "a plug was pulled"),
         ("1 generation 2 killed", 75, "is gone"),
+        ("1 training 3 broken", 2, "a plug was pulled"),
     ):
         done = subprocess.run(command, env=environment(**{FATE: fate}), capture_output=True, text=True)
         assert done.returncode == code, done.stderr
