@@ -57,8 +57,15 @@ class Several:
         for process in self.processes:
             process.start()
 
-    def wait(self) -> Several:
+    def wait(self, ends_all: bool = False) -> Several:
+        """Wait for them; ``ends_all`` terminates the others where one failed, as ``torchrun`` does."""
         end = time.monotonic() + LONGEST_SECONDS
+        while ends_all and time.monotonic() < end and any(process.is_alive() for process in self.processes):
+            time.sleep(0.1)
+            if any(process.exitcode for process in self.processes):
+                for process in self.processes:
+                    process.terminate()
+                break
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]

@@ -16,12 +16,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from filelock import FileLock
 from games import Do, DoLast, Game, Stopped, pairs_of, read, without_seconds
 from helpers import QUIET, args_of, load, write_rows
 from lightning.pytorch.strategies import DDPStrategy
-from several import FATE, free_port, run_command, together
+from several import FATE, Several, free_port, run_command, together
 
 from spin_lightning import ExportPolicy, RowDataModule, RunCheckpoint, SftLightningModule
+from spin_lightning.models import kernels
+from spin_lightning.runs.files import sha256_of
 
 #: Games that are played by two processes and by one. Two shards at least, held-out rows, two epochs in each iteration.
 GAMES: dict[str, dict[str, Any]] = {
@@ -156,6 +159,20 @@ def test_a_process_may_generate_for_longer_than_the_others_wait_elsewhere(
     assert gone.codes == [1, 7] and "Connection closed by peer" in gone.printed[0]
 
 
+def play_with_another_trial(model: str, rows: str, folder: Path) -> None:
+    """Each process would find another kernel the fastest."""
+    kernels._try_candidates = lambda *_: "grouped" if os.environ["RANK"] == "1" else "folded"
+    trainer = {"devices": 2, "strategy": "ddp", "precision": "bf16-true"}
+    game = Game(model, rows, folder, trainer=trainer, module={"kernels": {"prompt_attention": "kernel"}}).play()
+    assert kernels.kernel_of(game.module.policy, "decode_attention") == "folded"
+
+
+def test_all_processes_take_the_kernels_that_the_first_finds_fastest(model: str, rows: str, tmp_path: Path) -> None:
+    ended = together(tmp_path, play_with_another_trial, model, rows, tmp_path / "run")
+    assert ended.codes == [0, 0], ended.printed
+    assert read(tmp_path / "run" / "run.json")["kernels"]["decode_attention"] == "folded"
+
+
 # --- stopped, and continued -------------------------------------------------------------------------------------------
 
 
@@ -266,6 +283,30 @@ def test_what_ends_one_process_ends_all_with_one_sentence_and_the_same_command_c
         policy = f"iteration_{k}/policy/model.safetensors"
         assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
     assert not list((tmp_path / "run").rglob(".ended_*"))
+
+
+def test_what_is_refused_is_refused_once(model: str, rows: str, tmp_path: Path) -> None:
+    """Data, a folder in use, other settings than the run began with: before, while and after the processes meet."""
+    bad, run = tmp_path / "bad.jsonl", tmp_path / "run"
+    bad.write_text(Path(rows).read_text() + '{"messages": 3}\n')
+    run.mkdir()
+    with FileLock(run / ".lock"):
+        refused = [
+            Several(tmp_path, run_command, flags_of(model, str(bad), run, *TWO)).wait(ends_all=True),
+            together(tmp_path, run_command, flags_of(model, rows, run, *TWO)),
+        ]
+    (run / "run.json").write_text('{"settings": {"model.beta": 3.0}, "changes": [], "versions": {}}')
+    (run / "checkpoints").mkdir()
+    for name in ("step_000000001.ckpt", "step_000000001.ckpt.sha256"):
+        (run / "checkpoints" / name).write_text("")
+    (run / "checkpoints" / "step_000000001.ckpt.sha256").write_text(f"{sha256_of(b'')}  step_000000001.ckpt")
+    refused.append(together(tmp_path, run_command, flags_of(model, rows, run, *TWO)))
+    for ended, words in zip(refused, ("messages", "another process is at work in", "cannot be read"), strict=True):
+        printed = "".join(ended.printed)
+        assert printed.count("spin-lightning: error: ") == 1 and words in printed and "Traceback" not in printed, (
+            printed
+        )
+        assert ended.codes[0] == 2
 
 
 # --- as a user starts them --------------------------------------------------------------------------------------------
