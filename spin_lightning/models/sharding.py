@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from spin_lightning.models import forward_paths, rope
 from spin_lightning.models.head import decoder_of
@@ -37,7 +34,7 @@ class WholeModel:
     def gather(self, sharded: nn.Module) -> Any:
         """The model with the weights as they are now, whole in each process. Together."""
         for own, weight in zip(self.model.parameters(), sharded.parameters(), strict=True):
-            own.data = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach().clone()
+            own.data = weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach().clone()
         self.is_there = True
         return self.model
 
@@ -55,6 +52,9 @@ def shard(model: Any, num_processes: int) -> None:
     Raises:
         UserError: Its forward path is not one that makes equally many passes in each process.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     forward_paths.forward_path_of(model)  # which no sharded model can be tried on
     if rope.boundary_of(model) is not None:
         raise UserError(

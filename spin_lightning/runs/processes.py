@@ -40,7 +40,7 @@ LONGEST_FAREWELL = 60.0
 #: Seconds that the first process has to end, and what started them to end the others, before another one says the same.
 UNMET_SECONDS = 3.0
 
-_groups: dict[int, tuple[Any, Any]] = {}
+_patient: dict[str, Any] = {}
 _parent = 0
 _notice: Path | None = None
 _children: list[Any] = []
@@ -141,10 +141,9 @@ def refuse_different(value: str, what: str) -> None:
 
 
 def _patient_group() -> Any:
-    world = dist.group.WORLD
-    if _groups.get(0, (None, None))[0] is not world:  # another fit in this process has other groups
-        _groups[0] = (world, dist.new_group(backend="gloo", timeout=PATIENCE))
-    return _groups[0][1]
+    if _patient.get("of") is not dist.group.WORLD:  # another fit in this process has other groups
+        _patient.update(of=dist.group.WORLD, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+    return _patient["group"]
 
 
 # --- how they end -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spin_lightning.runs import processes
 
@@ -58,7 +57,7 @@ StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2: weights 
 
 def _make_whole(value: Any) -> Any:
     """The same with whole tensors, in the first process; it is the one that keeps them. Together."""
-    if isinstance(value, DTensor):
+    if _is_sharded(value):
         whole = value.full_tensor()
         return whole.cpu() if processes.is_first() else value
     if isinstance(value, dict):
@@ -70,8 +69,10 @@ def _make_whole(value: Any) -> Any:
 
 def _cut_like(own: Any, value: Any) -> Any:
     """This process's share of a whole tensor, as it has one of its own."""
-    if not (isinstance(own, DTensor) and isinstance(value, Tensor)) or value.shape != own.shape:
+    if not (_is_sharded(own) and isinstance(value, Tensor)) or value.shape != own.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
@@ -92,4 +93,8 @@ def _cut_state(state: Any, weights: Sequence[Tensor]) -> Any:
 
 def whole_norm(norm: Tensor) -> Tensor:
     """A norm as a plain number on the device."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if _is_sharded(norm) else norm  # type: ignore[attr-defined]
+
+
+def _is_sharded(value: Any) -> bool:
+    return hasattr(value, "full_tensor")  # a DTensor, which not every build of torch has

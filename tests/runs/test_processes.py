@@ -109,6 +109,14 @@ def test_the_first_process_is_known_before_they_are_connected(
     assert processes.is_first() is expected
 
 
+def test_no_other_file_asks_torch_distributed() -> None:
+    package = Path(__file__).parents[2] / "spin_lightning"
+    found = {
+        str(path.relative_to(package)) for path in package.rglob("*.py") if "torch.distributed" in path.read_text()
+    }
+    assert found == {"runs/processes.py", "runs/sharding.py", "models/sharding.py"}
+
+
 def trainer_with(strategy: Any, **settings: Any) -> L.Trainer:
     return L.Trainer(strategy=strategy, **{**QUIET, "devices": 2, **settings})
 
