@@ -53,6 +53,8 @@ def _run_check(args: list[str]) -> None:
 def _run_demo(args: list[str]) -> None:
     from spin_lightning.demos.small_model import play
 
+    if len(args) > 1 and args[1].startswith("-"):  # settings without a model before them
+        args = [args[0], "", *args[1:]]
     play(*args)
 
 
@@ -103,7 +105,7 @@ COMMANDS = {
     "demo": Command(
         "the whole game on a small real model, on CPU",
         function=_run_demo,
-        usage="[FOLDER [MODEL [--KEY VALUE ...]]]",
+        usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
         fits=_folder_is_first,
     ),
     "lab": Command(

@@ -24,7 +24,8 @@ def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
     Source: log p(y|x) = sum_j log p(y_j | x, y_<j), Chen et al. 2024 (arXiv:2401.01335), section 3.
     """
     values = token_log_probs(model, batch)
-    return values.new_zeros(len(batch)).index_add(0, batch.response_index, values)
+    # on a GPU this adds in a fixed order, which index_add does not
+    return values.new_zeros(len(batch)).index_put((batch.response_index,), values, accumulate=True)
 
 
 def pair_log_probs(model: nn.Module, batch: PairBatch) -> PairLogProbs:

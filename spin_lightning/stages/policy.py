@@ -94,9 +94,10 @@ class PolicyModule(L.LightningModule):
             or ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in
             any case.
         kernels: How attention is computed on a CPU: ``prompt_attention`` by ``kernel`` or ``products``,
-            ``decode_attention`` by ``grouped``, ``folded`` or ``compiled``. What is not named is the first of these in
-            float32; in bfloat16 one that a trial finds clearly faster takes its place. The run's record keeps the
-            choice, and a resumed run takes the same.
+            ``decode_attention`` by ``grouped``, ``folded`` or ``compiled``; and ``layers``, on a GPU ``compiled``
+            or ``plain``. What is not named is the first of these in float32; in bfloat16 one of attention's that a
+            trial finds clearly faster takes its place. The run's record keeps the choice, and a resumed run takes the
+            same.
 
     Raises:
         UserError: A setting is outside its range.
@@ -107,7 +108,7 @@ class PolicyModule(L.LightningModule):
     """
 
     #: Names of the kernels with several candidates that a run of the stage needs.
-    kernels_used: tuple[str, ...] = ("prompt_attention",)
+    kernels_used: tuple[str, ...] = ("prompt_attention", "layers")
     policy: PreTrainedModel
     stored_dtype: str | None = None  # of the weights that came in
     has_no_name = False
