@@ -32,14 +32,17 @@ class Fitted:
     Attributes:
         base: Bytes that are not of the model: on a CPU the interpreter and its libraries, which are resident memory.
         temporaries: Factor on the activations, for what comes and goes beside them.
+        with_adapter: The same where each linear layer has an adapter. On a CPU what its steps free lies in pieces
+            between what is kept, and the C library does not fill all of them.
     """
 
     base: int
     temporaries: float
+    with_adapter: float
 
 
 #: On a CPU fitted; on a GPU not: what torch allocates there has no base, and what CUDA itself takes is ``CONTEXT``.
-FITTED = {"cpu": Fitted(500 * MIB, 1.3), "cuda": Fitted(0, 1.1)}
+FITTED = {"cpu": Fitted(500 * MIB, 1.35, 2.1), "cuda": Fitted(0, 1.1, 1.1)}
 #: Bytes on a GPU that no tensor has: the driver's context, libraries' workspaces and gaps between tensors. Reasoned.
 CONTEXT = 1024 * MIB
 
@@ -174,7 +177,8 @@ def activation_bytes(size: ModelSize, setup: Setup) -> float:
     With ``h`` hidden, ``q`` queries, ``k`` keys and ``i`` intermediate numbers of ``c`` bytes, and ``r`` bytes a number
     of the residual stream:
 
-    - two norms: their inputs and outputs, 2 (r + c) h; spelt out, as on a GPU, also a float32 copy each, 8 h
+    - two norms: their inputs, 2 r h, and outputs, 2 c h; in mixed precision each of the five layers behind them has a
+      copy of its own, 5 c h; spelt out, as on a GPU, also a float32 copy each, 8 h
     - attention: queries, keys, values, output, and the output in the order of the next layer, c (3 q + 2 k)
     - the gated feed-forward layer: c 2 i; spelt out, as on a GPU, c 4 i
 
@@ -185,7 +189,8 @@ def activation_bytes(size: ModelSize, setup: Setup) -> float:
     if setup.recomputes:
         return r * size.hidden
     is_spelt_out = setup.device != "cpu"
-    norms = (2 * (r + c) + (8 if is_spelt_out else 0)) * size.hidden
+    outputs = 5 if setup.numerics.is_mixed else 2
+    norms = (2 * r + outputs * c + (8 if is_spelt_out else 0)) * size.hidden
     attention = c * (3 * size.query + 2 * size.key)
     return norms + attention + c * (4 if is_spelt_out else 2) * size.intermediate
 
@@ -219,7 +224,7 @@ def training_memory(size: ModelSize, load: Load, setup: Setup) -> dict[str, floa
     per_token = activation_bytes(size, setup) * size.layers
     if setup.recomputes:  # and one layer as a whole
         per_token += activation_bytes(size, replace(setup, recomputes=False))
-    activations = fitted.temporaries * per_token * load.tokens
+    activations = (fitted.with_adapter if is_adapted else fitted.temporaries) * per_token * load.tokens
     logits = logit_bytes(size, load.scored, setup)
     # a whole gradient of the embedding beside the one that is being summed; a tied head's waits for the embedding's
     table = 0.0 if is_adapted else float(size.table * numerics.stored)
