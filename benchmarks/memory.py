@@ -91,6 +91,8 @@ def _cases(shapes: list[str], responses: tuple[int, ...], big: int) -> list[Case
 CASES = {
     "small": _cases(["31M"], (192,), 16),
     "cpu": [*_cases(["31M", "135M"], (64, 192), 32), Case("360M", pairs=2), Case("360M", pairs=2, rank=16)],
+    # the workload of docs/performance.json's model_size
+    "sizes": [Case(shape, pairs=2, response=100, passes=1) for shape in ("31M", "135M", "360M")],
     "gpu": [
         Case("135M"),
         Case("135M", rank=16),
@@ -334,7 +336,9 @@ def _lines(records: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--cases", choices=CASES, help="small, cpu or gpu; those of the device if it is left out")
+    parser.add_argument(
+        "--cases", choices=CASES, help="small, cpu, sizes or gpu; those of the device if it is left out"
+    )
     parser.add_argument("--minutes", type=float, default=5, help="after which a case has failed")
     parser.add_argument("--output", type=Path, help="a JSON file for what was found")
     parser.add_argument("--only", default="", help="cases whose name has this in it")

@@ -188,9 +188,11 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
     )
     memory = {"training": training_memory(size, load, setup)}
     if is_game and (batch := getattr(getattr(data, "generator", None), "batch_size", None)):
-        longest = max(work.prompts) if options.rows is None else data.max_prompt_tokens
         slots = min(batch, math.ceil(work.rows * data.examples_per_prompt / setup.devices))
-        memory["generation"] = generation_memory(size, slots, longest, data.max_response_tokens, setup)
+        prompt = data.max_prompt_tokens if options.rows is not None else max(work.prompts)
+        if setup.device == "cpu":  # where what no row uses takes no memory; the longest prompts come first
+            prompt = math.ceil(fmean(sorted(work.prompts)[-slots:]))
+        memory["generation"] = generation_memory(size, slots, prompt, data.max_response_tokens, setup)
     has = options.memory if options.memory is not None else _find_memory(setup.device)
     plan: dict[str, Any] = {
         "stage": "fit" if is_game else "sft",
@@ -199,6 +201,7 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
             "weights": size.weights,
             "trained": setup.adapter or size.weights,
             "precision": trainer.precision or "32-true",
+            "is_packed": setup.is_packed,
         },
         "data": {
             "rows": work.rows,

@@ -26,7 +26,8 @@ def render(plan: Mapping[str, Any]) -> list[str]:
     model, data, updates, devices, disk = (plan[key] for key in ("model", "data", "updates", "devices", "disk"))
     lines = [f"{model['name']}: {_count(model['weights'])} weights, {model['precision']}"]
     if model["trained"] != model["weights"]:
-        lines.append(f"  trained: {_count(model['trained'])} of an adapter")
+        below = ", on a model in 4 bits" if model["is_packed"] else ""
+        lines.append(f"  trained: {_count(model['trained'])} of an adapter{below}")
     lines += ["", f"rows            {data['rows']:,} to train on, {data['held_out']:,} held out"]
     lines[-1] += " (assumed)" if data["is_assumed"] else ""
     for key, name in (("prompt_tokens", "prompts"), ("real_tokens", "responses")):

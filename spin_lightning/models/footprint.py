@@ -42,7 +42,7 @@ class Fitted:
 
 
 #: On a CPU fitted; on a GPU not: what torch allocates there has no base, and what CUDA itself takes is ``CONTEXT``.
-FITTED = {"cpu": Fitted(500 * MIB, 1.35, 2.1), "cuda": Fitted(0, 1.1, 1.1)}
+FITTED = {"cpu": Fitted(500 * MIB, 1.35, 1.95), "cuda": Fitted(0, 1.1, 1.1)}
 #: Bytes on a GPU that no tensor has: the driver's context, libraries' workspaces and gaps between tensors. Reasoned.
 CONTEXT = 1024 * MIB
 
@@ -231,7 +231,10 @@ def training_memory(size: ModelSize, load: Load, setup: Setup) -> dict[str, floa
     # while these passes run, the gradients of the update before, or of its batches so far, are still there
     second = parts["gradients"] if load.passes > 1 and (load.accumulates or not numerics.master) else 0.0
     copies = size.weights * numerics.computed * (0 if is_adapted and setup.is_packed else 1) if numerics.is_mixed else 0
-    other = table + second + copies
+    unpacked = (
+        float(numerics.computed * size.hidden * size.intermediate) if setup.is_packed else 0.0
+    )  # a layer at a time
+    other = table + second + copies + unpacked
     if setup.devices > 1 and setup.is_sharded:  # two layers as a whole, and what is below and above them
         whole = 2 * size.layer + size.table * (1 if size.is_tied else 2)
         other += whole * numerics.computed * (1 if is_adapted else 2)
