@@ -26,6 +26,7 @@ from spin_lightning.cli.check import find_stage, read_data
 from spin_lightning.cli.plan_table import render
 from spin_lightning.data.module import RowDataModule
 from spin_lightning.data.report import spread
+from spin_lightning.generation.transformers import TransformersGenerator
 from spin_lightning.models.batches import pack_rows
 from spin_lightning.models.counting import count_adapter, make_on_meta, measure_size
 from spin_lightning.models.footprint import (
@@ -143,6 +144,8 @@ def take_options(args: Sequence[str]) -> tuple[Options, list[str]]:
             "--rows, --prompt-tokens and --response-tokens stand in for the data together, got only "
             f"{', '.join(lengths)}. Give all three, or none to read the data."
         )
+    if lengths and "probe" in taken:
+        raise UserError("--probe needs rows to compute, and --rows stands in for them. Give one of the two.")
     return Options(**taken), rest
 
 
@@ -187,8 +190,9 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
         updates["largest_pass"], updates["largest_scored"], updates["passes"], trainer.accumulate_grad_batches > 1
     )
     memory = {"training": training_memory(size, load, setup)}
-    if is_game and (batch := getattr(getattr(data, "generator", None), "batch_size", None)):
-        slots = min(batch, math.ceil(work.rows * data.examples_per_prompt / setup.devices))
+    generator = getattr(data, "generator", None)
+    if isinstance(generator, TransformersGenerator):  # others have an engine of their own
+        slots = min(generator.batch_size, math.ceil(work.rows * data.examples_per_prompt / setup.devices))
         prompt = data.max_prompt_tokens if options.rows is not None else max(work.prompts)
         if setup.device == "cpu":  # where what no row uses takes no memory; the longest prompts come first
             prompt = math.ceil(fmean(sorted(work.prompts)[-slots:]))
@@ -200,7 +204,7 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
             "name": model.model_name_or_path,
             "weights": size.weights,
             "trained": setup.adapter or size.weights,
-            "precision": trainer.precision or "32-true",
+            "precision": _find_precision(trainer.precision),
             "is_packed": setup.is_packed,
         },
         "data": {
@@ -217,12 +221,11 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
     }
     room = None if has is None else int(has * FILLED) - (CONTEXT if setup.device != "cpu" else 0)
     plan["devices"]["usable"] = room
-    plan["advice"] = _advise(size, load, setup, count_adapter(on_meta, {"r": 16}), plan, room)
+    lora = setup.adapter or (count_adapter(on_meta, {"r": 16}) if size.packable else None)
+    plan["advice"] = _advise(size, load, setup, lora, plan, room)
     if options.probe:
         from spin_lightning.cli.probe import measure
 
-        if options.rows is not None:
-            raise UserError("--probe needs rows to compute, and --rows stands in for them. Give one of the two.")
         plan["time"] = measure(settings, data, make_optimizer(settings.model.optimizer), plan, options.price_per_hour)
     return plan
 
@@ -265,7 +268,7 @@ def _plan_updates(
     longest_scored = max(work.responses) + (cap if is_game else 0)
     if is_assumed:  # and may be as long as the settings allow
         longest, longest_scored = data.max_prompt_tokens + len(sides) * cap, len(sides) * cap
-    epochs, histories = [settings.trainer.max_epochs], [1]
+    epochs, histories = [settings.trainer.max_epochs or 1], [1]
     if is_game:
         played = settings.self_play
         epochs = played.epochs if isinstance(played.epochs, list) else [played.epochs] * played.iterations
@@ -274,22 +277,17 @@ def _plan_updates(
     limit = settings.trainer.limit_train_batches
     if limit is not None:
         batches = [min(count, limit) if isinstance(limit, int) else int(count * limit) for count in batches]
-    updates = [
-        math.ceil(count / settings.trainer.accumulate_grad_batches) * times
-        for count, times in zip(batches, epochs, strict=True)
-    ]
-    if not is_game:
-        most = [
-            settings.model.get("max_updates"),
-            settings.trainer.max_steps if settings.trainer.max_steps > 0 else None,
-        ]
-        updates = [min([*updates, *filter(None, most)])]
-    per_batch = sum(tokens for tokens, _ in passes) / len(made)
+    accumulated = settings.trainer.accumulate_grad_batches
+    updates = [math.ceil(count / accumulated) * times for count, times in zip(batches, epochs, strict=True)]
     seen = [count * times for count, times in zip(batches, epochs, strict=True)]
+    if not is_game:
+        updates = [_end_sft(settings, updates[0])]
+        seen = [min(updates[0] * accumulated, max(seen[0], 0) or math.inf)]
+    per_batch = sum(tokens for tokens, _ in passes) / len(made)
     return {
         "per_iteration": updates,
-        "pairs": data.batch_size * settings.trainer.accumulate_grad_batches,
-        "batches": settings.trainer.accumulate_grad_batches,
+        "pairs": data.batch_size * accumulated,
+        "batches": accumulated,
         "passes": max(counts),
         "mean_passes": fmean(counts),
         "largest_pass": max(longest, *(tokens for tokens, _ in passes)),
@@ -304,6 +302,17 @@ def _plan_updates(
         else [0],
         "held_out_tokens": round(work.held_out * (fmean(work.prompts) + fmean(work.responses))),
     }
+
+
+def _end_sft(settings: Any, updates: int) -> int:
+    """Updates of supervised fine-tuning, which other settings than its epochs may end."""
+    ends = [settings.model.max_updates, settings.trainer.max_steps, updates]
+    if not (given := [end for end in ends if end is not None and end > 0]):
+        raise UserError(
+            f"plan cannot tell how many updates trainer.max_epochs {settings.trainer.max_epochs!r} makes. Give a "
+            "number of epochs, or model.max_updates."
+        )
+    return int(min(given))
 
 
 def _draw_batch(data: Any, work: Work, rng: random.Random) -> list[dict[str, Any]]:
@@ -331,19 +340,15 @@ def find_adapter(settings: Any) -> dict[str, Any] | None:
 
 def _find_setup(settings: Any, adapter: Mapping[str, Any] | None, trained: int | None) -> Setup:
     trainer = settings.trainer
-    precision = str(trainer.precision or "32-true")
-    precision = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}.get(precision, precision)
-    if precision not in NUMERICS:
-        raise UserError(f"plan knows no trainer.precision {precision!r}. It knows {', '.join(NUMERICS)}.")
     device = _find_device(str(trainer.accelerator))
     strategy = _name_of(trainer.strategy)
     opponent = settings.model.get("opponent")
     return Setup(
-        NUMERICS[precision],
+        NUMERICS[_find_precision(trainer.precision)],
         state=_measure_state(settings.model.optimizer),
         device=device,
         adapter=trained,
-        is_packed=_is_packed(settings.model, adapter),
+        is_packed=bool(adapter and adapter.get("quantize")),
         recomputes=settings.model.gradient_checkpointing,
         devices=_count_devices(trainer.devices, device) * trainer.num_nodes,
         is_sharded="ModelParallel" in strategy or "fsdp" in strategy.lower(),
@@ -351,18 +356,18 @@ def _find_setup(settings: Any, adapter: Mapping[str, Any] | None, trained: int |
     )
 
 
+def _find_precision(precision: Any) -> str:
+    """A precision of the trainer by its full name."""
+    name = str(precision or "32-true")
+    name = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}.get(name, name)
+    if name not in NUMERICS:
+        raise UserError(f"plan knows no trainer.precision {precision!r}. It knows {', '.join(NUMERICS)}.")
+    return name
+
+
 def _name_of(chosen: Any) -> str:
     """The name of a setting that is a word, a class path, or a class path with settings."""
     return str(chosen.get("class_path")) if hasattr(chosen, "get") else str(chosen)
-
-
-def _is_packed(model: Any, adapter: Mapping[str, Any] | None) -> bool:
-    """Whether the settings ask for a model in 4 bits, which an adapter is trained on."""
-    return any(place.get(name) for place in (model, adapter or {}) for name in PACKING)
-
-
-#: Settings, of the model or its adapter, that pack the model to 4 bits.
-PACKING = ("quantize", "quantization", "load_in_4bit")
 
 
 def _find_device(accelerator: str) -> str:
@@ -427,7 +432,8 @@ def _plan_disk(
     trained = setup.adapter or size.weights
     export = size.weights * numerics.stored
     if adapter is not None:
-        export = trained * numerics.stored + (export if adapter.get("merged", True) else 0)
+        is_merged = adapter.get("merged", True) and not setup.is_packed
+        export = trained * numerics.stored + (export if is_merged else 0)
     pairs = 0
     if updates["generated_tokens"]:  # ids of four bytes; those of an earlier iteration are kept again
         pairs = 4 * sum(updates["scored_tokens"])
@@ -445,7 +451,7 @@ def _plan_disk(
 
 
 def _advise(
-    size: ModelSize, load: Load, setup: Setup, lora: int, plan: Mapping[str, Any], room: int | None
+    size: ModelSize, load: Load, setup: Setup, lora: int | None, plan: Mapping[str, Any], room: int | None
 ) -> list[dict[str, Any]]:
     """What does not fit, and for each setting that would help what it would leave to be taken."""
     advice: list[dict[str, Any]] = []
@@ -473,7 +479,7 @@ def _advise(
     return advice
 
 
-def _alternatives(load: Load, setup: Setup, lora: int) -> list[tuple[str, Load, Setup]]:
+def _alternatives(load: Load, setup: Setup, lora: int | None) -> list[tuple[str, Load, Setup]]:
     """Settings that take less memory, and what they make of a plan; one after another, each alone."""
     found = []
     true = NUMERICS["bf16-true"]
@@ -485,14 +491,14 @@ def _alternatives(load: Load, setup: Setup, lora: int) -> list[tuple[str, Load, 
         found.append(("model.opponent: stored", load, replace(setup, resident_opponent=False)))
     if not setup.recomputes:
         found.append(("model.gradient_checkpointing: true", load, replace(setup, recomputes=True)))
-    small = setup if setup.adapter is not None else replace(setup, adapter=lora)
-    if setup.adapter is None:
+    small = replace(setup, adapter=lora)
+    if setup.adapter is None and lora is not None:
         found.append(("model.adapter: LoraAdapter, r 16", load, small))
-    if not setup.is_packed:
+    if lora is not None and not setup.is_packed:
         packed = replace(small, is_packed=True, numerics=true)
-        found.append(("LoraAdapter on a model in 4 bits", load, packed))
+        found.append(("LoraAdapter with quantize: nf4", load, packed))
         if not setup.recomputes:
-            found.append(("LoraAdapter, 4 bits, gradient_checkpointing", load, replace(packed, recomputes=True)))
+            found.append(("the same with gradient_checkpointing", load, replace(packed, recomputes=True)))
     if not setup.is_sharded:
         for devices in (2, 4, 8):
             if devices >= setup.devices:

@@ -55,6 +55,8 @@ def render(plan: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {name:<32}" + "".join(f"{_gib(value):>14}" for value in row))
     sums = [peak(plan["memory"][phase]) for phase in phases]
     lines.append(f"  {'in all':<32}" + "".join(f"{_gib(value):>14}" for value in sums))
+    if plan["stage"] == "fit" and "generation" not in phases:
+        lines.append("  generation is by an engine with memory of its own")
     room = devices["usable"]
     if room is None:
         lines.append("  no such device is here: --memory 24GiB says whether it fits on one")

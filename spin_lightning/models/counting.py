@@ -30,31 +30,45 @@ def measure_size(model: Any) -> ModelSize:
 
     Weights are counted. Widths are those of its config; where that has no feed-forward width, four times the hidden
     one. Of a mixture of experts, a token goes through as many of these as the config says.
+
+    Raises:
+        UserError: The config does not tell them.
     """
     config = model.config.get_text_config(decoder=True)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or hidden // heads
+    hidden, layers = _read(config, "hidden_size"), _read(config, "num_hidden_layers")
+    if hidden is None or layers is None:
+        raise UserError(
+            f"the config of this {type(model).__name__} has no hidden_size or num_hidden_layers, by which its memory "
+            "is planned. Measure a run instead: trainer.fast_dev_run."
+        )
+    heads = _read(config, "num_attention_heads") or 1
+    head_size = _read(config, "head_dim") or hidden // heads
     return ModelSize(
         weights=sum(weight.numel() for weight in model.parameters()),
         packable=sum(layer.weight.numel() for layer in linear),
-        layers=config.num_hidden_layers,
+        layers=layers,
         hidden=hidden,
         query=heads * head_size,
-        key=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
-        intermediate=_width_of_a_token(config),
+        key=(_read(config, "num_key_value_heads") or heads) * head_size,
+        intermediate=_width_of_a_token(config, hidden),
         vocabulary=embeddings.weight.shape[0],
         is_tied=head is not None and head.weight is embeddings.weight,
     )
 
 
-def _width_of_a_token(config: Any) -> int:
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    experts = getattr(config, "num_experts_per_tok", None)
-    if not isinstance(experts, int):
-        return int(width)
-    return int(experts * (getattr(config, "moe_intermediate_size", None) or width))
+def _read(config: Any, name: str) -> int | None:
+    """A number of a config; the largest where layers differ. None if it has none."""
+    value = getattr(config, name, None)
+    value = max(value, default=None) if isinstance(value, list | tuple) else value
+    return value if isinstance(value, int) else None
+
+
+def _width_of_a_token(config: Any, hidden: int) -> int:
+    width = _read(config, "intermediate_size") or 4 * hidden
+    experts = _read(config, "num_experts_per_tok")
+    return width if experts is None else experts * (_read(config, "moe_intermediate_size") or width)
 
 
 def count_adapter(model: Any, adapter: Mapping[str, Any]) -> int:

@@ -8,9 +8,17 @@ import re
 import pytest
 from helpers import save_tiny_model, write_rows
 
+from spin_lightning import ResponseGenerator
 from spin_lightning.cli import commands as cli
 from spin_lightning.cli import plan
 from spin_lightning.types import UserError
+
+
+class Engine(ResponseGenerator):
+    """A generator that is none of transformers."""
+
+    def generate(self, prompts, seeds, terminator_ids, pad_id):
+        yield from ()
 
 
 @pytest.fixture(scope="module")
