@@ -266,7 +266,7 @@ def planned(case: Case, device: str, trained: int) -> dict[str, float]:
         recomputes=case.recomputes,
     )
     if case.slots:
-        return generation_memory(size, case.slots, case.prompt, case.response, setup, keeps_optimiser=False)
+        return generation_memory(size, case.slots, case.prompt, case.response, setup)
     load = Load(
         tokens=case.pairs * (case.prompt + 2 * case.response),
         scored=case.pairs * 2 * case.response,

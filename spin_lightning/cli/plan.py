@@ -196,7 +196,10 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
         prompt = data.max_prompt_tokens if options.rows is not None else max(work.prompts)
         if setup.device == "cpu":  # where what no row uses takes no memory; the longest prompts come first
             prompt = math.ceil(fmean(sorted(work.prompts)[-slots:]))
-        memory["generation"] = generation_memory(size, slots, prompt, data.max_response_tokens, setup)
+        keeps_optimiser = not settings.self_play.reset_optimizer
+        memory["generation"] = generation_memory(
+            size, slots, prompt, data.max_response_tokens, setup, keeps_optimiser=keeps_optimiser
+        )
     has = options.memory if options.memory is not None else _find_memory(setup.device)
     plan: dict[str, Any] = {
         "stage": "fit" if is_game else "sft",

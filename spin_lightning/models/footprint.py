@@ -256,7 +256,7 @@ def logit_bytes(size: ModelSize, scored: int, setup: Setup) -> float:
 
 
 def generation_memory(
-    size: ModelSize, slots: int, prompt: int, response: int, setup: Setup, *, keeps_optimiser: bool = True
+    size: ModelSize, slots: int, prompt: int, response: int, setup: Setup, *, keeps_optimiser: bool = False
 ) -> dict[str, float]:
     """Bytes on each device while the opponent responds, by what they are for.
 
@@ -269,7 +269,8 @@ def generation_memory(
         prompt: Tokens of the longest prompt.
         response: Most tokens of a response.
         setup: How the model is trained.
-        keeps_optimiser: Whether training is under way in the same process, whose optimiser stays in memory.
+        keeps_optimiser: Whether an iteration goes on with the optimiser of the one before
+            (``self_play.reset_optimizer: false``), which then stays in memory.
     """
     numerics, fitted = setup.numerics, FITTED[setup.device]
     trained = setup.adapter if setup.adapter is not None else size.weights
