@@ -40,7 +40,7 @@ from spin_lightning.models.footprint import (
     training_memory,
 )
 from spin_lightning.models.loading import load_config, refuse_without_causal_head
-from spin_lightning.runs.files import run_folder
+from spin_lightning.runs.files import read_json, run_folder
 from spin_lightning.runs.run_checkpoint import KEPT
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -337,8 +337,11 @@ def find_adapter(settings: Any) -> dict[str, Any] | None:
     adapter = settings.model.get("adapter")
     if adapter is None:
         return None
-    given = adapter.get("init_args") or {}
-    return dict(given.items())
+    given = dict((adapter.get("init_args") or {}).items())
+    if given.get("path"):  # one that is continued has the settings of its folder
+        saved = read_json(Path(given["path"]).expanduser() / "adapter_config.json") or {}
+        given |= {name: saved[name] for name in ("r", "target_modules", "modules_to_save", "use_dora") if name in saved}
+    return given
 
 
 def _find_setup(settings: Any, adapter: Mapping[str, Any] | None, trained: int | None) -> Setup:

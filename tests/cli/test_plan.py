@@ -7,6 +7,7 @@ import re
 
 import pytest
 from helpers import save_tiny_model, write_rows
+from jsonargparse import Namespace
 
 from spin_lightning import ResponseGenerator
 from spin_lightning.cli import commands as cli
@@ -116,6 +117,17 @@ def test_what_does_not_fit_is_told_with_what_would_help(flags, capsys):
     assert re.search(r"training   half of data.micro_batch_tokens, if no row is longer +\d+ MiB", printed)
     assert "1,000 to train on, 0 held out (assumed)" in printed
     assert max(len(line) for line in printed.splitlines() if "/" not in line) <= 80
+
+
+def test_an_adapter_that_is_continued_has_the_settings_of_its_folder(tmp_path):
+    def found(**given):
+        adapter = Namespace(class_path="spin_lightning.LoraAdapter", init_args=Namespace(**given))
+        return plan.find_adapter(Namespace(model=Namespace(adapter=adapter)))
+
+    assert found(r=8, quantize="nf4") == {"r": 8, "quantize": "nf4"}
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "target_modules": ["q_proj"], "lora_alpha": 8}')
+    assert found(r=16, path=str(tmp_path)) == {"r": 4, "target_modules": ["q_proj"], "path": str(tmp_path)}
+    assert plan.find_adapter(Namespace(model=Namespace())) is None
 
 
 def test_json_is_all_that_stands_on_stdout(flags, capsys):
