@@ -494,9 +494,10 @@ def _make_adapter_error(name_or_path: str, config: str) -> UserError:
     except (ValueError, LookupError, TypeError):
         base = "ITS_BASE_MODEL"
     return UserError(
-        f"{name_or_path!r} holds a LoRA adapter (adapter_config.json), not a whole model. Merge it into its base model "
-        "first, "
-        f'and give that folder: python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import '
+        f"{name_or_path!r} holds a LoRA adapter (adapter_config.json), not a whole model. To go on with it, give its "
+        f"base: --model.model_name_or_path {base} --model.adapter LoraAdapter --model.adapter.path {name_or_path}. Or "
+        f'merge it into its base first, and give that folder: python -c "from peft import AutoPeftModelForCausalLM '
+        "as M; from transformers import "
         f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).merge_and_unload().save_pretrained('merged'); "
         f"T.from_pretrained({base!r}).save_pretrained('merged')\". If its weights are merged already, remove "
         "adapter_config.json."
