@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.models.adapters import merged_linear
+from spin_lightning.models.merging import merged_linear
 from spin_lightning.models.modes import compute_dtype
 
 Forward = Callable[[Tensor], Tensor]

@@ -1,7 +1,7 @@
 """LoRA adapters, by ``peft``: small matrices are trained beside the weights of a model, which stay as they are.
 
 The base is never merged in place: rounding would change it, and base + adapter would not be what was trained. Where
-merged weights are wanted, they are those of a copy.
+merged weights are wanted, they are those of a copy (``merging``).
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.models.loading import dtype_name
+from spin_lightning.models.loading import default_dtype, dtype_name
 from spin_lightning.models.saving import save_folder, weights_hash
 from spin_lightning.runs.checkpoints import refuse_non_finite
 from spin_lightning.runs.files import read_json
@@ -29,6 +30,17 @@ from spin_lightning.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+#: The settings of an adapter, by the names that ``peft`` keeps them under.
+_NAMES = {
+    "r": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "target_modules",
+    "modules_to_save": "modules_to_save",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+    "ensure_weight_tying": "ensure_weight_tying",
+}
 _CONFIG, _WEIGHTS, _BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 
 
@@ -58,6 +70,8 @@ class LoraAdapter:
         path: Folder of an adapter to go on with, as ``adapter/`` of an earlier run. Its settings are the folder's. The
             model is the base that it was trained on.
         merged: Also export base and adapter as one model, ``policy/``. Without it only ``adapter/`` is exported.
+        quantize: Keep the base's linear layers packed in 4 bits while it is trained (QLoRA, arXiv:2305.14314), in
+            this format of ``bitsandbytes``; ``nf4`` is the paper's. None: they have the dtype of ``trainer.precision``.
 
     Raises:
         UserError: A setting is outside its range, there is no adapter at ``path``, or ``peft`` is not installed.
@@ -79,9 +93,17 @@ class LoraAdapter:
         ensure_weight_tying: bool = False,
         path: str | None = None,
         merged: bool = True,
+        quantize: Literal["nf4", "fp4"] | None = None,
     ) -> None:
         if find_spec("peft") is None:
             raise UserError("model.adapter needs the package peft. Install it: pip install 'spin-lightning[lora]'.")
+        if quantize not in (None, "nf4", "fp4"):
+            raise UserError(f"model.adapter.quantize must be nf4, fp4 or null, got {quantize!r}.")
+        if quantize is not None and not (find_spec("bitsandbytes") and find_spec("accelerate")):
+            raise UserError(
+                "model.adapter.quantize needs the packages bitsandbytes and accelerate. Install them: pip install "
+                "'spin-lightning[qlora]'."
+            )
         if r < 1:
             raise UserError(f"model.adapter.r must be at least 1, got {r!r}.")
         if alpha is not None and alpha < 1:
@@ -89,8 +111,6 @@ class LoraAdapter:
         if not 0 <= dropout < 1:
             raise UserError(f"model.adapter.dropout must be in [0, 1), got {dropout!r}.")
         self.path = path
-        if path is not None:
-            _refuse_other_settings(path, locals())
         self.r = r
         self.alpha = 2 * r if alpha is None else alpha
         self.dropout = dropout
@@ -100,6 +120,29 @@ class LoraAdapter:
         self.use_rslora = use_rslora
         self.ensure_weight_tying = ensure_weight_tying
         self.merged = merged
+        self.quantize = quantize
+        if path is not None:
+            self._take_over(path, given_alpha=alpha)
+
+    def _take_over(self, path: str, given_alpha: int | None) -> None:
+        """Have the settings of an adapter that is there. What was given beside its path must agree with them.
+
+        Raises:
+            UserError: It does not, or there is no adapter of this kind.
+        """
+        config, defaults = _read_config(path), signature(LoraAdapter).parameters
+        for name, key in _NAMES.items():
+            own, given = (
+                config.get(key, defaults[name].default),
+                given_alpha if name == "alpha" else getattr(self, name),
+            )
+            if given != defaults[name].default and _sorted(given) != _sorted(own):
+                raise UserError(
+                    f"model.adapter.{name} {given!r} does not go with model.adapter.path: that adapter was made with "
+                    f"{own!r}, and keeps it. Leave model.adapter.{name} out."
+                )
+            if name != "dropout":
+                setattr(self, name, _sorted(own))
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -123,13 +166,15 @@ class LoraAdapter:
         from peft import LoraConfig, PeftModel, get_peft_model
 
         names = [name for name, _ in model.named_modules()]
-        for wanted in self.modules_to_save or []:
+        for wanted in self.modules_to_save or [] if self.path is None else []:
             if not any(name.endswith(wanted) for name in names):
                 raise UserError(
                     f"model.adapter.modules_to_save names {wanted!r}, and no layer of this {type(model).__name__} is "
                     f"called so. There are {', '.join(sorted({name.rpartition('.')[2] for name in names} - {''}))}."
                 )
-        base = Base(model.name_or_path, dtype_name(model.dtype), weights_hash(model))
+        is_packed = getattr(model, "is_quantized", False)
+        packed = f", packed ({self.quantize or 'as it came'})" if is_packed else ""
+        base = Base(model.name_or_path, dtype_name(model.dtype) + packed, weights_hash(model))
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         is_tied = head is not None and getattr(head, "weight", None) is embeddings.weight
         try:
@@ -153,9 +198,14 @@ class LoraAdapter:
                         ensure_weight_tying=self.ensure_weight_tying,
                     )
                     policy = get_peft_model(model, config, autocast_adapter_dtype=False)
+        except UserError:
+            raise
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
             where = f"The adapter {self.path!r} cannot be put" if self.path else "An adapter cannot be put"
             raise UserError(f"{where} into a {type(model).__name__}: {error} Change model.adapter.") from error
+        if is_packed:  # of other layers they have the dtype already
+            for weight in policy.parameters():
+                weight.data = weight.to(model.dtype) if weight.requires_grad else weight.data
         causal = policy.get_base_model()
         trained = [
             {id(weight) for weight in part.parameters() if weight.requires_grad}
@@ -202,23 +252,10 @@ def trained_names(model: nn.Module) -> set[str]:
 
 def exported_bytes(model: nn.Module) -> int:
     """How large the export of a model will be: of one with an adapter the adapter, and base and adapter if merged."""
-    is_whole = exports_merged(model)
-    return sum(weight.nbytes for weight in model.parameters() if is_whole or weight.requires_grad)
-
-
-def merged_linear(layer: Any) -> nn.Linear | None:
-    """A linear layer that computes what one with an adapter does, of weights of its own; None if this is no such layer.
-
-    Its weights are rounded once more, to the dtype of the base.
-    """
-    if not hasattr(layer, "get_base_layer") or type(layer.get_base_layer()) is not nn.Linear:
-        return None
-    if not hasattr(layer, "merge") or layer.disable_adapters or layer.merged:
-        return None
-    merged = copy.deepcopy(layer)
-    merged.merge()
-    linear: nn.Linear = merged.get_base_layer()
-    return linear
+    is_whole, width = exports_merged(model), next(model.parameters()).element_size()
+    weights = [weight for weight in model.parameters() if is_whole or weight.requires_grad]
+    # of packed weights two are in a byte, and are exported as two
+    return sum(weight.nbytes if weight.is_floating_point() else 2 * width * weight.numel() for weight in weights)
 
 
 def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
@@ -248,27 +285,26 @@ def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, c
 @contextmanager
 def _drawing(seed: int) -> Iterator[None]:
     """On the CPU, in float32 and from a seed: what is drawn does not depend on where and how a run computes."""
-    dtype, generator = torch.get_default_dtype(), torch.default_generator
-    state = generator.get_state()
-    torch.set_default_dtype(torch.float32)
-    generator.manual_seed(seed)
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
     try:
-        with torch.device("cpu"), warnings.catch_warnings():
+        with torch.device("cpu"), default_dtype(torch.float32), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft: what matters is looked at here
             yield
     finally:
-        generator.set_state(state)
-        torch.set_default_dtype(dtype)
+        torch.default_generator.set_state(state)
 
 
 def _folder(path: str) -> Path:
     return Path(path).expanduser()
 
 
-def _refuse_other_settings(path: str, given: Mapping[str, Any]) -> None:
-    """Make sure that there is a LoRA adapter in safetensors, and that no setting contradicts it."""
-    import inspect
+def _read_config(path: str) -> dict[str, Any]:
+    """The settings of the adapter in a folder.
 
+    Raises:
+        UserError: There is none, it is of another kind than LoRA, or its weights are a pickle.
+    """
     folder = _folder(path)
     if not (folder / _CONFIG).is_file():
         raise UserError(
@@ -280,15 +316,17 @@ def _refuse_other_settings(path: str, given: Mapping[str, Any]) -> None:
             f"model.adapter.path {path!r} has no {_WEIGHTS}. An adapter_model.bin is a pickle, and is not opened: load "
             "and save it with peft, where you trust where it comes from."
         )
-    kind = (read_json(folder / _CONFIG) or {}).get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"the adapter in {path!r} is of the kind {kind!r}, and only LORA is trained here.")
-    for name, parameter in inspect.signature(LoraAdapter.__init__).parameters.items():
-        if name not in ("self", "path", "merged") and given[name] != parameter.default:
-            raise UserError(
-                f"model.adapter.{name} {given[name]!r} does not go with model.adapter.path: an adapter that is "
-                "continued keeps the settings that it began with. Leave it out."
-            )
+    config: dict[str, Any] = read_json(folder / _CONFIG) or {}
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"the adapter in {path!r} is of the kind {config.get('peft_type')!r}, and only LORA is trained here."
+        )
+    return config
+
+
+def _sorted(value: Any) -> Any:
+    """Names of layers have no order."""
+    return sorted(value) if isinstance(value, list) else value
 
 
 def _refuse_other_base(path: str, base: Base) -> None:
@@ -300,8 +338,13 @@ def _refuse_other_base(path: str, base: Base) -> None:
             "whose sha256 is another. Give that model; a merged policy/ has the adapter in it already."
         )
     name = kept.get("name") or (read_json(_folder(path) / _CONFIG) or {}).get("base_model_name_or_path")
-    if kept.get("dtype") != base.dtype and name != base.name:
-        say(f"note: the adapter {path} was trained on {name}, and goes onto {base.name} now: make sure they are one.")
+    before, now = (name, kept.get("dtype")), (base.name, base.dtype)
+    if before != now and (kept or name != base.name):
+        say(f"note: the adapter {path} was trained on {_both(*before)}, and goes onto {_both(*now)} now.")
+
+
+def _both(name: str | None, dtype: str | None) -> str:
+    return f"{name} ({dtype})" if dtype else str(name)
 
 
 def _refuse_incomplete(path: str, policy: nn.Module) -> None:

@@ -5,18 +5,18 @@ The only place that saves a whole model; what of a model is an adapter, ``adapte
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from spin_lightning.models.loading import without_bars
+from spin_lightning.models.merging import merged_copy
 from spin_lightning.progress import progress
 from spin_lightning.runs.checkpoints import refuse_non_finite
 from spin_lightning.runs.files import explaining_storage_errors, sync
@@ -51,13 +51,13 @@ def save_model(
 
     Raises:
         NonFiniteError: A weight is NaN or infinite.
+        UserError: A merged copy predicts something else than base and adapter.
         RuntimeError: The reloaded weights differ from those in memory.
         StorageError: There is no room, or the folder cannot be written to.
     """
     refuse_non_finite(model)
     if hasattr(model, "merge_and_unload"):
-        adapted: Any = copy.deepcopy(model)
-        model = adapted.merge_and_unload()
+        model = merged_copy(model)
     with save_folder(folder) as partial:
         _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
 

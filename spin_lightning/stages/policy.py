@@ -232,12 +232,22 @@ class PolicyModule(L.LightningModule):
                 trust_remote_code=self.trust_remote_code,
                 attn_implementation=self.attn_implementation,
                 dtype=dtype,
+                quantize=None if self.adapter is None else self.adapter.quantize,
             )
         )
 
     def _adapt(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Put the adapter of the settings into a model, drawn from the seed of the data: each time the same."""
+        """Put the adapter of the settings into a model, drawn from the seed of the data: each time the same.
+
+        Raises:
+            UserError: There is none, and the model's weights are packed; or it cannot be put there.
+        """
         if self.adapter is None:
+            if getattr(model, "is_quantized", False):
+                raise UserError(
+                    f"the weights of {self.model_name_or_path} are packed and cannot be trained. Train an adapter on "
+                    "them (model.adapter: LoraAdapter), or give the model as it was before."
+                )
             return model
         data = getattr(trainer_of(self), "datamodule", None)
         policy: PreTrainedModel = self.adapter.apply(model, getattr(data, "seed", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,13 @@ from helpers import byte_tokenizer, load, log_prob_by_hand, save_tiny_model
 from torch import Tensor, nn
 
 from spin_lightning.generation import continuous, packed_linear
-from spin_lightning.models import adapters, head
-from spin_lightning.models.adapters import LoraAdapter, adapter_tensors, merged_linear, save_adapter, trained_names
+from spin_lightning.models import adapters, head, kernels
+from spin_lightning.models.adapters import LoraAdapter, adapter_tensors, save_adapter, trained_names
 from spin_lightning.models.batches import pack
 from spin_lightning.models.forward_paths import AGREEMENT, forward_path_of, is_shared
 from spin_lightning.models.fused_layers import Fused
 from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.models.merging import merged_linear
 from spin_lightning.models.saving import save_model, weights_hash
 from spin_lightning.types import UserError
 
@@ -40,6 +42,11 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "saved norms": ({"modules_to_save": ["input_layernorm", "norm"]}, False),
 }
 GROUPS = [([7, 30, 8, 9], [[50, 12, 13], [60]]), ([70, 8], [[3, 99, 100, 101, 5]])]
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels_of_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_pinned", {})  # by a game, whose heads may be wider
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +269,7 @@ def test_an_adapter_is_refused_on_other_weights(
         LoraAdapter(path=str(folder)).apply(load(other))
     assert capsys.readouterr().out == ""
     LoraAdapter(path=str(folder)).apply(load(other, torch.bfloat16))  # whose hash is another in any case
-    assert f"was trained on {model}, and goes onto {other} now" in capsys.readouterr().out
+    assert f"was trained on {model} (float32), and goes onto {other} (bfloat16) now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -294,10 +301,18 @@ def change(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
-def test_settings_beside_a_path_are_refused(saved: tuple[Path, dict[str, Tensor]]) -> None:
-    with pytest.raises(UserError, match=r"model\.adapter\.r 8 does not go with model\.adapter\.path"):
-        LoraAdapter(r=8, path=str(saved[0]))
-    assert LoraAdapter(path=str(saved[0]), merged=False).merged is False
+def test_settings_beside_a_path_are_those_of_the_adapter(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    path = str(saved[0])
+    for settings, words in (({"r": 8}, "r 8 .*made with 4"), ({"alpha": 4}, "alpha 4 .*made with 8")):
+        with pytest.raises(UserError, match=rf"model\.adapter\.{words}, and keeps it"):
+            LoraAdapter(**settings, path=path)
+    with pytest.raises(UserError, match=r"target_modules \['q_proj'\] does not go with"):
+        LoraAdapter(target_modules=["q_proj"], path=path)
+    adapter = LoraAdapter(r=4, alpha=8, merged=False, modules_to_save=["norm"], path=path)
+    assert (adapter.r, adapter.alpha, adapter.use_dora, adapter.merged) == (4, 8, True, False)
+    assert LoraAdapter(path=path).shape == adapter.shape
+    change(saved[0], lora_dropout=0.05)  # which many have; without model.dropout it is off
+    assert LoraAdapter(path=path).dropout == 0
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -343,3 +358,28 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package peft. Install it: pip install 'spin-lightning\[lora\]'"):
         LoraAdapter()
+
+
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(UserError, match=r"needs the packages bitsandbytes and accelerate.*'spin-lightning\[qlora\]'"):
+        LoraAdapter(quantize="nf4")
+    with pytest.raises(UserError, match=r"model\.adapter\.quantize must be nf4, fp4 or null, got 'int8'"):
+        LoraAdapter(quantize="int8")  # type: ignore[arg-type]
+
+
+def test_a_merged_model_is_compared_with_what_was_trained(
+    untied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spin_lightning.models import merging
+
+    found: list[float] = []
+    measure = merging._measure_divergence
+    monkeypatch.setattr(merging, "_measure_divergence", lambda *models: found.append(measure(*models)) or found[-1])
+    for dtype in (torch.float32, torch.bfloat16):
+        merging.merged_copy(adapted(untied, dtype))
+    exact, rounded = found
+    assert abs(exact) < 1e-5 < rounded < merging.MOST_DIVERGENCE[torch.bfloat16]
+    monkeypatch.setattr(merging, "_measure_divergence", lambda *models: math.nan)
+    with pytest.raises(UserError, match=r"predict something else: nan nats .*Set model\.adapter\.merged: false"):
+        save_model(adapted(untied), byte_tokenizer(), tmp_path / "policy", "", 258)
