@@ -1,6 +1,7 @@
 # make demo    install, then play self-play fine-tuning on a small real model (five to eight minutes on two CPU cores)
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
 # make test    install, then run the tests
+# make slow    the tests that are left out by default: further settings of what others test already
 # make check   format, lint, types (make style), and the tests
 # make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
@@ -21,7 +22,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test style check newest oldest wheel lock bench bench-brief bench-vllm install clean
+.PHONY: demo lab test slow style check newest oldest wheel lock bench bench-brief bench-vllm install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +45,9 @@ lab: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 
 style: install
 	$(BIN)/ruff format --check .

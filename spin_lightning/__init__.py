@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spin_lightning.losses import SpaceLoss as SpaceLoss
     from spin_lightning.losses import SpinLoss as SpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
+    from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
     from spin_lightning.runs.checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
     from spin_lightning.runs.checkpoints import last_checkpoint as last_checkpoint
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
@@ -58,6 +59,7 @@ _HOMES = {
         "SpinLoss",
         "TSpinLoss",
     ),
+    "models.adapters": ("LoraAdapter",),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "stages.clock": ("SelfPlay",),

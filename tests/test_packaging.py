@@ -38,6 +38,7 @@ def test_every_package_that_is_imported_is_declared():
     others = {
         "spin_lightning",
         "matplotlib",
+        "peft",
         "tokenizers",
         "huggingface_hub",
     }  # transformers has bounds for the last two

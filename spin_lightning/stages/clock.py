@@ -262,7 +262,8 @@ class SelfPlay(HoldsFolder):
         if self.stopped_because or played[-1] is not None:
             reason = self.stopped_because or f"all {self.iterations} iterations were played"
             write_json(self.output_dir / "game.json", {"ended_because": reason, "iterations": [s for s in played if s]})
-            say(f"the game is over: {reason}. Models: {self.output_dir}/iteration_*/policy")
+            kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
+            say(f"the game is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
 
     # --- Lightning's other hooks ----------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from spin_lightning.generation.pair_maker import PairMaker, own_pairs
 from spin_lightning.generation.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
 from spin_lightning.generation.synthetic_data import SyntheticDataModule, TrainingSet
 from spin_lightning.losses import PairLoss
+from spin_lightning.models.adapters import exported_bytes
 from spin_lightning.models.batches import collate_pairs
 from spin_lightning.models.model_card import render_model_card
 from spin_lightning.models.rope import refuse_crossing
@@ -191,8 +192,9 @@ class SpinIteration(Iteration):
         if self.loss.needs_initial_log_probs:
             initial = self._load_initial() if number else self.policy.model
         self._need_space(sampling["max_new_tokens"])
+        folder = self._opponent_folder  # an adapter need not be exported merged
         maker = PairMaker(
-            opponent=Player(self.policy.model, self._opponent_folder),
+            opponent=Player(self.policy.model, folder if folder is not None and folder.is_dir() else None),
             encoder=data.encoder,
             generator=data.generator,
             prompts=data.prompts,
@@ -297,6 +299,6 @@ class SpinIteration(Iteration):
 
     def _need_space(self, max_new_tokens: int) -> None:
         data = self.run.data
-        weights = sum(weight.numel() * weight.element_size() for weight in self.policy.model.parameters())
+        weights = exported_bytes(self.policy.model)
         tokens = len(data.prompts) * data.answers_per_prompt * (data.max_prompt_tokens + 2 * max_new_tokens)
         need_space(self.folder, weights + 8 * tokens * (1 + data.history), f"iteration {self.number}")
