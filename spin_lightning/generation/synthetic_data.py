@@ -121,8 +121,16 @@ class SyntheticDataModule(RowDataModule):
         self.game: Game | None = None
 
     def setup(self, stage: str | None = None) -> None:
+        if stage == "fit":
+            self.generator.check_ready()
         self.max_response_tokens = self.generator.max_new_tokens  # of another generator, perhaps, than at first
         super().setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        self.generator.shut_down()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.generator.shut_down()
 
     def train_dataloader(self) -> ResumableLoader:
         """Pairs of the iteration the next epoch belongs to; without a game, the real responses."""
