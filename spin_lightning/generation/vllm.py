@@ -74,12 +74,12 @@ print(json.dumps(found))
 OURS = re.compile(
     "PYTHONPATH|PYTHONHOME|RANK|(LOCAL|GROUP|ROLE)_RANK|(ROLE|LOCAL)?_?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
 )
-#: Arguments that say how much is done at once, and not what comes of it.
+#: Arguments that say how much is done at once, and not what comes of it; and secrets, which no record keeps.
 HARMLESS = {
     f"--{name}"
     for name in (
         "gpu-memory-utilization kv-cache-memory-bytes max-model-len max-num-seqs max-num-batched-tokens swap-space "
-        "cpu-offload-gb disable-log-stats disable-uvicorn-access-log load-format"
+        "cpu-offload-gb disable-log-stats disable-uvicorn-access-log load-format api-key hf-token"
     ).split()
 }
 #: Seconds that the server has to end by itself.
@@ -206,7 +206,9 @@ class VLLMGenerator(ServedGenerator):
 
     def _start(self, folder: Path) -> None:
         device, dtype = _device_and_dtype(self.opponent.model)
-        private = Path(tempfile.mkdtemp(prefix="spin-lightning-vllm-"))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM counts what is free when it starts
+        private = _make_private_folder()
         command = [
             *(self._interpreter, "-c", PROGRAM, str(os.getpid()), str(private)),
             *("--model", str(folder.absolute()), "--served-model-name", "opponent", "--uds", str(private / "socket")),
@@ -329,6 +331,12 @@ def _end(process: subprocess.Popen[bytes], folder: Path, owner: int, keeps_log: 
             time.sleep(0.02)
     if not keeps_log:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_private_folder() -> Path:
+    """A folder of this user alone. The name of a socket in it may have some hundred bytes, and no more."""
+    place = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="vllm-", dir=place if len(os.fsencode(place)) < 80 else "/tmp"))
 
 
 def _environment() -> dict[str, str]:

@@ -44,13 +44,18 @@ def opponent(flat: str) -> Player:
     return Player(load(flat).eval(), Path(flat))
 
 
+@pytest.fixture
+def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where sockets and logs are, under a short name."""
+    return tmp_path_factory.mktemp("p")
+
+
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No test leaves a process or a private folder behind."""
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, private: Path) -> Iterator[None]:
+    """No test leaves a process behind."""
     monkeypatch.setattr(openai, "PAUSES", (0.05, 0.1))
     monkeypatch.setattr(vllm, "GRACE_SECONDS", 1)
-    (tmp_path / "private").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "private"))
+    monkeypatch.setattr("tempfile.tempdir", str(private))
     yield
     for facts in started(tmp_path):
         assert not is_running(facts["pid"]) and not is_running(facts["child"])
@@ -85,7 +90,7 @@ def play(flat: str, rows: str, folder: Path, generator: VLLMGenerator, **setting
     return Game(flat, rows, folder, data={"generator": generator}, **settings).play()
 
 
-def test_a_game_starts_vllm_once_and_ends_it(flat: str, rows: str, tmp_path: Path) -> None:
+def test_a_game_starts_vllm_once_and_ends_it(flat: str, rows: str, tmp_path: Path, private: Path) -> None:
     python = make_environment(tmp_path / "env")
     during = []
     tell = Do(on_train_batch_start=lambda *_: during.append(is_running(started(tmp_path)[0]["pid"])))
@@ -97,7 +102,7 @@ def test_a_game_starts_vllm_once_and_ends_it(flat: str, rows: str, tmp_path: Pat
     assert reloaded(tmp_path) == [str(tmp_path / "run/iteration_0/policy")]
     assert during and all(during)
     assert not is_running(server["pid"]) and not is_running(server["child"])
-    assert list((tmp_path / "private").iterdir()) == []
+    assert list(private.iterdir()) == []
     assert server["args"] == [
         "--served-model-name", "opponent", "--dtype", "float32", "--generation-config", "vllm",
         "--disable-uvicorn-access-log", "--enforce-eager", "--max-num-seqs", "9", "--quantization=fp8",
@@ -167,7 +172,7 @@ def test_in_training_the_server_gives_its_memory_back_if_asked(flat: str, rows: 
 
 
 def test_a_server_that_dies_is_named_with_its_reason_and_the_same_command_continues(
-    flat: str, rows: str, tmp_path: Path
+    flat: str, rows: str, tmp_path: Path, private: Path
 ) -> None:
     python = make_environment(tmp_path / "env", dies_after=7)
     words = (
@@ -175,7 +180,7 @@ def test_a_server_that_dies_is_named_with_its_reason_and_the_same_command_contin
     )
     with pytest.raises(UserError, match=rf"{words}\. Mend that .*run the same command again") as raised:
         play(flat, rows, tmp_path / "run", VLLMGenerator(python, max_new_tokens=5, batch_size=1))
-    (log,) = (tmp_path / "private").glob("*/log")
+    (log,) = private.glob("*/log")
     assert str(log) in str(raised.value)
     assert len(read(tmp_path / "run/iteration_0/pairs_manifest.json")["shards"]) == 1
     whole = VLLMGenerator(make_environment(tmp_path / "sound"), max_new_tokens=5)
@@ -263,11 +268,13 @@ Game({model!r}, {rows!r}, {folder!r}, data={{"generator": generator}}).play()
 """
 
 
-def test_a_trainer_that_is_killed_leaves_no_process_behind_and_goes_on(flat: str, rows: str, tmp_path: Path) -> None:
+def test_a_trainer_that_is_killed_leaves_no_process_behind_and_goes_on(
+    flat: str, rows: str, tmp_path: Path, private: Path
+) -> None:
     slow, folder = make_environment(tmp_path / "env", seconds=0.3), tmp_path / "run"
     tests = str(Path(__file__).parents[1])
     code = SCRIPT.format(tests=tests, python=slow, model=flat, rows=rows, folder=str(folder))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path / "private")}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(private)}
     manifest = folder / "iteration_0" / "pairs_manifest.json"
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as trainer:
         assert wait_until(lambda: manifest.exists() and bool(read(manifest)["shards"]), 60)
@@ -275,7 +282,7 @@ def test_a_trainer_that_is_killed_leaves_no_process_behind_and_goes_on(flat: str
         assert is_running(server["pid"]) and is_running(server["child"])
         trainer.send_signal(signal.SIGKILL)
     assert wait_until(lambda: not is_running(server["pid"]) and not is_running(server["child"]))
-    assert list((tmp_path / "private").iterdir()) == []
+    assert list(private.iterdir()) == []
     quick = VLLMGenerator(make_environment(tmp_path / "quick"), max_new_tokens=5)
     play(flat, rows, folder, quick)
     play(flat, rows, tmp_path / "whole", quick)
@@ -306,6 +313,15 @@ def test_a_missing_environment_is_told_before_the_model_loads(
     monkeypatch.setattr(SpinLightningModule, "configure_model", lambda self: pytest.fail("it loads"))
     with pytest.raises(UserError, match=words):
         play(flat, rows, tmp_path / "run", VLLMGenerator(make(tmp_path / "env")))
+
+
+def test_a_socket_has_a_name_that_is_short_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    folder = vllm._make_private_folder()
+    assert folder.parent == Path("/tmp") and folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
 
 
 def test_settings_that_are_no_settings_are_refused() -> None:
