@@ -71,6 +71,8 @@ class Server:
             host, port = parts.hostname, parts.port
         except ValueError:
             host = port = None
+        if host and parts.username is not None:
+            raise UserError("the URL of a server must be without a name or password. Put a key into VLLM_API_KEY.")
         self.prefix = parts.path.rstrip("/").removesuffix("/v1") if host else ""
         if host and parts.scheme in ("http", "https"):
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
