@@ -134,12 +134,12 @@ def speed(model_folder: Path, rows: Path) -> list[tuple[str, bool]]:
     ours = ContinuousGenerator(max_new_tokens=64, batch_size=64)
     rates: dict[str, list[float]] = {"vLLM": [], "ContinuousGenerator": []}
     with torch.no_grad(), opened(ours, player), opened(vllm, player):
-        for turn in range(3):  # the first to warm up
+        for turn in range(5):  # the first to warm up
             for name, generator in zip(rates, (vllm, ours), strict=True):
                 rate = tokens_a_second(generator, prompts, turn, encoder)
                 rates[name] += [rate] if turn else []
     vllm.shut_down()
-    said = ", ".join(f"{name} {' and '.join(f'{rate:.0f}' for rate in found)}" for name, found in rates.items())
+    said = ", ".join(f"{name} {', '.join(f'{rate:.0f}' for rate in found)}" for name, found in rates.items())
     return [(f"tokens per CPU second, SmolLM2, 64 prompts, at most 64 tokens: {said}", True)]
 
 
