@@ -10,6 +10,7 @@
 # make bench   install TRL beside it, then measure speed and memory against it (three to four hours on two CPU cores)
 # make bench-brief  the same with little work: a step, generation and an iteration (at most 15 minutes)
 # make bench-vllm   install vLLM for CPU too (a large install, about 10 minutes), then measure generation with it
+# make vllm-test    install vLLM for CPU too, then play a tiny game and one of SmolLM2 with it, kill and continue one (about 15 minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +23,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test slow style check newest oldest wheel lock bench bench-brief bench-vllm install clean
+.PHONY: demo lab test slow style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -96,6 +97,9 @@ bench-brief: install .bench/trl/installed
 
 bench-vllm: install .bench/trl/installed .bench/vllm/installed
 	$(BIN)/python -m benchmarks.run generation several_answers
+
+vllm-test: install .bench/vllm/installed
+	$(BIN)/python -m benchmarks.vllm_game
 
 .bench/trl/installed:
 	$(PYTHON) -m venv .bench/trl

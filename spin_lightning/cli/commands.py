@@ -171,6 +171,7 @@ What you will want to set; a list has one value an iteration:
   --self_play.epochs 2                 passes over the pairs in each iteration
   --data.generator.max_new_tokens 256  cap on both answers
   --data.answers_per_prompt 1          the opponent's answers to each prompt
+  --data.generator VLLMGenerator       vLLM gives them: docs/vllm.md
   --trainer.precision bf16-mixed       or bf16-true, with float32 master weights
 
   spin-lightning fit --help            each setting in a sentence
