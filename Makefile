@@ -4,6 +4,7 @@
 # make slow    the tests that are left out by default: further settings of what others test already
 # make check   format, lint, types (make style), and the tests
 # make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
+# make processes  install, then end a run of two processes in every way at every point, and continue it (ten minutes)
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
 # make wheel   build the wheel, install it in an empty environment, and play a tiny game with a config from it
 # make lock    renew constraints.txt, the versions that all of the above install, to those of `make newest`
@@ -23,7 +24,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test slow style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test install clean
+.PHONY: demo lab test slow processes style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +50,10 @@ test: install
 
 slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
+
+processes: install
+	ALL_PROCESSES=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/runs/test_processes.py tests/runs/test_lightning_internals.py \
+	  tests/stages/test_several_processes.py -v
 
 style: install
 	$(BIN)/ruff format --check .

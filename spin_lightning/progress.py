@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from spin_lightning import terminal
 from spin_lightning.terminal import printable, say
 
 Item = TypeVar("Item")
@@ -123,6 +124,8 @@ class Display:
         """Draw the line of the innermost phase if it is time to, or if that is another than before."""
         now = self.clock()
         if (now - self._looked_at < FRAME_SECONDS and not is_new) or not self.phases or not self.is_on:
+            return
+        if not terminal.speaks():
             return
         self._looked_at = now
         first, phase = self.phases[0], self.phases[-1]

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any, TextIO
 
 #: C0 (but the newline), DEL and C1, soft hyphen, marks of width zero, of direction and of lines, halves of characters.
@@ -23,6 +24,14 @@ _OBEYED = re.compile(
 #: A joiner or non-joiner between two characters that are shown and not Latin: Persian, Hindi and emoji are spelt with
 #: them.
 _JOINER = re.compile("(?<=[^\x00-\u02ff\u2000-\u206f])[\u200c\u200d](?=[^\x00-\u02ff\u2000-\u206f])")
+
+
+def _always() -> bool:
+    return True
+
+
+#: Whether this process is the one of its run that is heard; ``runs.processes`` knows where there are several.
+speaks: Callable[[], bool] = _always
 
 
 def printable(text: str) -> str:
@@ -52,11 +61,14 @@ def name_error(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def say(*texts: Any, file: TextIO | None = None, wraps: bool = True) -> None:
+def say(*texts: Any, file: TextIO | None = None, wraps: bool = True, from_any: bool = False) -> None:
     """Print, as ``print`` does and at once also into a file, what a terminal can show without obeying it.
 
-    On a terminal, lines that are too long end between words, unless ``wraps`` is false.
+    On a terminal, lines that are too long end between words, unless ``wraps`` is false. Of several processes of a run
+    only the first is heard, unless ``from_any`` is true.
     """
+    if not (from_any or speaks()):
+        return
     text, stream = " ".join(printable(str(text)) for text in texts), file or sys.stdout
     stream = getattr(stream, "rich_proxied_file", stream)  # the proxy of an older rich says it is no terminal
     if wraps and stream is not None and stream.isatty():
@@ -94,7 +106,12 @@ def guard() -> None:
             return printable(super().getMessage())
 
     def show(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr, wraps=False)
+        say(
+            "".join(traceback.format_exception(kind, error, trace)).rstrip("\n"),
+            file=sys.stderr,
+            wraps=False,
+            from_any=True,
+        )
 
     logging.setLogRecordFactory(Record)
     sys.excepthook = show

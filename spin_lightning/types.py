@@ -44,6 +44,26 @@ class Interrupted(Exception):
         self.exit_code = 130 if name == "SIGINT" else 143
 
 
+class LostProcess(Exception):
+    """Another process of the run is gone without a word: killed, or its machine is. The same command continues."""
+
+    exit_code = 75
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of this run is gone (killed, out of memory, or its machine is), so all end. What is "
+            "finished is saved, and the same command continues"
+        )
+
+
+class EndedElsewhere(Exception):
+    """Another process of the run has ended and said why; this one ends too, quietly, with the same exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run ended, and said why")
+        self.exit_code = exit_code
+
+
 class Message(TypedDict, total=False):
     """One turn of a conversation, as chat templates read it. ``role`` is system, developer, user, assistant or tool.
 

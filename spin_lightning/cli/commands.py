@@ -220,7 +220,14 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
     from spin_lightning.runs.files import STORAGE_ERRORS
     from spin_lightning.terminal import guard
-    from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
+    from spin_lightning.types import (
+        EndedElsewhere,
+        Interrupted,
+        LostProcess,
+        NonFiniteError,
+        StorageError,
+        UserError,
+    )
 
     guard()
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
@@ -230,12 +237,17 @@ def main(args: list[str] | None = None) -> None:
             command.function(args[1:])
         else:
             run(args)
-    except (UserError, StorageError, NonFiniteError, Interrupted) as error:
-        _end_with(str(error), error.exit_code, "" if isinstance(error, Interrupted) else "error: ")
-    except OSError as error:  # of a logger, say
-        if error.errno not in STORAGE_ERRORS:
-            raise
-        _end_with(f"{error}. Mend that, and run the same command again.", StorageError.exit_code)
+    except Exception as raised:
+        from spin_lightning.runs import processes
+
+        error = processes.settle(raised)
+        if isinstance(error, EndedElsewhere):
+            processes.leave(error.exit_code)
+        if isinstance(error, UserError | StorageError | NonFiniteError | LostProcess | Interrupted):
+            _end_with(str(error), error.exit_code, "" if isinstance(error, Interrupted) else "error: ")
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:  # of a logger, say
+            _end_with(f"{error}. Mend that, and run the same command again.", StorageError.exit_code)
+        raise
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning turns into 1
             sys.exit(130)
@@ -260,7 +272,7 @@ def _end_with(message: str, exit_code: int = 2, kind: str = "error: ") -> NoRetu
     from spin_lightning.runs.redaction import redacted
     from spin_lightning.terminal import say
 
-    say(f"spin-lightning: {kind}{redacted(message)}", file=sys.stderr)  # it quotes settings
+    say(f"spin-lightning: {kind}{redacted(message)}", file=sys.stderr, from_any=True)  # it quotes settings
     sys.exit(exit_code)
 
 

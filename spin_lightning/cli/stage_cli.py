@@ -28,7 +28,8 @@ from spin_lightning.cli.settings_errors import explaining_settings, refusal_of_a
 from spin_lightning.progress import display
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
-from spin_lightning.runs.lightning_internals import FlagsWin, attach, made_for_trainer, parsers_of, starts_processes
+from spin_lightning.runs.lightning_internals import FlagsWin, attach, made_for_trainer, parsers_of
+from spin_lightning.runs.processes import is_first, refuse_strategy
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.runs.run_checkpoint import RunCheckpoint
 from spin_lightning.runs.settings import SETTINGS, check_finished
@@ -96,7 +97,7 @@ class SaveRunConfig(SaveConfigCallback):
         self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.state.fn == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.state.fn == "fit" and not trainer.fast_dev_run and trainer.is_global_zero:  # type: ignore[attr-defined]
             self.folder.mkdir(parents=True, exist_ok=True)
             config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
             with replacing(self.folder / "config.yaml") as temporary:
@@ -284,10 +285,12 @@ class StageCLI(FlagsWin, LightningCLI):
 
     def before_fit(self) -> None:
         """Data that are refused leave nothing behind: loggers write as soon as a fit begins."""
-        self._read_data("fit")
+        if is_first():  # the others read them when it has, so that it alone says what is wrong
+            self._read_data("fit")
 
     def before_validate(self) -> None:
-        self._read_data("validate")
+        if is_first():
+            self._read_data("validate")
 
     def _names_other_data(self, path: Path) -> bool:
         if not path.exists():
@@ -313,12 +316,7 @@ class StageCLI(FlagsWin, LightningCLI):
         given = {f"trainer.{name}": value for name, value in config["trainer"].items() if value != defaults.get(name)}
         with explaining_settings(given):
             trainer = super().instantiate_trainer(**kwargs)
-        starts_others = starts_processes(trainer)
-        if trainer.world_size > 1 or starts_others:
-            got = repr(config["trainer"]["strategy"]) if starts_others else trainer.world_size
-            raise UserError(
-                f"a run is one process so far, got {got}. Set trainer.devices: 1, num_nodes: 1, strategy: auto."
-            )
+        refuse_strategy(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BatchSizeFinder | LearningRateFinder):
                 raise UserError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import lightning as L
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.data.formats import Tally, prompt_key
@@ -23,6 +23,7 @@ from spin_lightning.data.rows import load_rows
 from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import end_ids, end_ids_of, load_tokenizer
 from spin_lightning.progress import track
+from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json, sha256_of, write_json
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Row, UserError
@@ -55,7 +56,7 @@ class RowDataModule(L.LightningDataModule):
             ``{prompt}``, a Jinja template, or a file with one.
         max_prompt_tokens: Rows with longer prompts are left out, and counted.
         max_response_tokens: Cap on the responses, terminator included: longer real ones are cut there, and counted.
-        batch_size: Pairs (in SFT: rows) in a batch.
+        batch_size: Pairs (in SFT: rows) in a batch, over all processes together.
         micro_batch_tokens: Tokens in one forward and backward pass. A batch with more takes several passes whose
             gradients add up: the same gradient in less memory. Raise it on a GPU until its memory is used.
         num_workers: Processes that collate batches.
@@ -129,6 +130,7 @@ class RowDataModule(L.LightningDataModule):
         self.end_ids: Sequence[int] | None = None
         #: Encode no more rows than this, chosen by the seed. For a look at the data only.
         self.sample: int | None = None
+        self._began: str | None = None  # when the first process began, if the template asks
         self.prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
         #: What was read, dropped, cut and found strange, in exact counts. Made in ``setup``.
@@ -136,8 +138,13 @@ class RowDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check and encode the rows: everything about the data that can fail, before a model is loaded."""
+        if not self.prompts and processes.is_first():
+            self._read_rows()  # before the others, so that one process says what is wrong
+        self._began = processes.share(self.encoder.time if self.prompts else None)
         if not self.prompts:
             self._read_rows()
+        if processes.world_size() > 1:
+            processes.refuse_different(f"{self.prompts_hash} {self.held_out_hash}", "the rows")
         if stage == "fit":
             self._refuse_less_than_a_batch()
         if stage == "validate" and not self.val_prompts:
@@ -147,7 +154,8 @@ class RowDataModule(L.LightningDataModule):
 
     def write_report(self, folder: Path) -> None:
         """Write ``data_report.json`` into a run's folder."""
-        write_json(folder / "data_report.json", self.report)
+        if processes.is_first():
+            write_json(folder / "data_report.json", self.report)
 
     def _read_rows(self) -> None:
         read = partial(
@@ -242,7 +250,7 @@ class RowDataModule(L.LightningDataModule):
     def _make_encoder(self, tokenizer: Any) -> Encoder:
         """An encoder for the model's ends of responses. The date in its prompts stays that of the day the run began."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        began = None
+        began = self._began
         for callback in self.trainer.callbacks if self.trainer is not None else []:  # type: ignore[attr-defined]
             if isinstance(folder := getattr(callback, "output_dir", None), str | Path):
                 report = read_json(Path(folder) / "data_report.json") or {}
@@ -339,8 +347,10 @@ class RowDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[Any] | DataLoader[Prompt]:
         if not self.val_prompts:
             return []
-        collate = partial(collate_prompts, max_tokens=self.micro_batch_tokens)
-        return DataLoader(self.val_prompts, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        # every process has all batches, and takes its share of each: Lightning's own sampler would count rows twice
+        all_in_order: Any = DistributedSampler(self.val_prompts, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
+        collate = self._make_collate(collate_prompts)
+        return DataLoader(self.val_prompts, batch_size=self.batch_size, sampler=all_in_order, collate_fn=collate)  # type: ignore[arg-type]
 
     def _make_loader(
         self, rows: Any, prompt_ids: list[int], collate: Callable[..., Any], keeps_prompts_together: bool = False
@@ -350,8 +360,12 @@ class RowDataModule(L.LightningDataModule):
             sampler=ResumableSampler(prompt_ids, self.seed, keeps_prompts_together),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            collate_fn=partial(collate, max_tokens=self.micro_batch_tokens),
+            collate_fn=self._make_collate(collate),
         )
+
+    def _make_collate(self, collate: Callable[..., Any]) -> Callable[..., Any]:
+        several = {"multiple_of": processes.world_size()} if processes.world_size() > 1 else {}
+        return partial(collate, max_tokens=self.micro_batch_tokens, **several)
 
 
 def refuse_below(least: int, **settings: int) -> None:

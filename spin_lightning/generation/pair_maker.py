@@ -28,6 +28,7 @@ from spin_lightning.models.forward_paths import forward_path_of
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import compute_dtype, evaluating
 from spin_lightning.progress import Phase, progress, track
+from spin_lightning.runs import processes
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, Response, UserError
 
@@ -76,13 +77,17 @@ class PairMaker:
     def make(self, store: PairStore, earlier: Mapping[int, PairStore], history: int) -> list[str]:
         """Fill a store with this iteration's pairs and those of the last ``history`` iterations, re-scored.
 
+        Of several processes each makes its share of the shards.
+
         Returns:
-            The names of the shards, in their order.
+            The names of all shards, in their order.
         """
-        names = []
         starts = range(0, len(self.prompts), self.shard_size)
-        done = [store.has_shard(self._shard_name(self.iteration, start)) for start in starts]
-        total = len(self.prompts) * self.answers_per_prompt
+        sources = range(self.iteration - 1, max(-1, self.iteration - 1 - history), -1)
+        names = [self._shard_name(source, start) for source in (self.iteration, *sources) for start in starts]
+        own = processes.deal(starts)
+        done = [store.has_shard(self._shard_name(self.iteration, start)) for start in own]
+        total = sum(len(self.prompts[start : start + self.shard_size]) for start in own) * self.answers_per_prompt
         with (
             torch.no_grad(),
             self.numerics(),
@@ -91,7 +96,7 @@ class PairMaker:
             progress("answering", total, "responses") as phase,
         ):
             forward_path_of(self.model)  # before the first response, so that all are computed alike
-            for start, is_done in zip(starts, done, strict=True):
+            for start, is_done in zip(own, done, strict=True):
                 prompts = self.prompts[start : start + self.shard_size]
                 if is_done:
                     phase.skip(len(prompts) * self.answers_per_prompt)
@@ -99,14 +104,12 @@ class PairMaker:
                     store.write_shard(
                         self._shard_name(self.iteration, start), self._make_pairs(prompts, earlier, phase)
                     )
-                names.append(self._shard_name(self.iteration, start))
-            for source in range(self.iteration - 1, max(-1, self.iteration - 1 - history), -1):
-                for start in track(starts, f"scoring the pairs of iteration {source}", len(starts), "shards"):
+            for source in sources:
+                for start in track(own, f"scoring the pairs of iteration {source}", len(own), "shards"):
                     name = self._shard_name(source, start)
                     if not store.has_shard(name):
                         self.poll()
                         store.write_shard(name, self._rescore(earlier[source].read_shard(name), store, start))
-                    names.append(name)
         return names
 
     @staticmethod

@@ -28,7 +28,8 @@ class TrainingSet:
         rows: One row of the table is one unit of ``data.batch_size``; a column ``prompt_id`` tells which belong
             together. No row at all: there is nothing left to train on.
         collate: Makes a batch of some rows: ``collate(rows, max_tokens=...)`` gives a list of passes of about that
-            size.
+            size. Where a run has several processes it is also given ``multiple_of=...``, their number, which the number
+            of passes should be a multiple of.
         report: What a person should know before training on it, kept in the iteration's summary and handed to
             callbacks.
         metrics: What of it goes to the loggers.

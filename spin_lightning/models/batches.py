@@ -93,7 +93,7 @@ def sequences(lengths: Iterable[Sequence[int]]) -> Iterator[tuple[int, list[int]
 
 
 def pack_rows(
-    rows: Sequence[Mapping[str, Any]], sides: Sequence[str], max_tokens: int
+    rows: Sequence[Mapping[str, Any]], sides: Sequence[str], max_tokens: int, multiple_of: int = 1
 ) -> list[tuple[list[int], ResponseBatch, torch.Tensor]]:
     """Rows of ids, grouped by prompt and cut into passes of at most ``max_tokens`` where their length allows.
 
@@ -101,6 +101,8 @@ def pack_rows(
         rows: Each with ``prompt_id``, ``prompt_ids`` and the columns named in ``sides``.
         sides: The columns that hold the responses.
         max_tokens: Tokens in one pass. A row that is longer by itself gets a pass of its own.
+        multiple_of: The number of passes is a multiple of this, where there are enough prompts: each of so many
+            processes has as many.
 
     Returns:
         For each pass: which rows are in it, their batch, and for every row and side the index of its response in the
@@ -114,7 +116,7 @@ def pack_rows(
             group = open_groups[row["prompt_id"]] = _Group(row["prompt_ids"])
             groups.append(group)
         group.add(index, row, sides)
-    return [_join_rows(part) for part in _balance_parts(groups, max_tokens)]
+    return [_join_rows(part) for part in _balance_parts(groups, max_tokens, multiple_of)]
 
 
 class _Group:
@@ -136,13 +138,14 @@ class _Group:
         self.indices.append([self.responses.setdefault(tuple(row[side]), len(self.responses)) for side in sides])
 
 
-def _balance_parts(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
+def _balance_parts(groups: list[_Group], max_tokens: int, multiple_of: int) -> list[list[_Group]]:
     """As few parts as keep within the limit, of about equal size: the longest group first, to the lightest part."""
     if not groups:
         return []
     order = sorted(range(len(groups)), key=lambda index: -groups[index].tokens)
     fewest = math.ceil(sum(group.tokens for group in groups) / max_tokens)
-    for count in range(min(fewest, len(groups)), len(groups) + 1):
+    fewest = math.ceil(fewest / multiple_of) * multiple_of
+    for count in (*range(fewest, len(groups), multiple_of), len(groups)):
         parts: list[list[int]] = [[] for _ in range(count)]
         loads = [0] * count
         for index in order:
@@ -164,21 +167,21 @@ def _join_rows(groups: list[_Group]) -> tuple[list[int], ResponseBatch, torch.Te
     return rows, batch, torch.tensor(indices)
 
 
-def collate_prompts(prompts: Sequence[Prompt], max_tokens: int) -> list[ResponseBatch]:
+def collate_prompts(prompts: Sequence[Prompt], max_tokens: int, multiple_of: int = 1) -> list[ResponseBatch]:
     """Prompts with their real responses: what SFT trains on and what the held-out NLL is measured on."""
     rows = [
         {"prompt_id": number, "prompt_ids": prompt.prompt_ids, "real_ids": prompt.real_ids}
         for number, prompt in enumerate(prompts)
     ]
-    return [batch for _, batch, _ in pack_rows(rows, ["real_ids"], max_tokens)]
+    return [batch for _, batch, _ in pack_rows(rows, ["real_ids"], max_tokens, multiple_of)]
 
 
-def collate_pairs(pairs: Sequence[Mapping[str, Any]], max_tokens: int) -> list[PairBatch]:
-    """Pairs, as the pair store's columns name them, in as many passes as ``max_tokens`` asks for."""
+def collate_pairs(pairs: Sequence[Mapping[str, Any]], max_tokens: int, multiple_of: int = 1) -> list[PairBatch]:
+    """Pairs, as the pair store's columns name them, in as many passes as ``max_tokens`` and ``multiple_of`` ask for."""
     sides = ["real_ids", "generated_ids"] + (["initial_ids"] if pairs[0]["initial_ids"] is not None else [])
     return [
         _make_pair_batch([pairs[row] for row in rows], batch, *indices.unbind(1))
-        for rows, batch, indices in pack_rows(pairs, sides, max_tokens)
+        for rows, batch, indices in pack_rows(pairs, sides, max_tokens, multiple_of)
     ]
 
 

@@ -10,7 +10,7 @@ from filelock import FileLock
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from spin_lightning.runs import signals
+from spin_lightning.runs import processes, signals
 from spin_lightning.runs.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_folder,
@@ -22,27 +22,34 @@ from spin_lightning.runs.files import hold, need_space, run_folder
 from spin_lightning.runs.lightning_internals import was_cut_short
 from spin_lightning.runs.settings import SETTINGS, check_settings
 from spin_lightning.terminal import say
-from spin_lightning.types import UserError
+from spin_lightning.types import Interrupted, UserError
 
 #: Complete checkpoints that are kept: the newest, and the one to fall back on should that be damaged.
 KEPT = 2
 
 
 class HoldsFolder(L.Callback):
-    """A callback that works in a folder alone: no second process gets it while a fit lasts."""
+    """A callback that works in a folder alone: no second run gets it while a fit lasts."""
 
     _lock: FileLock | None = None
+    _holds = False
 
-    def hold(self, folder: Path) -> None:
-        """Take the folder.
+    def hold(self, folder: Path, trainer: L.Trainer) -> None:
+        """Take the folder for all processes of the run. Together.
 
         Raises:
-            UserError: Another process has it, or something in it is a link.
+            UserError: Another run has it, something in it is a link, or the processes cannot be those of a run.
         """
-        self._lock = hold(folder)
+        processes.meet(folder, trainer)
+        if processes.is_first():
+            self._lock = hold(folder)
+            processes.forget_notices(folder)
+        processes.wait()
+        self._holds = True
 
     def let_go(self) -> None:
         """Give the folder back."""
+        self._holds = False
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -51,6 +58,8 @@ class HoldsFolder(L.Callback):
         self.let_go()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Exception):
+            processes.settle(exception)
         self.let_go()
 
 
@@ -99,9 +108,10 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
             return
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        self.hold(self.folder)
-        for left_over in self.folder.glob(".*.tmp"):  # by a kill in the middle of a save
-            left_over.unlink()
+        self.hold(self.folder, trainer)
+        if processes.is_first():
+            for left_over in self.folder.glob(".*.tmp"):  # by a kill in the middle of a save
+                left_over.unlink()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed_from = checkpoint["global_step"]
@@ -116,10 +126,15 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
                 "another folder."
             )
         check_settings(trainer, self.folder.parent / SETTINGS, self.allow_changes)
+        if processes.is_first():
+            self._make_room(pl_module)
+        processes.wait()
+
+    def _make_room(self, module: L.LightningModule) -> None:
         self._set_later_aside()
         # what a checkpoint holds, and of what is trained two float32 moments, and a float32 master of smaller weights
-        held = {tensor.data_ptr(): tensor.nbytes for tensor in pl_module.state_dict().values()}  # tied weights once
-        trained = [weight for weight in pl_module.parameters() if weight.requires_grad]
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in module.state_dict().values()}  # tied weights once
+        trained = [weight for weight in module.parameters() if weight.requires_grad]
         moments = sum(weight.numel() * (12 if weight.element_size() < 4 else 8) for weight in trained)
         size = sum(held.values()) + moments
         count = KEPT + 1 - len(checkpoints_in(self.folder))  # the kept ones are there already on a resume
@@ -130,7 +145,7 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if trainer.sanity_checking:  # at an epoch's end the evaluation is finished first: its checkpoint is the epoch's
-            signals.end_if_asked()
+            signals.end_together()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen_to_signals()
@@ -144,16 +159,17 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
         if trainer.is_last_batch:  # saved at the epoch's end; here it would skip validation and export on a resume
             return
         is_due = bool(self.every_n_steps and step % self.every_n_steps == 0)
-        if step > self._step_before and (is_due or signals.was_received()):  # not in the middle of an accumulation
+        asked = signals.received_by_any()
+        if step > self._step_before and (is_due or asked):  # not in the middle of an accumulation
             self._save(trainer)
-        if step == self.last_saved:
-            signals.end_if_asked()
+        if asked and step == self.last_saved:
+            raise Interrupted(asked)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if was_cut_short(trainer):  # the epoch is not over: the last checkpoint in it stays
             return
         self._save(trainer)
-        signals.end_if_asked()
+        signals.end_together()
 
     def let_go(self) -> None:
         """Give the folder and the signals back."""
@@ -170,7 +186,7 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
                 say(f"note: the run continues from step {self._resumed_from}; set aside {path}")
 
     def _listen_to_signals(self) -> None:
-        if self._lock is not None:
+        if self._holds:
             signals.listen()
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -180,6 +196,6 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
         refuse_non_finite(trainer.lightning_module)
         self.last_saved = trainer.global_step
         trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:09d}.ckpt", weights_only=False)
-        for path in checkpoints_in(self.folder)[KEPT:]:
+        for path in checkpoints_in(self.folder)[KEPT:] if processes.is_first() else ():
             path.unlink()
             hash_file(path).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from spin_lightning import __version__
+from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json, write_json
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.terminal import say
@@ -201,7 +202,8 @@ def check_settings(trainer: L.Trainer, path: Path, allow_changes: list[str]) -> 
                 "weights need not be those of an undisturbed run, bit by bit."
             )
     kernels = module.settle_kernels(None if record is None else record.get("kernels", {}))
-    write_json(path, {"settings": settings, "changes": changes, "versions": now, "kernels": kernels})
+    if processes.is_first():
+        write_json(path, {"settings": settings, "changes": changes, "versions": now, "kernels": kernels})
 
 
 def _arguments_of(thing: Any, prefix: str) -> dict[str, Any]:

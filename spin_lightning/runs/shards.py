@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json, replacing, sha256_of, write_json
 from spin_lightning.types import UserError
 
@@ -31,6 +32,10 @@ class ShardStore:
         manifest: Whether the table is complete, its binding, its shards with their hashes, and what ``finish`` was
             told.
 
+    Several processes write one table, each its own shards; with a binding it is opened by all of them together. The
+    manifest is the first process's. Beside a shard lies a voucher until the table is finished: what the manifest will
+    say of it.
+
     Raises:
         UserError: The folder holds rows that something else made; the message names each difference.
     """
@@ -45,6 +50,8 @@ class ShardStore:
     def __init__(self, folder: Path, binding: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
         self.manifest_path = folder.with_name(f"{folder.name}_manifest.json")
+        if binding is not None and not processes.is_first():
+            processes.wait()  # until the first one has begun it
         manifest: dict[str, Any] | None = read_json(self.manifest_path)
         if manifest is None:
             if binding is None:
@@ -61,7 +68,11 @@ class ShardStore:
                 f"{', '.join(differing)}. Use another self_play.output_dir, or remove that iteration's folder to have "
                 "its pairs made again."
             )
+        if binding is not None and processes.is_first():
+            processes.wait()
         self.manifest: dict[str, Any] = manifest
+        if not manifest["complete"]:
+            self._read_vouchers()
 
     @property
     def binding(self) -> dict[str, Any]:
@@ -90,8 +101,16 @@ class ShardStore:
         with replacing(path) as temporary:  # absolute below: Arrow takes a:b for a URL
             pq.write_table(table, temporary.absolute(), compression="zstd", write_page_checksum=True)
         entry = {"file": name, "rows": table.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        self.manifest["shards"] = [*(shard for shard in self.manifest["shards"] if shard["file"] != name), entry]
-        write_json(self.manifest_path, self.manifest)
+        self._vouch_for(entry)
+        if processes.world_size() == 1:
+            write_json(self.manifest_path, self.manifest)
+        else:
+            write_json(self._voucher_path(name), entry)
+
+    def gather(self) -> None:
+        """Wait until every process has written its shards, and learn of those of the others. Together."""
+        processes.wait()
+        self._read_vouchers()
 
     def read_shard(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """One shard, only if it is the file that was written.
@@ -112,11 +131,15 @@ class ShardStore:
         return pa.concat_tables([self.read_shard(name, columns) for name in names])
 
     def finish(self, names: Sequence[str], **information: Any) -> None:
-        """Say that these shards, in this order, are all, and what is in them."""
+        """Say that these shards, in this order, are all, and what is in them. Together, after ``gather``."""
         written = {shard["file"]: shard for shard in self.manifest["shards"]}
         shards = [written[name] for name in names]
         self.manifest = {"complete": True, "binding": self.binding, **information, "shards": shards}
-        write_json(self.manifest_path, self.manifest)
+        if processes.is_first():
+            write_json(self.manifest_path, self.manifest)
+            for voucher in self.folder.glob("*.voucher.json"):
+                voucher.unlink()
+        processes.wait()
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """All rows, checked against the manifest.
@@ -129,6 +152,17 @@ class ShardStore:
                 f"the {self.rows_are} in {self.folder} are unfinished. Continue the run that was making them."
             )
         return self.read_shards([shard["file"] for shard in self.manifest["shards"]], columns)
+
+    def _vouch_for(self, entry: Mapping[str, Any]) -> None:
+        others = [shard for shard in self.manifest["shards"] if shard["file"] != entry["file"]]
+        self.manifest["shards"] = [*others, dict(entry)]
+
+    def _read_vouchers(self) -> None:
+        for path in sorted(self.folder.glob("*.voucher.json")):
+            self._vouch_for(read_json(path))
+
+    def _voucher_path(self, name: str) -> Path:
+        return self.folder / f"{name}.voucher.json"
 
     def _shard_path(self, name: str) -> Path:
         """Where a shard is. A manifest is a file that others may have written: its names must not lead elsewhere."""

@@ -10,7 +10,9 @@ import signal
 import threading
 from types import FrameType
 
+from spin_lightning import terminal
 from spin_lightning.progress import display
+from spin_lightning.runs import processes
 from spin_lightning.types import Interrupted
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -37,16 +39,26 @@ def stop_listening() -> None:
     _received.clear()
 
 
-def was_received() -> bool:
-    """Whether the run shall end as soon as it can be saved."""
-    return bool(_received)
+def received_by_any() -> int:
+    """The signal that asks the run to end where it can be saved, whichever process got it; 0 if none did. Together."""
+    return processes.largest(_received[0] if _received else 0)
+
+
+def end_together() -> None:
+    """Call this where every process is, and nothing would be lost. Together.
+
+    Raises:
+        Interrupted: A process received a signal.
+    """
+    if number := received_by_any():
+        raise Interrupted(number)
 
 
 def end_if_asked() -> None:
-    """Call this where nothing would be lost.
+    """Call this where nothing would be lost and the other processes are not waited for.
 
     Raises:
-        Interrupted: A signal was received.
+        Interrupted: This process received a signal.
     """
     if _received:
         raise Interrupted(_received[0])
@@ -56,6 +68,8 @@ def _keep_signal(number: int, frame: FrameType | None) -> None:
     if _received:
         os._exit(Interrupted(number).exit_code)
     _received.append(number)
+    if not terminal.speaks():
+        return
     name = signal.Signals(number).name
     # not print: a handler may interrupt another print
     above = "\r\x1b[2K" if display.is_drawn else "\n"

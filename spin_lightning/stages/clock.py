@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from spin_lightning.generation.synthetic_data import NOTHING, SyntheticDataModule, TrainingSet
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.runs import lightning_internals as internals
-from spin_lightning.runs import signals
+from spin_lightning.runs import processes, signals
 from spin_lightning.runs.checkpoints import last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.run_checkpoint import HoldsFolder, RunCheckpoint
@@ -183,6 +183,7 @@ class SelfPlay(HoldsFolder):
         store = iteration.open(self.remembered.manifest, is_fresh)
         iteration.fill(store)
         self._training_set = training_set = iteration.training_set(store)
+        processes.wait()
         if is_fresh:
             self.remembered = Remembered(store.sha256, seconds={"pairs": time.monotonic() - started, "training": 0.0})
         else:
@@ -244,12 +245,14 @@ class SelfPlay(HoldsFolder):
             **module.describe_iteration(iteration.number),
             "pairs": self._report,
         }
-        iteration.close(summary)
+        if processes.is_first():
+            iteration.close(summary)
+        processes.wait()
         notify(self.trainer, "on_iteration_end", iteration.number, summary)
 
     def _end_if_missed(self, number: int) -> None:
         """Export the policy that a checkpoint saved between an iteration's last step and its export left out."""
-        if not (self.folder(number) / "summary.json").exists():
+        if processes.share(not (self.folder(number) / "summary.json").exists()):
             self._end_iteration(self._make_iteration(number))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -259,7 +262,7 @@ class SelfPlay(HoldsFolder):
         if internals.epoch_to_begin(trainer) >= self.total_epochs:
             self._end_if_missed(self.iterations - 1)
         played = [read_json(self.folder(k) / "summary.json") for k in range(self.iterations)]
-        if self.stopped_because or played[-1] is not None:
+        if processes.is_first() and (self.stopped_because or played[-1] is not None):
             reason = self.stopped_because or f"all {self.iterations} iterations were played"
             write_json(self.output_dir / "game.json", {"ended_because": reason, "iterations": [s for s in played if s]})
             kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
@@ -278,16 +281,18 @@ class SelfPlay(HoldsFolder):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a trial: few prompts, and nothing that a real run would meet again
             data.prompts = data.prompts[: data.batch_size * int(trainer.fast_dev_run)]  # type: ignore[attr-defined]
             self.output_dir = self.output_dir / "fast_dev_run"
-            shutil.rmtree(self.output_dir, ignore_errors=True)
+            if processes.is_first():
+                shutil.rmtree(self.output_dir, ignore_errors=True)
         data.game = self
-        self.hold(self.output_dir)
+        self.hold(self.output_dir, trainer)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The held-out NLL of the model the game starts from: what every iteration is compared with."""
         if start := starting_metrics(trainer):
             for logger in trainer.loggers:
                 logger.log_metrics(start, step=0)
-            write_json(self.output_dir / "start.json", start)
+            if processes.is_first():
+                write_json(self.output_dir / "start.json", start)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Begin with the next epoch where a checkpoint was saved between an epoch's last batch and its end."""
@@ -320,8 +325,7 @@ def refuse_unplayable(trainer: Any, module: Any, epochs: list[int]) -> None:
             f"SelfPlay needs a SyntheticDataModule, got {type(data).__name__}. Use trainer.fit(module, "
             "SyntheticDataModule(...))."
         )
-    if trainer.world_size > 1:
-        raise UserError(f"self-play runs in one process so far, got {trainer.world_size}. Set trainer.devices: 1.")
+    processes.refuse_strategy(trainer)
     if trainer.reload_dataloaders_every_n_epochs != 1:
         raise UserError(
             "trainer.reload_dataloaders_every_n_epochs must be 1, so that no iteration trains on the pairs of another, "
@@ -360,5 +364,6 @@ def end_if_asked(trainer: Any) -> None:
         Interrupted: A signal was received; a ``SIGTERMException`` where Lightning received it, without a RunCheckpoint.
     """
     signals.end_if_asked()
+    processes.end_if_another_did()
     if internals.received_sigterm(trainer):
         raise SIGTERMException

@@ -13,10 +13,10 @@ from spin_lightning.models.adapters import base_of, exports_merged, save_adapter
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import add_adapter, how_to_cast
 from spin_lightning.models.saving import save_model
+from spin_lightning.runs import processes
 from spin_lightning.runs.files import refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import was_cut_short
 from spin_lightning.terminal import say
-from spin_lightning.types import UserError
 
 
 def export_policy(
@@ -54,11 +54,8 @@ class ExportPolicy(L.Callback):
         self._started = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.world_size > 1:
-            raise UserError(
-                f"fine-tuning runs in one process so far, got {trainer.world_size}. Set trainer.devices: 1."
-            )
         if stage == "fit":
+            processes.refuse_strategy(trainer)
             refuse_links(self.output_dir)
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,7 +101,9 @@ class ExportPolicy(L.Callback):
             + "\n".join(f"- {name}: {value}" for name, value in summary.items())
             + f"\n\n{how_to_cast(summary)}"
         )
-        export_policy(module.policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
+        if processes.is_first():
+            export_policy(module.policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
+        processes.wait()
         say(f"the model is in {self.output_dir}/{'policy' if (self.output_dir / 'policy').exists() else 'adapter'}")
 
     def _count_seconds(self) -> float:

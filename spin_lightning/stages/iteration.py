@@ -35,6 +35,7 @@ from spin_lightning.models.batches import collate_pairs
 from spin_lightning.models.model_card import render_model_card
 from spin_lightning.models.rope import refuse_crossing
 from spin_lightning.models.saving import save_model, weights_hash
+from spin_lightning.runs import processes
 from spin_lightning.runs.files import need_space
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import ShardStore, refuse_broken_chain, refuse_other_binding
@@ -94,6 +95,8 @@ class Iteration(ABC):
     """One iteration of a stage that plays: made by the stage's module, run by the clock.
 
     What it makes is kept in the run's folder, so that a run can be killed between any two of these calls and go on.
+    Every process makes all of these calls but ``close``, which the first one makes alone; in ``fill`` they share the
+    work, and each writes shards of its own.
 
     Args:
         number: From 0.
@@ -164,9 +167,11 @@ class SpinIteration(Iteration):
         for k in combined | ({0} if self.loss.needs_initial_response and number else set()):
             refuse_other_binding(self._pairs_of(k), depends_on, ("prompts_sha256", "encoding_sha256", *_LAYOUT))
         refuse_broken_chain([self._pairs_of(k) for k in range(number - 1, -1, -1)], known)
+        weights = weights_hash(model)
+        processes.refuse_different(weights, f"the weights at the start of iteration {number}")
         binding = {
             "iteration": number,
-            "opponent_sha256": weights_hash(model),
+            "opponent_sha256": weights,
             PairStore.chained_by: known if number else None,
             **depends_on,
             **({"engine": engine} if (engine := data.generator.engine) else {}),
@@ -204,12 +209,15 @@ class SpinIteration(Iteration):
         if folder is not None and not folder.is_dir():  # an adapter need not be exported merged
             folder = None
         writes = data.generator.needs_folder and folder is None
-        self._need_space(sampling["max_new_tokens"], 1 + writes)
+        if processes.is_first():
+            self._need_space(sampling["max_new_tokens"], 1 + writes)
         if writes:
             folder = self.folder / "opponent"
-            ends, trusted = data.encoder.end_ids, self.policy.trust_remote_code
-            card = f"# The opponent of iteration {number}\n"
-            save_model(self.policy.model, data.encoder.tokenizer, folder, card, ends, trust_remote_code=trusted)
+            if processes.is_first():
+                ends, trusted = data.encoder.end_ids, self.policy.trust_remote_code
+                card = f"# The opponent of iteration {number}\n"
+                save_model(self.policy.model, data.encoder.tokenizer, folder, card, ends, trust_remote_code=trusted)
+            processes.wait()
         maker = PairMaker(
             opponent=Player(self.policy.model, folder),
             encoder=data.encoder,
@@ -227,6 +235,7 @@ class SpinIteration(Iteration):
             shard_size=self.run.shard_size,
         )
         names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
+        store.gather()
         own = own_pairs(store.read_shards(names, DESCRIBED_COLUMNS), number)
         statistics = describe_pairs(own)
         if "engine" in store.binding:
@@ -237,7 +246,7 @@ class SpinIteration(Iteration):
             )
             statistics["sampler_gap"] = gap
         store.finish(names, opponent=self._opponent_name, versions=versions(), statistics=statistics)
-        if writes:
+        if writes and processes.is_first():
             shutil.rmtree(self.folder / "opponent")
 
     def training_set(self, store: PairStore) -> TrainingSet:

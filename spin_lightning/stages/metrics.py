@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
+from spin_lightning.runs import processes
 from spin_lightning.types import PairLogProbs, PairLossOutput
 
 #: TRL's names for the same numbers, for dashboards that expect them.
@@ -55,14 +56,17 @@ class RewardAccuracy(Metric):
 
 
 class PairMetrics(nn.Module):
-    """Rewards, margins, accuracy and log-probs of the pairs of an update, and of those of an epoch."""
+    """Rewards, margins, accuracy and log-probs of the pairs of an update, and of those of an epoch.
+
+    Each process knows those of all pairs, so that a checkpoint of any holds them and any number of processes continues.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         names = ("rewards/real", "rewards/generated", "rewards/margins", "logps/real", "logps/generated")
-        means = {name: MeanMetric() for name in names}
+        means = {name: MeanMetric(sync_on_compute=False) for name in names}
         self.means: Any = nn.ModuleDict(means)
-        self.accuracy: Any = RewardAccuracy()
+        self.accuracy: Any = RewardAccuracy(sync_on_compute=False)
         for metric in means.values():
             metric.persistent(mode=True)  # an epoch's mean survives a resume in the middle of it
         self._update: list[dict[str, Tensor]] = []  # the batches of the update in progress
@@ -73,23 +77,32 @@ class PairMetrics(nn.Module):
 
     @torch.no_grad()
     def forward(self, parts: Sequence[tuple[PairLossOutput, PairLogProbs]], is_first: bool = True) -> dict[str, Tensor]:
-        """Add a batch, given in parts; return the values over all batches of its update. ``is_first`` begins one."""
-        real = torch.cat([output.real_rewards for output, _ in parts])
-        generated = torch.cat([output.generated_rewards for output, _ in parts])
+        """Add a batch, given in the parts of this process; return the values over all batches of its update. Together.
+
+        ``is_first`` begins an update.
+        """
+        columns = [
+            (output.real_rewards, output.generated_rewards, policy.real.detach(), policy.generated.detach())
+            for output, policy in parts
+        ]
+        if processes.world_size() > 1:
+            whole = processes.join(torch.cat([torch.empty(4, 0), *(torch.stack(part).cpu() for part in columns)], 1))
+            columns = [tuple(whole.to(self.accuracy.wins.device))]
+        real, generated, *log_probs = (torch.cat(column) for column in zip(*columns, strict=True))
         values = {
             "rewards/real": real,
             "rewards/generated": generated,
             "rewards/margins": real - generated,
-            "logps/real": torch.cat([policy.real.detach() for _, policy in parts]),
-            "logps/generated": torch.cat([policy.generated.detach() for _, policy in parts]),
+            "logps/real": log_probs[0],
+            "logps/generated": log_probs[1],
         }
         for name, value in values.items():
             self.means[name].update(value)
         self.accuracy.update(real, generated)
         self._update = [*([] if is_first else self._update), values]
-        whole = {name: torch.cat([batch[name] for batch in self._update]) for name in values}
-        means = {name: value.float().mean() for name, value in whole.items()}
-        means["rewards/accuracies"] = wins(whole["rewards/real"], whole["rewards/generated"]).mean()
+        update = {name: torch.cat([batch[name] for batch in self._update]) for name in values}
+        means = {name: value.float().mean() for name, value in update.items()}
+        means["rewards/accuracies"] = wins(update["rewards/real"], update["rewards/generated"]).mean()
         return with_aliases(means)
 
     def compute(self) -> dict[str, Tensor]:

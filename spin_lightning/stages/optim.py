@@ -122,7 +122,12 @@ def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def sum_in_passes(loss_of: Callable[[Any], Tensor], parts: Sequence[Any], weights: Sequence[Tensor]) -> Tensor:
+def sum_in_passes(
+    loss_of: Callable[[Any], Tensor],
+    parts: Sequence[Any],
+    weights: Sequence[Tensor],
+    unused: set[int] | None = None,
+) -> Tensor:
     """The sum of the losses of a batch's parts, as if they were computed together, in the memory of one.
 
     Each part's gradients are taken before the next part begins, and handed on when the sum's are asked for.
@@ -131,6 +136,8 @@ def sum_in_passes(loss_of: Callable[[Any], Tensor], parts: Sequence[Any], weight
         loss_of: The loss of one part, a scalar. Called once for each part.
         parts: The parts.
         weights: What to differentiate; nothing else gets a gradient.
+        unused: Where given, no part at all will do; weights that no loss depends on get a gradient of zeros, and this
+            is told their places.
 
     Example:
         >>> weight = torch.tensor(3.0, requires_grad=True)
@@ -138,9 +145,9 @@ def sum_in_passes(loss_of: Callable[[Any], Tensor], parts: Sequence[Any], weight
         >>> weight.grad
         tensor(18.)
     """
-    if len(parts) == 1 or not torch.is_grad_enabled():
+    if (len(parts) == 1 and unused is None) or not torch.is_grad_enabled():
         return torch.stack([loss_of(part) for part in parts]).sum()
-    return _Passes.apply(loss_of, parts, *weights)
+    return _Passes.apply(loss_of, parts, unused, *weights)
 
 
 class _Passes(torch.autograd.Function):
@@ -150,8 +157,11 @@ class _Passes(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, loss_of: Callable[[Any], Tensor], parts: Sequence[Any], *weights: Tensor) -> Tensor:
-        total: Any = 0.0
+    def forward(
+        ctx: Any, loss_of: Callable[[Any], Tensor], parts: Sequence[Any], unused: set[int] | None, *weights: Tensor
+    ) -> Tensor:
+        none = weights[0].new_zeros((), dtype=torch.promote_types(weights[0].dtype, torch.float32))
+        total: Any = 0.0 if parts else none
         gradients: list[Tensor | None] = [None] * len(weights)
         places = _make_block_like(weights)
 
@@ -174,6 +184,9 @@ class _Passes(torch.autograd.Function):
         finally:
             for hook in hooks:
                 hook.remove()
+        if unused is not None:
+            unused.update(index for index, gradient in enumerate(gradients) if gradient is None)
+            gradients = [place.zero_() if held is None else held for held, place in zip(gradients, places, strict=True)]
         ctx.gradients = gradients
         return total
 
@@ -182,7 +195,7 @@ class _Passes(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if float(grad_output) != 1.0:
             gradients = [None if gradient is None else gradient.mul_(grad_output) for gradient in gradients]
-        return None, None, *gradients
+        return None, None, None, *gradients
 
 
 def _make_block_like(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -36,6 +36,7 @@ from spin_lightning.models.loading import (
 )
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import calm, is_random
+from spin_lightning.runs import processes
 from spin_lightning.runs.checkpoints import newest_checkpoint
 from spin_lightning.runs.lightning_internals import (
     forward_context,
@@ -63,6 +64,7 @@ class _Update:
     is_complete: bool = False  # with the batch in progress
     divisor: int = 0  # the first batch's count, which every batch's sum is divided by
     count: int = 0  # of what the mean is over, so far
+    users: Any = 0  # of each trained weight, processes whose losses depended on it so far; asked if there are several
     total: Any = 0.0  # of the losses so far, divided by divisor
 
 
@@ -70,7 +72,8 @@ class PolicyModule(L.LightningModule):
     """A language model under training. Subclasses add ``training_step``, which returns what ``mean_of_update`` gives.
 
     An update's loss is one mean over all its batches, however many ``trainer.accumulate_grad_batches`` makes them and
-    however long each is: batches that are accumulated train like one batch with all their rows.
+    however long each is: batches that are accumulated train like one batch with all their rows. Every process has the
+    whole batch, and takes its share of the passes.
 
     Given a model object instead of a name, it trains that object, in place; where self-play needs the weights it
     started with again (the resident opponent, alpha-SPIN), a copy of them is kept on the CPU.
@@ -208,6 +211,7 @@ class PolicyModule(L.LightningModule):
         if not self.dropout:
             disable_dropout(self.policy)
         self.policy.train()  # from_pretrained returns evaluation mode, and Lightning leaves the mode alone
+        processes.wait()  # one process may load for long
 
     @property
     def given_model(self) -> PreTrainedModel | None:
@@ -312,7 +316,9 @@ class PolicyModule(L.LightningModule):
             keep_freed_memory()
 
     def settle_kernels(self, recorded: Mapping[str, str] | None) -> dict[str, str]:
-        """Fix how a run computes its kernels: by the setting, else by its record, else by a trial.
+        """Fix how a run computes its kernels: by the setting, else by its record, else by a trial. Together.
+
+        Where there are several processes, all take what the first one does.
 
         Args:
             recorded: What the run took before, by the names of the kernels; of one that is not among them the run
@@ -326,6 +332,8 @@ class PolicyModule(L.LightningModule):
             say(f"note: model.kernels names {', '.join(unused)}, which {type(self).__name__} does not use.")
         with self.precision_context():
             pin_kernels(self.policy, {})
+            if not processes.is_first():
+                recorded = processes.share(recorded)
             for name in self.kernels_used:
                 wanted = setting.get(name) or (None if recorded is None else recorded.get(name, first_of(name)))
                 error = find_error(self.policy, name, wanted) if wanted else ""
@@ -337,6 +345,8 @@ class PolicyModule(L.LightningModule):
                         "another, and its weights need not be those of an undisturbed run, bit by bit."
                     )
                 choices[name] = wanted if wanted and not error else kernel_of(self.policy, name)
+            if processes.is_first():
+                processes.share(choices)
             pin_kernels(self.policy, choices)
         forget_forward_path(self.policy)
         self._kernels_are_settled = True
@@ -423,16 +433,16 @@ class PolicyModule(L.LightningModule):
 
         Args:
             sum_of: The sum of the losses of one part of the batch, a scalar. Called once for each part.
-            parts: The parts of the batch.
+            parts: The parts of the batch, of which each process computes its share.
             count: Of what the loss is a mean in this batch: its pairs, responses or tokens.
         """
-        update = self._update
+        update, several = self._update, processes.world_size()
         update.divisor = update.divisor or count
-        loss = self.sum_in_passes(lambda part: sum_of(part) / update.divisor, parts)
+        loss = self.sum_in_passes(lambda part: sum_of(part) / update.divisor, processes.deal(parts))
         update.count += count
-        update.total = update.total + loss.detach()
+        update.total = update.total + processes.add_up(loss.detach())
         self.log("loss", self.update_loss, prog_bar=True, batch_size=sum(map(len, parts)))
-        return loss
+        return loss if several == 1 else loss * several  # the gradients' mean over the processes is to be their sum
 
     @property
     def update_loss(self) -> Tensor:
@@ -450,6 +460,10 @@ class PolicyModule(L.LightningModule):
         update = self._update
         if not update.is_complete or not update.count:  # a training step of one's own
             return
+        if processes.world_size() > 1:
+            for weight, users in zip(self._trained_weights(), update.users, strict=True):
+                if not users:  # as in one process: an optimiser leaves it alone
+                    weight.grad = None
         factor = self.trainer.accumulate_grad_batches * update.divisor / update.count
         if factor != 1:
             for weight in self.policy.parameters():
@@ -458,9 +472,23 @@ class PolicyModule(L.LightningModule):
 
     def sum_in_passes(self, loss_of: Callable[[Any], Tensor], parts: Sequence[Any]) -> Tensor:
         """The sum of the losses of a batch's parts, one part in memory at a time."""
+        weights, several = self._trained_weights(), processes.world_size() > 1
         if self.compute_dtype is torch.float16:  # its gradients have to be scaled before they are taken
-            return torch.stack([loss_of(part) for part in parts]).sum()
-        return sum_in_passes(loss_of, parts, [weight for weight in self.policy.parameters() if weight.requires_grad])
+            losses = [loss_of(part) for part in parts]
+            if several:  # DDP waits for the gradient of every weight
+                losses += [0.0 * weight.flatten()[:1].float().sum() for weight in weights]
+                self._update.users = torch.ones(len(weights))
+            return torch.stack(losses).sum()
+        if not several:
+            return sum_in_passes(loss_of, parts, weights)
+        unused: set[int] = set()
+        loss = sum_in_passes(loss_of, parts, weights, unused)
+        is_used = torch.tensor([float(index not in unused) for index in range(len(weights))])
+        self._update.users = self._update.users + processes.add_up(is_used)
+        return loss
+
+    def _trained_weights(self) -> list[Tensor]:
+        return [weight for weight in self.policy.parameters() if weight.requires_grad]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         num_batches = self.trainer.accumulate_grad_batches
@@ -536,7 +564,11 @@ class PolicyModule(L.LightningModule):
 
     def validation_step(self, batch: list[ResponseBatch], batch_idx: int) -> None:
         """Held-out NLL of the real responses: it needs no generation."""
-        for part in batch:
+        own = processes.deal(batch)
+        if not own:  # a mean that was never told anything warns
+            self.held_out_nll.update(torch.empty(0))
+            self.held_out_nll_per_token.update(torch.empty(0))
+        for part in own:
             log_probs, lengths = response_log_probs(self.policy, part), part.response_lengths
             self.held_out_nll.update(-log_probs)
             self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)

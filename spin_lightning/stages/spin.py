@@ -19,6 +19,7 @@ from spin_lightning.models.forward_paths import rounding_of
 from spin_lightning.models.loading import ModelOrName
 from spin_lightning.models.log_probs import pair_log_probs
 from spin_lightning.models.modes import evaluating
+from spin_lightning.runs import processes
 from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.stages.gate import check_gate
 from spin_lightning.stages.iteration import Run, SpinIteration
@@ -135,6 +136,7 @@ class SpinLightningModule(IterativeModule):
 
         is_first = not self._update.count
         loss = self.mean_of_update(sum_of, batch, num_pairs)
+        self._gate_is_due = False  # of a process that had no pass, too
         self.log_dict(self.metrics(seen, is_first=is_first), batch_size=num_pairs)
         return loss
 
@@ -162,7 +164,8 @@ class SpinLightningModule(IterativeModule):
 
     def on_train_epoch_end(self) -> None:
         values = self.metrics.compute()
-        self.log_dict({f"epoch/{name}": value for name, value in values.items()})
+        # all processes have the same values, which Lightning is told not to doubt
+        self.log_dict({f"epoch/{name}": value for name, value in values.items()}, sync_dist=processes.world_size() > 1)
 
     def _recompute(self, batch: PairBatch):  # type: ignore[no-untyped-def]
         def recompute(is_evaluating: bool) -> PairLogProbs:

@@ -57,6 +57,22 @@ def test_pairs_of_one_prompt_hold_it_and_their_real_response_once() -> None:
     assert batch.initial is None and batch.initial_response is None and len(batch) == 6
 
 
+@pytest.mark.parametrize("max_tokens", [30, 60, 1000])
+def test_a_batch_has_as_many_passes_for_each_process_where_it_has_the_prompts(max_tokens: int) -> None:
+    pairs = make_pairs(7, 2)
+    one = collate_pairs(pairs, max_tokens)
+    for processes in (1, 2, 3, 4):
+        passes = collate_pairs(pairs, max_tokens, multiple_of=processes)
+        assert sorted(pair for part in passes for pair in part.pair_ids.tolist()) == list(range(14))
+        assert len(passes) >= len(one) and (len(passes) % processes == 0 or len(passes) == 7)
+        lengths = [len(part.responses.input_ids) for part in passes]
+        assert max(lengths) <= max(max_tokens, max(len(part.responses.input_ids) for part in collate_pairs(pairs, 1)))
+    assert [part.pair_ids.tolist() for part in collate_pairs(pairs, max_tokens, multiple_of=1)] == [
+        part.pair_ids.tolist() for part in one
+    ]
+    assert len(collate_pairs(make_pairs(1, 3), max_tokens, multiple_of=2)) == 1  # of one prompt, which is not cut
+
+
 def test_in_every_layout_a_token_is_predicted_at_the_place_before_it() -> None:
     """Worked out by hand: an empty prompt, an empty response, and two responses to one prompt among them."""
     batch = pack([([5, 6], [[7, 2], [8]]), ([], [[9, 3]]), ([4], [[], [1]])])

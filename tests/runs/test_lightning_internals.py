@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,39 @@ def test_lightning_notes_a_sigterm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("strategy", "expected"), [("auto", False), ("ddp_spawn", True)])
 def test_strategies_that_start_processes_are_known(tmp_path: Path, strategy: str, expected: bool) -> None:
     assert internals.starts_processes(trainer_with(tmp_path, strategy=strategy, devices=1)) is expected
+
+
+CHILD_FAILS = """
+import os, sys, time
+sys.path[:0] = [{package!r}]
+import lightning as L
+from lightning.pytorch.demos.boring_classes import BoringModel
+from spin_lightning.runs import lightning_internals as internals
+
+class Model(BoringModel):
+    def setup(self, stage):
+        if {patient}:
+            internals.let_children_explain(60.0)
+        if os.environ["LOCAL_RANK"] == "1":
+            os._exit(3)
+        children = internals.children_of(self.trainer)
+        time.sleep(11)
+        print("found", [child.poll() for child in children], flush=True)
+        os._exit(0)
+
+L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False).fit(Model())
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("ALL_PROCESSES"), reason="takes 12 seconds; part of make processes")
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_process_whose_child_failed_is_killed_within_seconds_unless_it_asks_for_more(
+    patient: bool, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CHILD_FAILS.format(package=str(PACKAGE.parent), patient=patient))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert (done.returncode, "found [3]" in done.stdout) == ((0, True) if patient else (-signal.SIGKILL, False))
 
 
 def test_data_can_be_read_before_a_fit(tmp_path: Path) -> None:

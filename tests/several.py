@@ -1,0 +1,160 @@
+"""Several processes of one run, as ``torchrun`` would start them, without the time that imports take."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from spin_lightning import TransformersGenerator, UserError
+from spin_lightning.types import Response
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["games", "several", "spin_lightning.cli.stage_cli"])
+#: A test that hangs is one that fails.
+LONGEST_SECONDS = 240.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
+    """What ``torchrun`` tells a process."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+
+
+class Several:
+    """The processes of one run, from ``start`` until they have all ended.
+
+    Attributes:
+        codes: Their exit codes; minus the number of a signal that killed one.
+        printed: What each wrote to stdout and stderr.
+    """
+
+    def __init__(self, folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        port, number = free_port(), len(list(folder.glob("printed_*_0")))
+        self.files = [folder / f"printed_{number}_{rank}" for rank in range(world)]
+        self.processes = [
+            CONTEXT.Process(target=_run, args=(environment_of(rank, world, port), self.files[rank], function, args))
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, ends_all: bool = False) -> Several:
+        """Wait for them; ``ends_all`` terminates the others where one failed, as ``torchrun`` does."""
+        end = time.monotonic() + LONGEST_SECONDS
+        while ends_all and time.monotonic() < end and any(process.is_alive() for process in self.processes):
+            time.sleep(0.1)
+            if any(process.exitcode for process in self.processes):
+                for process in self.processes:
+                    process.terminate()
+                break
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not hanging, f"processes {hanging} hang; they printed {self.printed}"
+        return self
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def printed(self) -> list[str]:
+        return [path.read_text(errors="replace") if path.exists() else "" for path in self.files]
+
+
+def together(folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> Several:
+    """Run a function in several processes of one run, and wait for them."""
+    return Several(folder, function, *args, world=world).wait()
+
+
+# --- a process to which something happens -----------------------------------------------------------------------------
+
+#: Where it happens, in the environment: rank, place, number there, and what.
+FATE = "FATE_OF_A_PROCESS"
+_seen: dict[str, int] = {}
+
+
+def meet_fate(place: str) -> None:
+    """Be killed, signalled or broken if this is the process, the place and the time for it."""
+    _seen[place] = _seen.get(place, 0) + 1
+    rank, where, number, what = (os.environ.get(FATE) or "- - 0 -").split()
+    own_rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    if (rank, where, int(number)) == (own_rank, place, _seen[place]):
+        if what == "broken":
+            raise UserError("a plug was pulled. Put it back")
+        os.kill(os.getpid(), signal.SIGKILL if what == "killed" else signal.SIGTERM)
+
+
+class MortalGenerator(TransformersGenerator):
+    """Answers slowly, and may meet its fate."""
+
+    def generate(self, *args: Any) -> Iterator[tuple[int, Response]]:
+        for item in super().generate(*args):
+            meet_fate("generation")
+            time.sleep(0.02)
+            yield item
+
+
+class Mortal(L.Callback):
+    """May meet its fate in a training step, in validation, or as an iteration ends."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        meet_fate("training")
+
+    def on_validation_batch_start(self, *args: Any) -> None:
+        meet_fate("validation")
+
+    def on_iteration_end(self, *args: Any) -> None:
+        meet_fate("export")
+
+
+def run_command(args: list[str], fate: str = "") -> None:
+    """A command line, in a process that may meet its fate."""
+    from spin_lightning.cli.commands import main
+
+    os.environ[FATE] = fate
+    main(args)
+
+
+def _run(environment: dict[str, str], printed: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with printed.open("w") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    try:
+        function(*args)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    else:
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

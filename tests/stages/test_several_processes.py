@@ -1,0 +1,356 @@
+"""A run of several processes is the run of one: the same pairs, losses and weights; and they end together."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from filelock import FileLock
+from games import Do, DoLast, Game, Stopped, pairs_of, read, without_seconds
+from helpers import QUIET, args_of, load, write_rows
+from lightning.pytorch.strategies import DDPStrategy
+from several import FATE, Several, free_port, run_command, together
+
+from spin_lightning import ExportPolicy, RowDataModule, RunCheckpoint, SftLightningModule
+from spin_lightning.models import kernels
+from spin_lightning.runs.files import sha256_of
+
+#: Games that are played by two processes and by one. Two shards at least, held-out rows, two epochs in each iteration.
+GAMES: dict[str, dict[str, Any]] = {
+    "float64, clipped, two answers, two passes each": {
+        "trainer": {"precision": "64-true", "gradient_clip_val": 1.0},
+        "data": {"answers_per_prompt": 2, "batch_size": 6, "micro_batch_tokens": 60},
+    },
+    "float32, accumulated, a last update of one pair, resident opponent": {
+        "trainer": {"accumulate_grad_batches": 2},
+        "module": {"opponent": "resident"},
+        "data": {"batch_size": 5},
+    },
+}
+
+
+def play(model: str, rows: str, folder: Path, settings: dict[str, Any], several: bool) -> None:
+    """Play a game, and leave beside it what it was like."""
+    losses: list[float] = []
+    note = Do(on_train_batch_end=lambda trainer, module, *_: losses.append(float(module.update_loss)))
+    trainer = {**settings.get("trainer", {}), **({"devices": 2, "strategy": "ddp"} if several else {})}
+    game = Game(model, rows, folder, **{**settings, "trainer": trainer}, callbacks=[note]).play()
+    rank = game.trainer.global_rank
+    (folder / f"losses_{rank}.json").write_text(json.dumps(losses))
+    (folder / f"weights_{rank}").write_bytes(game.weights)
+
+
+def compare(one: Path, two: Path, loss: float, weight: float) -> None:
+    """Both games were the same, but for so much in losses and weights."""
+    losses, *others = (
+        json.loads((folder / f"losses_{n}.json").read_text()) for folder, n in ((one, 0), (two, 0), (two, 1))
+    )
+    assert others == [pytest.approx(losses, abs=loss, rel=0)] * 2
+    assert (two / "weights_0").read_bytes() == (two / "weights_1").read_bytes()
+    for k in range(2):
+        mine, theirs = (load(folder / f"iteration_{k}" / "policy", torch.float64).state_dict() for folder in (one, two))
+        for name, tensor in mine.items():
+            torch.testing.assert_close(theirs[name], tensor, atol=weight, rtol=0)
+        pairs = [pairs_of(folder, k) for folder in (one, two)]
+        for pair, other in zip(*pairs, strict=True):
+            columns = [name for name in pair if not name.endswith(("_log_prob", "sha256"))]
+            assert {name: pair[name] for name in columns} == {name: other[name] for name in columns}
+        summaries = [without_seconds(read(folder / f"iteration_{k}" / "summary.json")) for folder in (one, two)]
+        assert_close(summaries[1], summaries[0], 100 * max(loss, 1e-7))
+    assert_close(read(two / "start.json"), read(one / "start.json"), 100 * max(loss, 1e-7))
+    assert {path.name for path in (two / "iteration_0" / "pairs").iterdir()} == {
+        path.name for path in (one / "iteration_0" / "pairs").iterdir()
+    }
+
+
+def assert_close(found: Any, expected: Any, allowed: float) -> None:
+    """Two summaries are the same, but for so much in their numbers."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(found[key], value, allowed)
+    elif isinstance(expected, float):
+        assert math.isclose(found, expected, rel_tol=allowed, abs_tol=allowed), (found, expected)
+    else:
+        assert found == expected
+
+
+@pytest.fixture(scope="module")
+def more_rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "weight"),
+    [
+        ("float64, clipped, two answers, two passes each", 1e-14, 1e-13),
+        ("float32, accumulated, a last update of one pair, resident opponent", 1e-5, 2e-4),
+    ],
+)
+def test_two_processes_play_the_game_of_one(
+    name: str, loss: float, weight: float, model: str, more_rows: str, tmp_path: Path
+) -> None:
+    play(model, more_rows, tmp_path / "one", GAMES[name], False)
+    ended = together(tmp_path, play, model, more_rows, tmp_path / "two", GAMES[name], True)
+    assert ended.codes == [0, 0], ended.printed
+    assert "iteration 1: " in ended.printed[0] and "iteration" not in ended.printed[1]  # the first one speaks for both
+    compare(tmp_path / "one", tmp_path / "two", loss, weight)
+
+
+def fine_tune(model: str, rows: str, folder: Path, several: bool) -> None:
+    """Fine-tune in batches of five rows, the last of which has one."""
+    module, losses = SftLightningModule(model, 1e-2), []
+    note = Do(on_train_batch_end=lambda *_: losses.append(float(module.update_loss)))
+    trainer = L.Trainer(
+        max_epochs=2,
+        precision="64-true",
+        num_sanity_val_steps=-1,
+        callbacks=[note, ExportPolicy(str(folder)), RunCheckpoint(str(folder / "checkpoints"))],
+        **QUIET,
+        **({"devices": 2, "strategy": "ddp"} if several else {}),
+    )
+    trainer.fit(module, RowDataModule(rows, batch_size=5, val_fraction=0.2, max_response_tokens=5))
+    (folder / f"losses_{trainer.global_rank}.json").write_text(json.dumps(losses))
+
+
+def test_two_processes_fine_tune_as_one_does(model: str, more_rows: str, tmp_path: Path) -> None:
+    fine_tune(model, more_rows, tmp_path / "one", False)
+    ended = together(tmp_path, fine_tune, model, more_rows, tmp_path / "two", True)
+    assert ended.codes == [0, 0], ended.printed
+    losses = [json.loads((tmp_path / name).read_text()) for name in ("one/losses_0.json", "two/losses_0.json")]
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], abs=1e-14, rel=0)
+    summaries = [without_seconds(read(tmp_path / name / "summary.json")) for name in ("one", "two")]
+    assert_close(summaries[1], summaries[0], 1e-6)
+
+
+def play_impatiently(model: str, rows: str, folder: Path, dies: bool) -> None:
+    """With a time-out of two seconds for each collective operation, and a process that generates for five more."""
+    strategy = DDPStrategy(timeout=timedelta(seconds=2))
+
+    def wait(trainer: Any, module: Any, iteration: int) -> None:
+        if trainer.global_rank == 1 and iteration == 0:
+            time.sleep(5)
+            if dies:
+                os._exit(7)
+
+    game = Game(
+        model, rows, folder, trainer={"devices": 2, "strategy": strategy}, callbacks=[Do(on_iteration_start=wait)]
+    )
+    game.play()
+
+
+def test_a_process_may_generate_for_longer_than_the_others_wait_elsewhere(
+    model: str, rows: str, tmp_path: Path
+) -> None:
+    ended = together(tmp_path, play_impatiently, model, rows, tmp_path / "run", False)
+    assert ended.codes == [0, 0], ended.printed
+    gone = together(tmp_path, play_impatiently, model, rows, tmp_path / "gone", True)
+    assert gone.codes == [1, 7] and "Connection closed by peer" in gone.printed[0]
+
+
+def play_with_another_trial(model: str, rows: str, folder: Path) -> None:
+    """Each process would find another kernel the fastest."""
+    kernels._try_candidates = lambda *_: "grouped" if os.environ["RANK"] == "1" else "folded"
+    trainer = {"devices": 2, "strategy": "ddp", "precision": "bf16-true"}
+    game = Game(model, rows, folder, trainer=trainer, module={"kernels": {"prompt_attention": "kernel"}}).play()
+    assert kernels.kernel_of(game.module.policy, "decode_attention") == "folded"
+
+
+def test_all_processes_take_the_kernels_that_the_first_finds_fastest(model: str, rows: str, tmp_path: Path) -> None:
+    ended = together(tmp_path, play_with_another_trial, model, rows, tmp_path / "run")
+    assert ended.codes == [0, 0], ended.printed
+    assert read(tmp_path / "run" / "run.json")["kernels"]["decode_attention"] == "folded"
+
+
+# --- stopped, and continued -------------------------------------------------------------------------------------------
+
+
+def play_until(batch: int, model: str, rows: str, folder: Path, settings: dict[str, Any], several: bool) -> None:
+    """The same game, stopped after a batch and its checkpoint."""
+
+    def stop(trainer: Any, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == batch:
+            raise Stopped
+
+    trainer = {**settings.get("trainer", {}), **({"devices": 2, "strategy": "ddp"} if several else {})}
+    with pytest.raises(Stopped):
+        Game(
+            model,
+            rows,
+            folder,
+            **{**settings, "trainer": trainer},
+            last=[DoLast(on_train_batch_end=stop)],
+            every_n_steps=1,
+        ).play()
+
+
+@pytest.mark.parametrize("first", ["two processes", "one process"])
+def test_another_number_of_processes_continues_a_game(first: str, model: str, rows: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"trainer": {"precision": "64-true"}, "data": {"answers_per_prompt": 2, "batch_size": 6}}
+    play(model, rows, tmp_path / "whole", settings, False)
+    run, arguments = tmp_path / "run", (model, rows, tmp_path / "run", settings)
+    if first == "two processes":  # in the middle of the second iteration's first epoch
+        assert together(tmp_path, play_until, 8, *arguments, True).codes == [0, 0]
+        play(*arguments, False)
+    else:
+        play_until(8, *arguments, False)
+        ended = together(tmp_path, play, *arguments, True)
+        assert ended.codes == [0, 0], ended.printed
+    losses = [json.loads((folder / "losses_0.json").read_text()) for folder in (tmp_path / "whole", run)]
+    assert losses[1] == pytest.approx(losses[0][-len(losses[1]) :], abs=1e-14, rel=0) and 0 < len(losses[1]) < len(
+        losses[0]
+    )
+    summaries = [without_seconds(read(folder / "iteration_1" / "summary.json")) for folder in (tmp_path / "whole", run)]
+    assert_close(summaries[1], summaries[0], 1e-6)
+
+
+def flags_of(model: str, rows: str, folder: Path, *more: str) -> list[str]:
+    return args_of(
+        "fit", model, rows, folder,
+        "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=several.Mortal", "--data.generator=several.MortalGenerator",
+        "--data.generator.max_new_tokens=5", "--data.val_fraction=0.2", "--data.batch_size=4",
+        "--self_play.iterations=2", "--self_play.epochs=1", "--self_play.shard_size=2", "--model.learning_rate=1e-2",
+        "--checkpoint.every_n_steps=1", *more,
+    )  # fmt: skip
+
+
+TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
+
+#: What happens to a process: its rank, where, at which number there, and what.
+FATES = [
+    "1 generation 3 killed",
+    "0 generation 7 signalled",
+    "1 training 3 signalled",
+    "0 training 3 killed",
+    "1 training 2 broken",
+    "1 generation 3 broken",
+]
+if os.environ.get("ALL_PROCESSES"):
+    PLACES = ("generation 3", "generation 7", "training 1", "training 3", "validation 1", "export 1")
+    FATES = [
+        f"{rank} {place} {what}" for rank in (0, 1) for place in PLACES for what in ("killed", "signalled", "broken")
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The game that the fates befall, played by two processes without any."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = together(folder, run_command, flags_of(model, rows, folder / "run", *TWO))
+    assert ended.codes == [0, 0], ended.printed
+    return folder / "run"
+
+
+@pytest.mark.parametrize("fate", FATES)
+def test_what_ends_one_process_ends_all_with_one_sentence_and_the_same_command_continues(
+    fate: str, model: str, rows: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    command = flags_of(model, rows, tmp_path / "run", *TWO)
+    ended = together(tmp_path, run_command, command, fate)
+    printed, rank = "".join(ended.printed), int(fate[0])
+    assert "Traceback" not in printed
+    sentences = [line for line in printed.splitlines() if line.startswith("spin-lightning: ")]
+    if fate.endswith("killed"):
+        expected, code = "error: another process of this run is gone", 75
+    elif fate.endswith("signalled"):
+        expected, code = "stopped by SIGTERM; what is finished is saved", 143
+    else:
+        expected, code = "error: a plug was pulled", 2
+    assert len(sentences) == 1 and f"spin-lightning: {expected}" in sentences[0], printed
+    codes = list(ended.codes)
+    if fate.endswith("killed"):
+        assert codes.pop(rank) == -signal.SIGKILL
+    assert codes[0] == code, codes  # that of the first process, or else of the one that is left
+    assert not (tmp_path / "run" / "game.json").exists()
+    continued = together(tmp_path, run_command, command)
+    assert continued.codes == [0, 0], continued.printed
+    for name in ("game.json", "iteration_1/summary.json"):
+        assert without_seconds(read(tmp_path / "run" / name)) == without_seconds(read(undisturbed / name))
+    for k in range(2):
+        assert pairs_of(tmp_path / "run", k) == pairs_of(undisturbed, k)
+        policy = f"iteration_{k}/policy/model.safetensors"
+        assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
+    assert not list((tmp_path / "run").rglob(".ended_*"))
+
+
+def test_what_is_refused_is_refused_once(model: str, rows: str, tmp_path: Path) -> None:
+    """Data, a folder in use, other settings than the run began with: before, while and after the processes meet."""
+    bad, run = tmp_path / "bad.jsonl", tmp_path / "run"
+    bad.write_text(Path(rows).read_text() + '{"messages": 3}\n')
+    run.mkdir()
+    with FileLock(run / ".lock"):
+        refused = [
+            Several(tmp_path, run_command, flags_of(model, str(bad), run, *TWO)).wait(ends_all=True),
+            together(tmp_path, run_command, flags_of(model, rows, run, *TWO)),
+        ]
+    (run / "run.json").write_text('{"settings": {"model.beta": 3.0}, "changes": [], "versions": {}}')
+    (run / "checkpoints").mkdir()
+    for name in ("step_000000001.ckpt", "step_000000001.ckpt.sha256"):
+        (run / "checkpoints" / name).write_text("")
+    (run / "checkpoints" / "step_000000001.ckpt.sha256").write_text(f"{sha256_of(b'')}  step_000000001.ckpt")
+    refused.append(together(tmp_path, run_command, flags_of(model, rows, run, *TWO)))
+    for ended, words in zip(refused, ("messages", "another process is at work in", "cannot be read"), strict=True):
+        printed = "".join(ended.printed)
+        assert printed.count("spin-lightning: error: ") == 1 and words in printed and "Traceback" not in printed, (
+            printed
+        )
+        assert ended.codes[0] == 2
+
+
+# --- as a user starts them --------------------------------------------------------------------------------------------
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
+
+
+def test_one_command_starts_its_processes_and_ends_with_the_code_of_the_one_that_fails(
+    model: str, rows: str, undisturbed: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "spin_lightning", *flags_of(model, rows, tmp_path / "run", *TWO)]
+    for fate, code, words in (
+        ("1 generation 2 killed", 75, "is gone"),
+        ("1 training 3 broken", 2, "a plug was pulled"),
+    ):
+        done = subprocess.run(command, env=environment(**{FATE: fate}), capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert done.stderr.count("spin-lightning: ") == 1 and words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    subprocess.run(command, env=environment(), capture_output=True, check=True)
+    policy = "iteration_1/policy/model.safetensors"
+    assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
+
+
+def test_two_machines_play_one_game(model: str, rows: str, undisturbed: Path, tmp_path: Path) -> None:
+    flags = flags_of(model, rows, tmp_path / "run", "--trainer.num_nodes=2", "--trainer.strategy=ddp")
+    port = str(free_port())
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}",
+                "-m", "spin_lightning", *flags,
+            ],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    printed = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert "the game is over" in printed[0] and "iteration 0" not in printed[1]
+    for k in range(2):
+        policy = f"iteration_{k}/policy/model.safetensors"
+        assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
