@@ -278,17 +278,17 @@ class PolicyModule(L.LightningModule):
             )
         if kept is None or self.adapter is None or base is None:
             return
-        if kept["base_sha256"] != base.sha256:
-            raise UserError(
-                f"the checkpoint holds an adapter only, and {self.model_name_or_path} does not hold the weights that "
-                "it was trained on. Restore that model, or use another folder."
-            )
         shape = self.adapter.shape
         if changed := [name for name in shape if shape[name] != kept[name]]:
             shown = "".join(f"\n  model.adapter.{name}: {kept[name]!r} -> {shape[name]!r}" for name in changed)
             raise UserError(
                 f"this run began with another adapter than this command gives:{shown}\nContinue with the settings it "
                 "began with, or use another folder."
+            )
+        if kept["base_sha256"] != base.sha256:
+            raise UserError(
+                f"the checkpoint holds an adapter only, and {self.model_name_or_path} does not hold the weights that "
+                "it was trained on. Restore that model, or use another folder."
             )
 
     def on_fit_start(self) -> None:

@@ -129,8 +129,8 @@ def test_a_game_starts_at_ln_2_keeps_the_base_and_resumes_to_the_bit(
         if trainer.global_step == 7:
             shutil.copytree(tmp_path / "run", tmp_path / "again")
 
-    def play(name: str, *last: DoLast) -> Game:
-        module = {"adapter": LoraAdapter(r=4, quantize="nf4")}
+    def play(name: str, *last: DoLast, quantize: Any = "nf4") -> Game:
+        module = {"adapter": LoraAdapter(r=4, quantize=quantize)}
         data = {"generator": ContinuousGenerator(max_new_tokens=5)}
         return Game(
             wide, rows, tmp_path / name, module=module, data=data, trainer={"precision": precision}, last=last
@@ -144,6 +144,8 @@ def test_a_game_starts_at_ln_2_keeps_the_base_and_resumes_to_the_bit(
     again = play("again")
     assert again.losses == whole.losses[-len(again.losses) :] and 0 < len(again.losses) < len(whole.losses)
     assert again.weights == whole.weights
+    with pytest.raises(UserError, match=r"model\.adapter\.quantize: 'nf4' -> None"):
+        play("again", quantize=None)
     dtype = next(whole.module.policy.parameters()).dtype
     kept = adapters.adapter_tensors(whole.module.policy)
     adapter = LoraAdapter(path=str(tmp_path / "run/iteration_1/adapter"), quantize="nf4")
