@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 
 from spin_lightning import TransformersGenerator, UserError
 from spin_lightning.types import Response
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["games", "several", "spin_lightning.cli.stage_cli"])
+#: Whether all is tested that several processes promise, as `make processes` does; else what fits into a minute.
+IS_THOROUGH = bool(os.environ.get("ALL_PROCESSES"))
+thorough = pytest.mark.skipif(not IS_THOROUGH, reason="a part of `make processes`")
 #: A test that hangs is one that fails.
 LONGEST_SECONDS = 240.0
 

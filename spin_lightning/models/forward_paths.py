@@ -66,6 +66,12 @@ def forget_forward_path(model: nn.Module) -> None:
     _chosen.pop(model, None)
 
 
+def keep_forward_path(model: nn.Module) -> None:
+    """Let a model whose weights are sharded, on which no path can be tried, take its kernels of now on its path."""
+    if is_shared(forward_path_of(model)):
+        shared_prompt.share_prompts(model, kernel_of(model, "prompt_attention"))
+
+
 def is_shared(path: ForwardPath) -> bool:
     """Whether a forward path computes each prompt once for all its responses."""
     return isinstance(path, partial) and path.func is _score_shared

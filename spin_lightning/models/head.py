@@ -7,7 +7,6 @@ nothing else takes a shorter forward path to the same numbers.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +37,8 @@ def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     names = [name for name, child in causal.named_children() if child is decoder]
     if len(names) != 1:
         raise ValueError("the decoder is not a direct part of the model")
-    headless = copy.copy(causal)  # shares every weight
+    headless = object.__new__(type(causal))  # shares every weight
+    headless.__dict__ |= causal.__dict__
     headless._modules = {**causal._modules, names[0]: _GivenHiddenStates()}
     return lambda hidden: headless(inputs_embeds=hidden[None], use_cache=False).logits[0]
 

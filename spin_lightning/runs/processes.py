@@ -182,9 +182,8 @@ def refuse_strategy(trainer: Any) -> None:
 
 
 _REFUSED = {
-    "FSDPStrategy": "shards weights in a form that the passes of a batch do not go through: gradients would be lost",
-    "ModelParallelStrategy": "shards weights, and the gradients of a batch in several passes would be lost without a "
-    "word",
+    "FSDPStrategy": "shards weights in a form that the passes of a batch do not go through (fsdp2 does)",
+    "ModelParallelStrategy": "leaves it open how weights are sharded (fsdp2 does it)",
     "DeepSpeedStrategy": "shards optimiser and weights out of sight of checkpoints and exports, and has not been run",
 }
 

@@ -111,6 +111,7 @@ class ShardStore:
         """Wait until every process has written its shards, and learn of those of the others. Together."""
         processes.wait()
         self._read_vouchers()
+        processes.wait()  # until all have read what ``finish`` removes
 
     def read_shard(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """One shard, only if it is the file that was written.

@@ -245,6 +245,7 @@ class SelfPlay(HoldsFolder):
             **module.describe_iteration(iteration.number),
             "pairs": self._report,
         }
+        self.trainer.lightning_module.gather_policy()
         if processes.is_first():
             iteration.close(summary)
         processes.wait()

@@ -101,8 +101,9 @@ class ExportPolicy(L.Callback):
             + "\n".join(f"- {name}: {value}" for name, value in summary.items())
             + f"\n\n{how_to_cast(summary)}"
         )
+        policy = module.gather_policy()
         if processes.is_first():
-            export_policy(module.policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
+            export_policy(policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
         processes.wait()
         say(f"the model is in {self.output_dir}/{'policy' if (self.output_dir / 'policy').exists() else 'adapter'}")
 

@@ -39,7 +39,7 @@ class IterativeModule(PolicyModule):
             return model.to(self.device)
 
         return PolicyView(
-            self.policy,
+            self.gather_policy(),
             self.model_name_or_path,
             self.compute_dtype,
             self.precision_context,

@@ -22,7 +22,7 @@ from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.models.adapters import LoraAdapter, base_of, trained_names
 from spin_lightning.models.cpu_memory import keep_freed_memory
-from spin_lightning.models.forward_paths import forget_forward_path
+from spin_lightning.models.forward_paths import forget_forward_path, keep_forward_path
 from spin_lightning.models.kernels import check_kernels, find_error, first_of, kernel_of, pin_kernels
 from spin_lightning.models.loading import (
     ModelOrName,
@@ -36,6 +36,7 @@ from spin_lightning.models.loading import (
 )
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import calm, is_random
+from spin_lightning.models.sharding import WholeModel, shard
 from spin_lightning.runs import processes
 from spin_lightning.runs.checkpoints import newest_checkpoint
 from spin_lightning.runs.lightning_internals import (
@@ -44,6 +45,7 @@ from spin_lightning.runs.lightning_internals import (
     keep_weights_as_loaded,
     trainer_of,
 )
+from spin_lightning.runs.sharding import whole_norm
 from spin_lightning.schedule import at_iteration
 from spin_lightning.stages.optim import Float32Master, fused, refuse_unusable, sum_in_passes
 from spin_lightning.terminal import say
@@ -185,6 +187,7 @@ class PolicyModule(L.LightningModule):
         #: Which iteration the schedules are at, and how many epochs it has. The clock sets them; SFT is one iteration.
         self.iteration = 0
         self.epochs_in_iteration: int | None = None
+        self._whole: WholeModel | None = None  # beside sharded weights
         self.held_out_nll = MeanMetric()
         self.held_out_nll_per_token = MeanMetric()
 
@@ -212,6 +215,33 @@ class PolicyModule(L.LightningModule):
             disable_dropout(self.policy)
         self.policy.train()  # from_pretrained returns evaluation mode, and Lightning leaves the mode alone
         processes.wait()  # one process may load for long
+
+    def shard(self) -> None:
+        """Shard the policy over all processes; ``ShardedStrategy`` calls it. Together.
+
+        Raises:
+            UserError: The model or the precision does not allow it.
+        """
+        if self.compute_dtype is torch.float16:
+            raise UserError(
+                "trainer.precision 16-mixed scales gradients, which sharded weights get pass by pass. Use bf16-true, "
+                "bf16-mixed or 32-true, or trainer.strategy: ddp."
+            )
+        self._whole = WholeModel(self.policy)
+        shard(self.policy, processes.world_size())
+
+    @property
+    def plain_policy(self) -> PreTrainedModel:
+        """The policy, or where it is sharded the whole model beside it, which has weights since ``gather_policy``."""
+        return self.policy if self._whole is None else self._whole.model
+
+    def gather_policy(self) -> PreTrainedModel:
+        """The policy with the weights as they are now, in one piece, for anything but training. Together."""
+        return self.policy if self._whole is None else self._whole.gather(self.policy)
+
+    def _release_policy(self) -> None:
+        if self._whole is not None:
+            self._whole.release()
 
     @property
     def given_model(self) -> PreTrainedModel | None:
@@ -300,8 +330,9 @@ class PolicyModule(L.LightningModule):
         self._kernels_are_settled = False  # the next fit begins anew
         if not self.dropout:
             with self.precision_context():
-                if is_random(self.policy):
-                    calm(self.policy)
+                if is_random(self.gather_policy()):
+                    for model in {self.policy, self.plain_policy}:
+                        calm(model)
                     say(
                         f"note: {type(self.policy).__name__} is random in training mode, as the router of a mixture of "
                         "experts may be; it is trained as it answers, without that. model.dropout: true keeps it."
@@ -348,7 +379,9 @@ class PolicyModule(L.LightningModule):
             if processes.is_first():
                 processes.share(choices)
             pin_kernels(self.policy, choices)
-        forget_forward_path(self.policy)
+        if self._whole is not None:
+            keep_forward_path(self.policy)
+        forget_forward_path(self.plain_policy)
         self._kernels_are_settled = True
         return choices
 
@@ -363,6 +396,10 @@ class PolicyModule(L.LightningModule):
             self._refuse_other_vocabulary()
             self.settle_kernels(None)
         self._measure_in_float32()
+        self.gather_policy()
+
+    def on_validation_end(self) -> None:
+        self._release_policy()
 
     def _measure_in_float32(self) -> None:
         """A precision of bf16-true converts every module, and a mean kept in bfloat16 is a coarse one."""
@@ -438,11 +475,40 @@ class PolicyModule(L.LightningModule):
         """
         update, several = self._update, processes.world_size()
         update.divisor = update.divisor or count
-        loss = self.sum_in_passes(lambda part: sum_of(part) / update.divisor, processes.deal(parts))
+        own = processes.deal(parts)
+        if self._whole is None:
+            loss = self.sum_in_passes(lambda part: sum_of(part) / update.divisor, own)
+        else:
+            loss = self._go_back_in_passes(lambda part: sum_of(part) / update.divisor, own, parts)
         update.count += count
         update.total = update.total + processes.add_up(loss.detach())
         self.log("loss", self.update_loss, prog_bar=True, batch_size=sum(map(len, parts)))
         return loss if several == 1 else loss * several  # the gradients' mean over the processes is to be their sum
+
+    def _go_back_in_passes(self, loss_of: Callable[[Any], Tensor], own: Sequence[Any], parts: Sequence[Any]) -> Tensor:
+        """The sum of the losses, whose gradients the sharded weights get at once: each pass waits for all processes.
+
+        One that has a pass less than others computes one without weight.
+        """
+        total: Any = 0.0
+        for part in own:
+            loss = loss_of(part)
+            (loss * processes.world_size()).backward()
+            total = total + loss.detach()
+        if len(own) * processes.world_size() < len(parts):
+            nothing = loss_of(parts[0]) * 0.0
+            nothing.backward()
+            total = total + nothing.detach()
+        self._release_policy()
+        return total
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._whole is None:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if self._whole is None:  # else gradients are there already, and on_train_batch_start removed the old ones
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     @property
     def update_loss(self) -> Tensor:
@@ -460,7 +526,7 @@ class PolicyModule(L.LightningModule):
         update = self._update
         if not update.is_complete or not update.count:  # a training step of one's own
             return
-        if processes.world_size() > 1:
+        if processes.world_size() > 1 and self._whole is None:
             for weight, users in zip(self._trained_weights(), update.users, strict=True):
                 if not users:  # as in one process: an optimiser leaves it alone
                     weight.grad = None
@@ -494,6 +560,8 @@ class PolicyModule(L.LightningModule):
         num_batches = self.trainer.accumulate_grad_batches
         if batch_idx % num_batches == 0:
             self._update = _Update()
+            if self._whole is not None:
+                self.policy.zero_grad()
         self._update.batches.append(batch)
         self._update.is_complete = (batch_idx + 1) % num_batches == 0 or self.trainer.is_last_batch
 
@@ -506,11 +574,12 @@ class PolicyModule(L.LightningModule):
         """Clip, and let no update through whose gradient is NaN or infinite. The norm is computed once for both."""
         weights = [weight for weight in self.policy.parameters() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])  # type: ignore[misc]
-        self.log("grad_norm", norm)
+        whole = whole_norm(norm)
+        self.log("grad_norm", whole)
         if (
-            self.compute_dtype is not torch.float16 and not norm.isfinite()
+            self.compute_dtype is not torch.float16 and not whole.isfinite()
         ):  # a float16 scaler skips such steps by itself
-            self._refuse_update(optimizer, float(norm))
+            self._refuse_update(optimizer, float(whole))
             return
         self._non_finite_in_a_row = 0
         if gradient_clip_val and str(gradient_clip_algorithm or "norm").endswith("norm"):
@@ -543,8 +612,8 @@ class PolicyModule(L.LightningModule):
                 )
             checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(path)
             if checkpoint["global_step"] > self.first_step:
-                self.load_state_dict(checkpoint["state_dict"])
-                optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+                self.trainer.strategy.load_model_state_dict(checkpoint)
+                self.trainer.strategy.load_optimizer_state_dict(checkpoint)
                 what += f"; the weights are those of {path} again"
             else:  # its optimiser is another
                 what += "; there is no checkpoint of this iteration yet, so the weights stay"
@@ -569,7 +638,7 @@ class PolicyModule(L.LightningModule):
             self.held_out_nll.update(torch.empty(0))
             self.held_out_nll_per_token.update(torch.empty(0))
         for part in own:
-            log_probs, lengths = response_log_probs(self.policy, part), part.response_lengths
+            log_probs, lengths = response_log_probs(self.plain_policy, part), part.response_lengths
             self.held_out_nll.update(-log_probs)
             self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)
         size = sum(map(len, batch))

@@ -137,6 +137,7 @@ class SpinLightningModule(IterativeModule):
         is_first = not self._update.count
         loss = self.mean_of_update(sum_of, batch, num_pairs)
         self._gate_is_due = False  # of a process that had no pass, too
+        seen = seen[: len(processes.deal(batch))]  # without a pass that had no weight
         self.log_dict(self.metrics(seen, is_first=is_first), batch_size=num_pairs)
         return loss
 
@@ -148,7 +149,7 @@ class SpinLightningModule(IterativeModule):
             dtype=self.compute_dtype,
             iteration=self.iteration,
             recompute=self._recompute(part),
-            rounding=partial(rounding_of, self.policy, part.responses),
+            rounding=partial(rounding_of, self.plain_policy, part.responses),
         )
         check(self.loss, beta, part)
         if opponent is not part.opponent and self.opponent.starts_as_policy:
@@ -169,8 +170,9 @@ class SpinLightningModule(IterativeModule):
 
     def _recompute(self, batch: PairBatch):  # type: ignore[no-untyped-def]
         def recompute(is_evaluating: bool) -> PairLogProbs:
-            with evaluating(self.policy) if is_evaluating else nullcontext():
-                return self.pair_log_probs(batch)
+            model = self.plain_policy  # as one process may ask for it alone
+            with evaluating(model) if is_evaluating else nullcontext():
+                return self.pair_log_probs(batch) if model is self.policy else pair_log_probs(model, batch)
 
         return recompute
 

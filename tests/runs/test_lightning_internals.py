@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from several import thorough
 
 from spin_lightning.runs import lightning_internals as internals
 
@@ -189,7 +190,7 @@ L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_che
 """
 
 
-@pytest.mark.skipif(not os.environ.get("ALL_PROCESSES"), reason="takes 12 seconds; part of make processes")
+@thorough
 @pytest.mark.parametrize("patient", [True, False])
 def test_a_process_whose_child_failed_is_killed_within_seconds_unless_it_asks_for_more(
     patient: bool, tmp_path: Path
