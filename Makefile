@@ -3,6 +3,7 @@
 # make test    install, then run the tests
 # make slow    the tests that are left out by default: further settings of what others test already
 # make check   format, lint, types (make style), and the tests
+# make gpu     on a machine with a GPU: install, run the GPU tests, play the demo there, measure (docs/gpu.md)
 # make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
 # make processes  install, then end a run of two processes in every way at every point, and continue it (ten minutes)
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
@@ -24,7 +25,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test slow processes style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test install clean
+.PHONY: demo lab test slow processes style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test gpu install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -105,6 +106,12 @@ bench-vllm: install .bench/trl/installed .bench/vllm/installed
 
 vllm-test: install .bench/vllm/installed
 	$(BIN)/python -m benchmarks.vllm_game
+
+gpu: install .bench/trl/installed
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/spin-lightning demo runs/gpu_demo --trainer.accelerator gpu
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.memory
 
 .bench/trl/installed:
 	$(PYTHON) -m venv .bench/trl

@@ -1,4 +1,4 @@
-"""The package beside its peers on a GPU: a training step beside TRL's, and generation beside ``transformers``.
+"""The package beside its peers on a GPU: a pass beside the card's peak, a step beside TRL's, and generation.
 
 python -m benchmarks.gpu                 everything that is installed, into docs/gpu.json
 python -m benchmarks.gpu --output FILE   into another file
@@ -20,13 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.flops import matmul_speed
+from benchmarks.measure import forget_peak, now, peak_mib
 from benchmarks.models import Shape, random_llama
 from benchmarks.results import machine
 from benchmarks.rounds import BENCH, ROOT, Contender, play
 from benchmarks.run import versions
 from benchmarks.sections import Plan, Work, _asked, _encoder, _smollm2, _write
 from benchmarks.workload import Lengths
+from spin_lightning.models.batches import pack
+from spin_lightning.models.forward_paths import forget_forward_path
+from spin_lightning.models.kernels import pin_kernels
+from spin_lightning.models.log_probs import response_log_probs
+from spin_lightning.stages.optim import sum_in_passes
 
 #: Pairs of an update, and those that TRL computes at a time.
 PAIRS, PAIRS_AT_A_TIME = 64, 16
@@ -38,6 +47,52 @@ ROUNDS, WARM_UP = 4, 3
 LLAMA = Shape(hidden=2048, layers=16, heads=32, kv_heads=8, intermediate=8192, vocabulary=49152)
 
 
+def one_pass(shape: Shape) -> list[dict[str, Any]]:
+    """Forward, backward and AdamW over one pass in bfloat16, without a trainer, beside the peak of a matrix product."""
+    peak = matmul_speed(8192, 8192, 8192)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).to("cuda")
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    records = []
+    for layers in ("plain", "compiled"):
+        pin_kernels(model, {"layers": layers})
+        forget_forward_path(model)
+        for pairs, prompt, response in ((4, 128, 100), (16, 128, 100), (16, 512, 256)):
+            ids = torch.randint(5, 40000, (prompt + 2 * response,)).tolist()
+            group = (ids[:prompt], [ids[prompt : prompt + response], ids[prompt + response :]])
+            batch = move_data_to_device(pack([group] * pairs), torch.device("cuda"))
+
+            def update(batch: Any = batch) -> None:
+                batch.block_masks.clear()
+                loss_of = lambda part: response_log_probs(model, part).sum() / 1000  # noqa: E731
+                sum_in_passes(loss_of, [batch], weights).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            for _ in range(3):
+                update()
+            forget_peak()
+            started = now()
+            for _ in range(10):
+                update()
+            seconds, tokens = (now() - started) / 10, len(batch.input_ids)
+            share = 6 * shape.weights * tokens / seconds / peak
+            what = f"{shape.weights / 1e6:.0f}M, {tokens} tokens, layers {layers}"
+            name = f"{what}: {share:.0%} of {peak / 1e12:.0f} TFLOP/s"
+            records.append({"name": name, "samples": [{"seconds": seconds, "peak_mib": peak_mib()}]})
+    return records
+
+
 def step(work: Work, name: str) -> list[dict[str, Any]]:
     """A training step, ours and TRL's, two processes at a time."""
     usual = {
@@ -47,14 +102,14 @@ def step(work: Work, name: str) -> list[dict[str, Any]]:
         "precompute_ref_log_probs": True,
         "bf16": True,
     }
-    compiled = {"kernels": {"layers": "compiled"}}
+    plain = {"kernels": {"layers": "plain"}}
     contenders = [
         _trl(f"TRL, {name}", work, usual),
         _ours(f"spin_lightning, {name}", work, "bf16-mixed"),
         _trl(f"TRL with torch.compile, {name}", work, {**usual, "torch_compile": True}),
-        _ours(f"spin_lightning, layers compiled, {name}", work, "bf16-mixed", compiled),
+        _ours(f"spin_lightning, layers not compiled, {name}", work, "bf16-mixed", plain),
         _trl(f"TRL with Liger kernels, {name}", work, {**usual, "use_liger_kernel": True}),
-        _ours(f"spin_lightning, bf16-true, layers compiled, {name}", work, "bf16-true", compiled),
+        _ours(f"spin_lightning, bf16-true, {name}", work, "bf16-true"),
     ]
     return [
         record
@@ -120,6 +175,7 @@ def main() -> None:
         for record in records:
             _show(record)
 
+    keep("one pass", [record for shape in (Shape(), LLAMA) for record in one_pass(shape)])
     folder, encoder = _smollm2()
     keep("step of SmolLM2-135M", step(_workload("smollm2", folder, encoder), "135M"))
     keep("generation by SmolLM2-135M", generation())
