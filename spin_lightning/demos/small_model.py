@@ -40,8 +40,8 @@ def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -
 
     Args:
         folder: Where everything goes.
-        model: A model to play with in place of SmolLM2-135M-Instruct.
-        overrides: Flags for every stage, such as ``--trainer.precision 32-true``.
+        model: A model to play with in place of SmolLM2-135M-Instruct. None or empty: that one.
+        overrides: Flags for every stage, such as ``--trainer.accelerator gpu``.
 
     Returns:
         The results by stage, as in ``results.json``.

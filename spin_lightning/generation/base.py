@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from spin_lightning.types import Response, UserError
 
@@ -23,7 +23,8 @@ class Player:
     Attributes:
         model: In this process.
         folder: Where the same weights lie as a Hugging Face folder, for a backend in another process. None: nowhere, as
-            in iteration 0, whose model may be changed or unnamed.
+            in iteration 0, whose model may be changed or unnamed; a generator that ``needs_folder`` is given one there
+            too.
     """
 
     model: Any
@@ -58,8 +59,8 @@ def as_set(terminator_ids: int | Collection[int]) -> frozenset[int]:
 class ResponseGenerator(ABC):
     """Answers prompts with the opponent. Subclass it to bring a backend; turn it on by class path.
 
-    A backend is opened with an opponent, asked for responses any number of times, and closed. It never changes its
-    settings.
+    A backend is opened with an opponent, asked for responses any number of times, and closed; so in each iteration. At
+    the game's end, also after an error, it is shut down. It never changes its settings.
 
     Args:
         max_new_tokens: Cap on the response, terminator included. Real responses are cut at the same number.
@@ -71,6 +72,9 @@ class ResponseGenerator(ABC):
     Raises:
         UserError: A setting is outside its range.
     """
+
+    #: Whether the opponent is to lie in a folder in iteration 0 too, for a backend in another process.
+    needs_folder: ClassVar[bool] = False
 
     def __init__(
         self, max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64
@@ -97,6 +101,16 @@ class ResponseGenerator(ABC):
         """Let go of the opponent. Called also after an error."""
         self._opponent = None
 
+    def check_ready(self) -> None:  # noqa: B027  # most need nothing
+        """Refuse what can be known to fail, before a model is loaded.
+
+        Raises:
+            UserError: Something that the backend needs is missing.
+        """
+
+    def shut_down(self) -> None:  # noqa: B027  # most keep nothing
+        """Give back what outlives ``close``, such as a server. It may be opened again."""
+
     @property
     def opponent(self) -> Player:
         """Who responds, from ``open`` to ``close``."""
@@ -113,6 +127,15 @@ class ResponseGenerator(ABC):
             "temperature": self.temperature,
             "top_p": self.top_p,
         }
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What computes the responses where this package does not, such as a server and its version; else empty.
+
+        The pair manifest keeps it. Pairs that one engine began are not continued with another. Asked where an iteration
+        begins.
+        """
+        return {}
 
     def check_contract(self) -> None:
         """Refuse a ``sampling`` that a manifest cannot keep, and a ``generate`` of another form.

@@ -44,6 +44,12 @@ SCHEMA = pa.schema(
 
 TRAINING_COLUMNS = ["prompt_id", *(name for name in SCHEMA.names if name.endswith(("_ids", "_log_prob")))]
 
+#: What ``describe_pairs`` and ``describe_gap`` read.
+DESCRIBED_COLUMNS = [
+    *("iteration", "real_ids", "generated_ids", "real_finish_reason", "generated_finish_reason"),
+    *("generated_log_prob", "opponent_generated_log_prob"),
+]
+
 
 class PairStore(ShardStore):
     """The pairs of one iteration.
@@ -79,6 +85,23 @@ def describe_pairs(table: pa.Table) -> dict[str, Any]:
         "real_mean_length": float(pc.mean(real_lengths).as_py()),
         "generated_mean_length": float(pc.mean(generated_lengths).as_py()),
         "generated_tokens": int(pc.sum(generated_lengths).as_py()),
+    }
+
+
+def describe_gap(table: pa.Table) -> dict[str, float]:
+    """How far the sampler's log-probs of the generated responses are from the opponent's, in nats a token.
+
+    Returns:
+        ``mean`` and ``most`` of the responses' absolute differences, and ``signed``, the mean over all tokens of the
+        sampler's minus the opponent's: the divergence of the one from the other, if the sampler samples what it says.
+    """
+    lengths = pc.list_value_length(table["generated_ids"])
+    gaps = pc.subtract(table["generated_log_prob"], table["opponent_generated_log_prob"])
+    each = pc.abs(pc.divide(gaps, pc.cast(lengths, pa.float64())))
+    return {
+        "mean": float(pc.mean(each).as_py()),
+        "most": float(pc.max(each).as_py()),
+        "signed": pc.sum(gaps).as_py() / pc.sum(lengths).as_py(),
     }
 
 

@@ -67,8 +67,9 @@ class SyntheticDataModule(RowDataModule):
             from each to its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random
             half, 2 each row twice.
         val_data: The same, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
-        generator: What answers the prompts: a class path with its settings. Its ``max_new_tokens`` also caps the real
-            responses.
+        generator: What answers the prompts, with its settings: ``ContinuousGenerator``, ``TransformersGenerator``,
+            ``VLLMGenerator``, ``OpenAIGenerator``, or the class path of your own. Its ``max_new_tokens`` also caps the
+            real responses.
         answers_per_prompt: K, how many responses the opponent gives to each prompt in each iteration.
         history: How many earlier iterations' pairs are trained on beside the new ones. The paper: 1.
         keep_prompts_together: Put all pairs of a prompt next to each other, so that a batch computes the prompt and its
@@ -122,8 +123,16 @@ class SyntheticDataModule(RowDataModule):
         self.game: Game | None = None
 
     def setup(self, stage: str | None = None) -> None:
+        if stage == "fit":
+            self.generator.check_ready()
         self.max_response_tokens = self.generator.max_new_tokens  # of another generator, perhaps, than at first
         super().setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        self.generator.shut_down()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.generator.shut_down()
 
     def train_dataloader(self) -> ResumableLoader:
         """Pairs of the iteration the next epoch belongs to; without a game, the real responses."""

@@ -19,18 +19,19 @@ _LARGEST_FROM_HEAP = 8 * 2**20
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
-def rounded(length: int) -> int:
-    """The next multiple of ``LENGTH_STEP``."""
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
+def rounded(length: int, step: int = LENGTH_STEP) -> int:
+    """The next multiple of a step."""
+    return -(-length // step) * step
 
 
-def round_up(tensor: Tensor, dim: int = 0) -> Tensor:
-    """Zeros behind a tensor on a CPU, up to a length that recurs.
+def round_up(tensor: Tensor, dim: int = 0, on_gpu: int = 1) -> Tensor:
+    """Zeros behind a tensor, up to a length that recurs: a multiple of ``LENGTH_STEP``, on a GPU of ``on_gpu``.
 
     oneDNN, which multiplies torch's bfloat16 matrices on a CPU, compiles a kernel of a few hundred KB for each new
     shape and never lets go of it, so that passes of ever different lengths would take tens of MB more every step.
     """
-    missing = rounded(tensor.shape[dim]) - tensor.shape[dim] if tensor.device.type == "cpu" else 0
+    step = LENGTH_STEP if tensor.device.type == "cpu" else on_gpu
+    missing = rounded(tensor.shape[dim], step) - tensor.shape[dim]
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing)) if missing else tensor
 
 

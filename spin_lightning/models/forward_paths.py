@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from spin_lightning.models import head, rope, shared_prompt
 from spin_lightning.models.attention import attention_of, set_attention
 from spin_lightning.models.batches import pack, sequences, shifted
+from spin_lightning.models.compiled_layers import find_compiled_layer
 from spin_lightning.models.cpu_memory import round_up
-from spin_lightning.models.fused_layers import fuse_layers, unfuse_layers
+from spin_lightning.models.fused_layers import FindFused, fuse_layers, unfuse_layers
 from spin_lightning.models.gated_mlp import find_gated_mlp
 from spin_lightning.models.kernels import kernel_of
 from spin_lightning.models.modes import compute_dtype, evaluating
@@ -117,7 +118,9 @@ def _score_shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Te
     """Each prompt once, responses side by side."""
     hidden = shared_prompt.hidden_states(head.decoder_of(model), batch)
     predictors, targets = round_up(batch.predictors), round_up(batch.input_ids[batch.scored])
-    values = head.token_log_probs(model, hidden.index_select(0, predictors), targets, is_linear=is_linear)
+    # several responses to a prompt share a predictor; on a GPU indexing adds their gradients in a fixed order
+    predicting = hidden.index_select(0, predictors) if hidden.device.type == "cpu" else hidden[predictors]
+    values = head.token_log_probs(model, predicting, targets, is_linear=is_linear)
     return values[: len(batch.scored)]
 
 
@@ -208,7 +211,7 @@ def _split_at_boundary(batch: ResponseBatch, boundary: rope.Boundary) -> Iterato
 
 #: Forward paths, fastest first. With each what a model that is not up to it cannot do, and how log-probs are computed.
 FORWARD_PATHS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
-    (_score_shared, "share a prompt between its responses", ""),
+    (_score_shared, "share a prompt between its responses", "each prompt once, with its layers as they come"),
     (_score_separate, "hand over its hidden states", "each response behind a prompt of its own"),
     (
         _score_plain,
@@ -234,14 +237,17 @@ def _choose_forward_path(
     with evaluating(model):
         probe, expected, allowed = _make_reference(model)
         is_linear = head.is_linear(model)
-        for path, ability, description in paths:
+        tried: list[tuple[Callable[..., Tensor], str, str, Sequence[FindFused]]] = [(*path, FUSED) for path in paths]
+        if paths[0][0] is _score_shared and kernel_of(model, "layers") == "compiled":
+            tried.insert(0, (_score_shared, "have its layers compiled", "", (*FUSED, find_compiled_layer)))
+        for path, ability, description, fused in tried:
             chosen: ForwardPath = (
                 partial(path, is_linear=is_linear) if path in (_score_shared, _score_separate) else path
             )
             try:
                 if path is _score_shared:
                     shared_prompt.share_prompts(model, kernel_of(model, "prompt_attention"))
-                    fuse_layers(model, FUSED)
+                    fuse_layers(model, fused)
                 differences = (_token_log_probs(chosen, model, probe) - expected).abs()
                 totals = differences.new_zeros(len(probe)).index_add(0, probe.response_index, differences)
                 difference = float((totals / probe.response_lengths).max())

@@ -9,6 +9,7 @@ repeat to the bit and less is gained, the first one is taken without a trial.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.models import decode_attention, shared_prompt
+from spin_lightning.models import compiled_layers, decode_attention, shared_prompt
 from spin_lightning.models.attention import heads_of
 from spin_lightning.models.modes import compute_dtype
 from spin_lightning.terminal import say
@@ -38,17 +39,20 @@ class Kernel:
         make_inputs: Arguments as a model's shape makes them, of usual length, in a dtype.
         worth: How many times as fast as the first candidate another must be to be taken. Far from what is measured, so
             that two trials agree.
+        on_gpu: The candidate for a GPU, where there is no trial. Empty: the first.
     """
 
     candidates: Mapping[str, Callable[..., Any]]
     make_inputs: Callable[[Any, torch.dtype], tuple[Any, ...]]
     worth: float
+    on_gpu: str = ""
 
 
 #: All kernels that have more than one candidate.
 KERNELS = {
     "prompt_attention": Kernel(shared_prompt.CANDIDATES, shared_prompt.make_inputs, worth=1.2),
     "decode_attention": Kernel(decode_attention.CANDIDATES, decode_attention.make_inputs, worth=1.5),
+    "layers": Kernel(compiled_layers.CANDIDATES, compiled_layers.make_inputs, worth=math.inf, on_gpu="compiled"),
 }
 
 _pinned: dict[tuple[str, torch.dtype], str] = {}
@@ -106,6 +110,8 @@ def kernel_of(model: nn.Module, name: str) -> str:
     dtype = _dtype_of(model)
     if choice := _pinned.get((name, dtype)):
         return choice
+    if KERNELS[name].on_gpu and next(model.parameters()).device.type != "cpu":
+        return KERNELS[name].on_gpu
     if dtype not in (torch.bfloat16, torch.float16):
         return first_of(name)
     try:

@@ -183,6 +183,17 @@ def without_bars() -> Iterator[None]:
         gguf.tqdm = bar_of_gguf  # type: ignore[attr-defined]
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What torch makes floats of while this lasts."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @without_bars()
 def load_policy(
     name_or_path: str,
@@ -191,8 +202,18 @@ def load_policy(
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model in the dtype asked for, ready to be trained.
+
+    Args:
+        name_or_path: A hub name, a Hugging Face folder or a ``.gguf`` file.
+        revision: Commit or tag of a hub model.
+        trust_remote_code: Run Python code that comes with a hub model.
+        dtype: Of its weights.
+        attn_implementation: The attention of ``transformers`` to use.
+        quantize: The 4-bit format of ``bitsandbytes`` to pack the linear layers in, ``nf4`` or ``fp4``. Packed weights
+            cannot be trained. None: they are not packed.
 
     Raises:
         UserError: Nothing can be loaded under that name; the message names what was tried.
@@ -205,12 +226,23 @@ def load_policy(
         _check_config(where, trust_remote_code)
         if "gguf_file" not in where and (index := _download_index(where)):
             _files_of_index(index, name_or_path)  # of a hub's model too
+        if quantize is not None:
+            if "gguf_file" in where:
+                raise UserError(
+                    "a .gguf file cannot be loaded with model.adapter.quantize. Give a Hugging Face folder."
+                )
+            where |= {
+                "quantization_config": _four_bits(quantize, dtype),
+                "device_map": {"": torch.get_default_device()},
+            }
         if "gguf_file" in where:
             where["quantization_config"] = GgufConfig(dequantize=True)  # packed weights cannot be trained
         else:
             where["use_safetensors"] = True  # a pytorch_model.bin is a pickle, and is not opened
         is_here = Path(where["pretrained_model_name_or_path"]).is_dir()  # else the bar of a download is shown
-        with progress("loading the model") if is_here else nullcontext():
+        # the 16 values of 4-bit weights are kept in the default dtype, which bf16-true makes bfloat16 in training
+        exact = nullcontext() if quantize is None else default_dtype(torch.float32)
+        with progress("loading the model") if is_here else nullcontext(), exact:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **where,
                 dtype=dtype,
@@ -228,13 +260,35 @@ def load_policy(
         raise
     except Exception as error:
         raise _make_loading_error("model", name_or_path, error) from error
+    for module in model.modules():
+        # bitsandbytes packs 4-bit weights anew in evaluation mode, in place, and then no gradient goes through them
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if "gguf_file" in where:  # the weights are plain tensors now; a saved folder must not claim otherwise
-        model.config.__dict__.pop("quantization_config", None)
-        model.__dict__.pop("hf_quantizer", None)
-        model.__dict__.pop("quantization_method", None)
-        model.__dict__.pop("is_quantized", None)
+        forget_packing(model)
     policy: PreTrainedModel = model
     return policy
+
+
+def forget_packing(model: Any) -> None:
+    """Take what says that its weights are packed from a model whose weights are plain tensors now."""
+    model.config.__dict__.pop("quantization_config", None)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
+        model.__dict__.pop(name, None)
+    if conversions := getattr(model, "_weight_conversions", None):  # of loading, which saving would take back
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(hasattr(step, "hf_quantizer") for step in getattr(conversion, "operations", ()))
+        ]
+
+
+def _four_bits(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def as_policy(model: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -494,9 +548,10 @@ def _make_adapter_error(name_or_path: str, config: str) -> UserError:
     except (ValueError, LookupError, TypeError):
         base = "ITS_BASE_MODEL"
     return UserError(
-        f"{name_or_path!r} holds a LoRA adapter (adapter_config.json), not a whole model. Merge it into its base model "
-        "first, "
-        f'and give that folder: python -c "from peft import AutoPeftModelForCausalLM as M; from transformers import '
+        f"{name_or_path!r} holds a LoRA adapter (adapter_config.json), not a whole model. To go on with it, give its "
+        f"base: --model.model_name_or_path {base} --model.adapter LoraAdapter --model.adapter.path {name_or_path}. Or "
+        f'merge it into its base first, and give that folder: python -c "from peft import AutoPeftModelForCausalLM '
+        "as M; from transformers import "
         f"AutoTokenizer as T; M.from_pretrained({name_or_path!r}).merge_and_unload().save_pretrained('merged'); "
         f"T.from_pretrained({base!r}).save_pretrained('merged')\". If its weights are merged already, remove "
         "adapter_config.json."

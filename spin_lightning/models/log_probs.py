@@ -27,7 +27,8 @@ def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
     """
     token_log_probs_of = getattr(model, "sharded_log_probs", None) or partial(token_log_probs, model)
     values = token_log_probs_of(batch)
-    return values.new_zeros(len(batch)).index_add(0, batch.response_index, values)
+    # on a GPU this adds in a fixed order, which index_add does not
+    return values.new_zeros(len(batch)).index_put((batch.response_index,), values, accumulate=True)
 
 
 def pair_log_probs(model: nn.Module, batch: PairBatch) -> PairLogProbs:

@@ -56,6 +56,37 @@ Means over the last epoch's pairs, in nats:
 """
 
 
+def add_adapter(card: str, base: str, *, is_merged: bool) -> str:
+    """The README of an exported policy that was trained as an adapter: what the folder holds, and how to load it.
+
+    Args:
+        card: The README of the policy.
+        base: The name of the model below the adapter.
+        is_merged: Whether the folder holds base and adapter as one, or the adapter alone.
+    """
+    name = _code(_public(base))
+    if is_merged:
+        return f"""{card.rstrip()}
+
+Trained as a LoRA adapter on `{name}`. These are the weights of base and adapter together, rounded to their dtype; what
+was trained, to the bit, is the adapter, in the folder `adapter/` beside this one.
+"""
+    card = card.replace("library_name: transformers", f"library_name: peft\nbase_model: {json.dumps(name)}", 1)
+    return f"""{card.rstrip()}
+
+This folder holds a LoRA adapter, to be loaded on `{name}`:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
+model = PeftModel.from_pretrained(base, "adapter")
+tokenizer = AutoTokenizer.from_pretrained("adapter")
+```
+"""
+
+
 def how_to_cast(summary: Mapping[str, Any]) -> str:
     """A paragraph on weights that are larger than those that came in, and how to make them as small; else nothing."""
     dtype, stored = summary.get("dtype"), summary.get("stored_dtype")

@@ -1,13 +1,14 @@
 """A model as a Hugging Face folder, read back and compared before it gets its name; and the hash of its weights.
 
-The only place that calls ``save_pretrained``.
+The only place that saves a whole model; what of a model is an adapter, ``adapters`` saves.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from spin_lightning.models.loading import without_bars
+from spin_lightning.models.merging import merged_copy
 from spin_lightning.progress import progress
 from spin_lightning.runs.checkpoints import refuse_non_finite
 from spin_lightning.runs.files import explaining_storage_errors, sync
@@ -45,16 +47,35 @@ def save_model(
     The folder holds safetensors, tokenizer with chat template, generation config (which stops at ``eos_ids``) and a
     model card. For the check the model is in memory twice for a moment. An older folder of the same name is replaced.
 
+    Of a model with an adapter a merged copy is written, rounded to the dtype of the base; the model is not touched.
+
     Raises:
         NonFiniteError: A weight is NaN or infinite.
+        UserError: A merged copy predicts something else than base and adapter.
         RuntimeError: The reloaded weights differ from those in memory.
         StorageError: There is no room, or the folder cannot be written to.
     """
     refuse_non_finite(model)
+    if hasattr(model, "merge_and_unload"):
+        model = merged_copy(model)
+    with save_folder(folder) as partial:
+        _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
+
+
+@contextmanager
+def save_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write in beside its place, which it takes when all is written and synced. An older one is replaced.
+
+    Raises:
+        StorageError: There is no room, or the folder cannot be written to.
+    """
     partial = folder.with_name(folder.name + ".partial")
     with explaining_storage_errors(folder), progress("saving the model"), without_bars():
         try:
-            _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
+            shutil.rmtree(partial, ignore_errors=True)
+            yield partial
+            for path in (*partial.iterdir(), partial):
+                sync(path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -73,7 +94,6 @@ def _save_verified(
 ) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    shutil.rmtree(partial, ignore_errors=True)
     served = GenerationConfig(do_sample=True, eos_token_id=_one_or_list(eos_ids), pad_token_id=tokenizer.pad_token_id)
     # not written over afterwards: the base model's own may be one that transformers refuses to save
     own_settings, model.generation_config = model.generation_config, served
@@ -88,8 +108,6 @@ def _save_verified(
         raise RuntimeError(
             f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was replaced."
         )
-    for path in (*partial.iterdir(), partial):
-        sync(path)
 
 
 def _one_or_list(ids: int | Sequence[int]) -> int | list[int]:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from spin_lightning.models.attention import attention_of, heads_of, set_attention
 from spin_lightning.models.batches import pack
+from spin_lightning.models.block_mask import MASK_BLOCK, block_mask
 from spin_lightning.models.cache import cache_argument
 from spin_lightning.models.cpu_memory import round_up, rounded
 from spin_lightning.types import ResponseBatch
@@ -36,8 +37,8 @@ BLOCK = 128
 ROWS = 32
 #: From queries, keys, values, layout, scale and window to output and log of each softmax's sum.
 Attend = Callable[..., tuple[Tensor, Tensor]]
-#: Whether the forward pass in progress is one over a ``ResponseBatch``.
-_is_sharing: ContextVar[bool] = ContextVar("is_sharing", default=False)
+#: The ``ResponseBatch`` that the forward pass in progress is over, if it is over one.
+_sharing: ContextVar[ResponseBatch | None] = ContextVar("sharing", default=None)
 _wants_kernel: ContextVar[bool] = ContextVar("wants_kernel", default=False)
 
 
@@ -99,8 +100,10 @@ def fill_cache(decoder: nn.Module, batch: ResponseBatch, cache: Any) -> None:
 
 def _forward(decoder: nn.Module, batch: ResponseBatch, past: int, **settings: Any) -> Any:
     """A pass over the tokens of a batch from number ``past`` on."""
-    input_ids, position_ids = round_up(batch.input_ids[past:])[None], round_up(batch.position_ids[past:])[None]
-    token = _is_sharing.set(True)
+    input_ids, position_ids = (
+        round_up(x[past:], on_gpu=MASK_BLOCK)[None] for x in (batch.input_ids, batch.position_ids)
+    )
+    token = _sharing.set(batch)
     try:
         return decoder(
             input_ids=input_ids,
@@ -111,7 +114,7 @@ def _forward(decoder: nn.Module, batch: ResponseBatch, past: int, **settings: An
             **settings,
         )
     finally:
-        _is_sharing.reset(token)
+        _sharing.reset(token)
 
 
 @contextmanager
@@ -134,10 +137,14 @@ class _Mask(torch.Tensor):
 
 def _make_mask_dispatch(own: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **settings: Any) -> Any:
-        if not _is_sharing.get():
+        layout = _sharing.get()
+        if layout is None:
             return own(*args, **settings)
         result = torch.empty(1, 1, 1, 1, device=settings.get("device")).as_subclass(_Mask)
-        result.window = _find_window(settings["mask_function"], settings["kv_length"])
+        length = settings["kv_length"]
+        result.window = _find_window(settings["mask_function"], length)
+        if result.device.type != "cpu":  # before the layers, which may be compiled
+            block_mask(layout, result.window, length, result.device)
         return result
 
     return mask
@@ -256,11 +263,7 @@ def _attend(
     settings: dict[str, Any],
 ) -> Tensor:
     if query.device.type != "cpu" and not dropout:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        mask = block_mask(layout, sliding_window, query.device)
-        flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
-        return flex(module, query, key, value, mask, scaling=scale, softcap=softcap, **settings)[0]
+        return _attend_in_flex_attention(module, query, key, value, layout, scale, sliding_window, softcap, settings)
     if dropout or softcap is not None:
         parts = []
         for q, k in segments(layout, key.shape[2] - query.shape[2]):
@@ -271,6 +274,25 @@ def _attend(
     if attend is None or _wants_kernel.get():
         attend = attend_in_kernel
     return _CpuAttention.apply(query, key, value, layout, scale, sliding_window, attend).transpose(1, 2)
+
+
+def _attend_in_flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ResponseBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    mask = block_mask(layout, window, query.shape[2], query.device)
+    flex = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    output: Tensor = flex(module, query, key, value, mask, scaling=scale, softcap=softcap, **settings)[0]
+    return output
 
 
 def segments(layout: ResponseBatch, past: int = 0) -> Iterator[tuple[slice, tuple[slice, ...]]]:
@@ -288,29 +310,6 @@ def segments(layout: ResponseBatch, past: int = 0) -> Iterator[tuple[slice, tupl
         for length in filter(None, others):
             yield slice(start - past, start - past + length), (prompt, slice(start, start + length))
             start += length
-
-
-def block_mask(layout: ResponseBatch, window: int | None, device: torch.device) -> Any:
-    """Which tokens each token may see, as a mask for FlexAttention. Made once a batch, and kept with it."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    if window not in layout.block_masks:
-        groups, responses, number = [], [], 0
-        for index, (prompt, *lengths) in enumerate(layout.lengths):
-            groups += [index] * (prompt + sum(lengths))
-            responses += [-1] * prompt
-            for length in lengths:
-                responses += [number] * length
-                number += 1
-        group, response = torch.tensor(groups, device=device), torch.tensor(responses, device=device)
-        position = layout.position_ids
-
-        def sees(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            is_own = (group[q] == group[k]) & ((response[k] == -1) | (response[q] == response[k])) & (k <= q)
-            return is_own if window is None else is_own & (position[q] - position[k] < window)
-
-        layout.block_masks[window] = create_block_mask(sees, None, None, len(groups), len(groups), device=device)
-    return layout.block_masks[window]
 
 
 def _gather(tensor: Tensor, places: tuple[slice, ...]) -> Tensor:

@@ -52,6 +52,11 @@ def remake_optimizers(trainer: Any) -> None:
     trainer.strategy.setup_optimizers(trainer)
 
 
+def forget_optimizers(trainer: Any) -> None:
+    """Let go of the optimisers and their schedules, whose memory is free until others are made."""
+    trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
+
+
 def received_sigterm(trainer: Any) -> bool:
     """Whether Lightning's own handler noted a SIGTERM. Lightning itself looks at it only after a training batch."""
     return bool(trainer.received_sigterm)

@@ -132,9 +132,11 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
 
     def _make_room(self, module: L.LightningModule) -> None:
         self._set_later_aside()
-        # weights, two float32 moments, and a float32 master of weights that are smaller
-        sizes = [(weight.numel(), weight.element_size()) for weight in module.parameters()]
-        size = sum(count * (width + (12 if width < 4 else 8)) for count, width in sizes)
+        # what a checkpoint holds, and of what is trained two float32 moments, and a float32 master of smaller weights
+        held = {tensor.data_ptr(): tensor.nbytes for tensor in module.state_dict().values()}  # tied weights once
+        trained = [weight for weight in module.parameters() if weight.requires_grad]
+        moments = sum(weight.numel() * (12 if weight.element_size() < 4 else 8) for weight in trained)
+        size = sum(held.values()) + moments
         count = KEPT + 1 - len(checkpoints_in(self.folder))  # the kept ones are there already on a resume
         need_space(self.folder, count * size, f"keeping {KEPT} checkpoints")
 

@@ -177,6 +177,8 @@ class SelfPlay(HoldsFolder):
             signals.listen()
         if is_fresh:  # before all that depends on what a callback may set
             notify(self.trainer, "on_iteration_start", number)
+        if is_fresh and self.reset_optimizer:  # new ones are made when its first epoch starts; pairs need the memory
+            internals.forget_optimizers(self.trainer)
         iteration = self._make_iteration(number)
         store = iteration.open(self.remembered.manifest, is_fresh)
         iteration.fill(store)
@@ -204,11 +206,11 @@ class SelfPlay(HoldsFolder):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin an iteration's optimiser and schedule. Lightning skips this hook when it resumes in mid-epoch."""
         if trainer.current_epoch in self._boundaries:
-            states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+            keeps_state = not self.reset_optimizer and trainer.current_epoch > 0
+            states = [optimizer.state_dict() for optimizer in trainer.optimizers] if keeps_state else []
             internals.remake_optimizers(trainer)
-            if not self.reset_optimizer and trainer.current_epoch > 0:
-                for optimizer, state in zip(trainer.optimizers, states, strict=True):
-                    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+            for optimizer, state in zip(trainer.optimizers, states, strict=False):
+                optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
             self.remembered.first_step, self.remembered.training_since = trainer.global_step, time.monotonic()
 
     # --- and ends -------------------------------------------------------------------------------------------------
@@ -264,7 +266,8 @@ class SelfPlay(HoldsFolder):
         if processes.is_first() and (self.stopped_because or played[-1] is not None):
             reason = self.stopped_because or f"all {self.iterations} iterations were played"
             write_json(self.output_dir / "game.json", {"ended_because": reason, "iterations": [s for s in played if s]})
-            say(f"the game is over: {reason}. Models: {self.output_dir}/iteration_*/policy")
+            kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
+            say(f"the game is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
 
     # --- Lightning's other hooks ----------------------------------------------------------------------------------
 

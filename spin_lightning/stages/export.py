@@ -9,8 +9,9 @@ from typing import Any
 
 import lightning as L
 
+from spin_lightning.models.adapters import base_of, exports_merged, save_adapter
 from spin_lightning.models.loading import dtype_name
-from spin_lightning.models.model_card import how_to_cast
+from spin_lightning.models.model_card import add_adapter, how_to_cast
 from spin_lightning.models.saving import save_model
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import refuse_links, run_folder, write_json
@@ -23,11 +24,20 @@ def export_policy(
 ) -> None:
     """Write ``policy/`` and ``summary.json`` into a folder. The summary comes last: where it is, the policy is whole.
 
+    Of a model with an adapter ``adapter/`` is written, and ``policy/`` is a merged copy of base and adapter, if that is
+    wanted.
+
     Raises:
         NonFiniteError: A weight is NaN or infinite.
         StorageError: There is no room, or the folder cannot be written to.
     """
-    save_model(model, encoder.tokenizer, folder / "policy", card, encoder.end_ids, trust_remote_code=trust_remote_code)
+    base = base_of(model)
+    if base is not None:
+        save_adapter(model, encoder.tokenizer, folder / "adapter", add_adapter(card, base.name, is_merged=False))
+        card = add_adapter(card, base.name, is_merged=True)
+    if exports_merged(model):
+        tokenizer = encoder.tokenizer
+        save_model(model, tokenizer, folder / "policy", card, encoder.end_ids, trust_remote_code=trust_remote_code)
     write_json(folder / "summary.json", summary)
 
 
@@ -95,7 +105,7 @@ class ExportPolicy(L.Callback):
         if processes.is_first():
             export_policy(policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
         processes.wait()
-        say(f"the model is in {self.output_dir}/policy")
+        say(f"the model is in {self.output_dir}/{'policy' if (self.output_dir / 'policy').exists() else 'adapter'}")
 
     def _count_seconds(self) -> float:
         return self._state["seconds"] + (time.monotonic() - self._started if self._started else 0.0)

@@ -7,6 +7,7 @@ self-play. Both are handed the run and a view of the policy, and know no Lightni
 from __future__ import annotations
 
 import math
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -19,13 +20,21 @@ import torch
 
 from spin_lightning.generation.base import Player
 from spin_lightning.generation.pair_maker import PairMaker, own_pairs
-from spin_lightning.generation.pair_store import TRAINING_COLUMNS, PairStore, describe_pairs, identical
+from spin_lightning.generation.pair_store import (
+    DESCRIBED_COLUMNS,
+    TRAINING_COLUMNS,
+    PairStore,
+    describe_gap,
+    describe_pairs,
+    identical,
+)
 from spin_lightning.generation.synthetic_data import SyntheticDataModule, TrainingSet
 from spin_lightning.losses import PairLoss
+from spin_lightning.models.adapters import exported_bytes
 from spin_lightning.models.batches import collate_pairs
 from spin_lightning.models.model_card import render_model_card
 from spin_lightning.models.rope import refuse_crossing
-from spin_lightning.models.saving import weights_hash
+from spin_lightning.models.saving import save_model, weights_hash
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import need_space
 from spin_lightning.runs.settings import versions
@@ -165,6 +174,7 @@ class SpinIteration(Iteration):
             "opponent_sha256": weights,
             PairStore.chained_by: known if number else None,
             **depends_on,
+            **({"engine": engine} if (engine := data.generator.engine) else {}),
         }
         return PairStore(self.folder / "pairs", binding)
 
@@ -195,10 +205,21 @@ class SpinIteration(Iteration):
         initial = None
         if self.loss.needs_initial_log_probs:
             initial = self._load_initial() if number else self.policy.model
+        folder = self._opponent_folder
+        if folder is not None and not folder.is_dir():  # an adapter need not be exported merged
+            folder = None
+        writes = data.generator.needs_folder and folder is None
         if processes.is_first():
-            self._need_space(sampling["max_new_tokens"])
+            self._need_space(sampling["max_new_tokens"], 1 + writes)
+        if writes:
+            folder = self.folder / "opponent"
+            if processes.is_first():
+                ends, trusted = data.encoder.end_ids, self.policy.trust_remote_code
+                card = f"# The opponent of iteration {number}\n"
+                save_model(self.policy.model, data.encoder.tokenizer, folder, card, ends, trust_remote_code=trusted)
+            processes.wait()
         maker = PairMaker(
-            opponent=Player(self.policy.model, self._opponent_folder),
+            opponent=Player(self.policy.model, folder),
             encoder=data.encoder,
             generator=data.generator,
             prompts=data.prompts,
@@ -215,13 +236,18 @@ class SpinIteration(Iteration):
         )
         names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
         store.gather()
-        columns = ["iteration", "real_ids", "generated_ids", "real_finish_reason", "generated_finish_reason"]
-        store.finish(
-            names,
-            opponent=self._opponent_name,
-            versions=versions(),
-            statistics=describe_pairs(own_pairs(store.read_shards(names, columns), number)),
-        )
+        own = own_pairs(store.read_shards(names, DESCRIBED_COLUMNS), number)
+        statistics = describe_pairs(own)
+        if "engine" in store.binding:
+            gap = describe_gap(own)
+            say(
+                "the sampler's log-probs and the opponent's differ by {mean:.3f} nats a token, at most by {most:.3f} "
+                "(signed {signed:+.4f})".format(**gap)
+            )
+            statistics["sampler_gap"] = gap
+        store.finish(names, opponent=self._opponent_name, versions=versions(), statistics=statistics)
+        if writes and processes.is_first():
+            shutil.rmtree(self.folder / "opponent")
 
     def training_set(self, store: PairStore) -> TrainingSet:
         """All pairs but those that cannot teach this loss anything."""
@@ -302,8 +328,8 @@ class SpinIteration(Iteration):
             )
         return initial
 
-    def _need_space(self, max_new_tokens: int) -> None:
+    def _need_space(self, max_new_tokens: int, num_models: int) -> None:
         data = self.run.data
-        weights = sum(weight.numel() * weight.element_size() for weight in self.policy.model.parameters())
+        weights = exported_bytes(self.policy.model)
         tokens = len(data.prompts) * data.answers_per_prompt * (data.max_prompt_tokens + 2 * max_new_tokens)
-        need_space(self.folder, weights + 8 * tokens * (1 + data.history), f"iteration {self.number}")
+        need_space(self.folder, num_models * weights + 8 * tokens * (1 + data.history), f"iteration {self.number}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
+from spin_lightning.models.adapters import LoraAdapter, base_of, trained_names
 from spin_lightning.models.cpu_memory import keep_freed_memory
 from spin_lightning.models.forward_paths import forget_forward_path, keep_forward_path
 from spin_lightning.models.kernels import check_kernels, find_error, first_of, kernel_of, pin_kernels
@@ -99,9 +100,12 @@ class PolicyModule(L.LightningModule):
             or ``rollback`` to the last checkpoint's weights and go on with the next batch. Ten in a row stop the run in
             any case.
         kernels: How attention is computed on a CPU: ``prompt_attention`` by ``kernel`` or ``products``,
-            ``decode_attention`` by ``grouped``, ``folded`` or ``compiled``. What is not named is the first of these in
-            float32; in bfloat16 one that a trial finds clearly faster takes its place. The run's record keeps the
-            choice, and a resumed run takes the same.
+            ``decode_attention`` by ``grouped``, ``folded`` or ``compiled``; and ``layers``, on a GPU ``compiled``
+            or ``plain``. What is not named is the first of these in float32; in bfloat16 one of attention's that a
+            trial finds clearly faster takes its place. The run's record keeps the choice, and a resumed run takes the
+            same.
+        adapter: Train this on the frozen model instead of all its weights: ``LoraAdapter`` with its settings. None: all
+            weights are trained.
 
     Raises:
         UserError: A setting is outside its range.
@@ -112,7 +116,7 @@ class PolicyModule(L.LightningModule):
     """
 
     #: Names of the kernels with several candidates that a run of the stage needs.
-    kernels_used: tuple[str, ...] = ("prompt_attention",)
+    kernels_used: tuple[str, ...] = ("prompt_attention", "layers")
     policy: PreTrainedModel
     stored_dtype: str | None = None  # of the weights that came in
     has_no_name = False
@@ -131,6 +135,7 @@ class PolicyModule(L.LightningModule):
         trust_remote_code: bool = False,
         on_non_finite: Literal["stop", "skip", "rollback"] = "stop",
         kernels: dict[str, str] | None = None,
+        adapter: LoraAdapter | None = None,
     ) -> None:
         super().__init__()
         for rate in learning_rate if isinstance(learning_rate, list) else [learning_rate]:
@@ -145,6 +150,11 @@ class PolicyModule(L.LightningModule):
         if on_non_finite not in ("stop", "skip", "rollback"):
             raise UserError(f"model.on_non_finite must be one of ['stop', 'skip', 'rollback'], got {on_non_finite!r}.")
         check_kernels(kernels or {}, "model.kernels")
+        if adapter is not None and adapter.dropout and not dropout:
+            raise UserError(
+                f"model.adapter.dropout {adapter.dropout!r} needs model.dropout: true, which sft can have; without it "
+                "all dropout is off. Leave it out."
+            )
         # a model object, later a copy of it; in a tuple, or it would be a part of this module
         self._given: tuple[Any, ...] = ()
         if isinstance(model_name_or_path, str | PathLike):
@@ -166,6 +176,10 @@ class PolicyModule(L.LightningModule):
         self.trust_remote_code = trust_remote_code
         self.on_non_finite = on_non_finite
         self.kernels = kernels
+        self.adapter = adapter
+        if adapter is not None:
+            self.register_state_dict_post_hook(_drop_frozen)
+            self.register_load_state_dict_post_hook(_forgive_frozen)
         self._kernels_are_settled = False
         self.first_step = -1  # optimiser steps when the iteration in progress began
         self._non_finite_in_a_row = 0
@@ -186,7 +200,7 @@ class PolicyModule(L.LightningModule):
         if self._given:
             (model,) = self._given
             self.stored_dtype = dtype_name(model.dtype)
-            self.policy = as_policy(model, dtype, self.trust_remote_code)
+            self.policy = self._adapt(as_policy(model, dtype, self.trust_remote_code))
             self._given = (copy.deepcopy(self.policy).cpu() if self.needs_start else None,)
         else:
             if self.trust_remote_code:
@@ -246,13 +260,66 @@ class PolicyModule(L.LightningModule):
         return self._load(next(self.policy.parameters()).dtype)
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
-        return load_policy(
-            self.model_name_or_path,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            attn_implementation=self.attn_implementation,
-            dtype=dtype,
+        return self._adapt(
+            load_policy(
+                self.model_name_or_path,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                attn_implementation=self.attn_implementation,
+                dtype=dtype,
+                quantize=None if self.adapter is None else self.adapter.quantize,
+            )
         )
+
+    def _adapt(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Put the adapter of the settings into a model, drawn from the seed of the data: each time the same.
+
+        Raises:
+            UserError: There is none, and the model's weights are packed; or it cannot be put there.
+        """
+        if self.adapter is None:
+            if getattr(model, "is_quantized", False):
+                raise UserError(
+                    f"the weights of {self.model_name_or_path} are packed and cannot be trained. Train an adapter on "
+                    "them (model.adapter: LoraAdapter), or give the model as it was before."
+                )
+            return model
+        data = getattr(trainer_of(self), "datamodule", None)
+        policy: PreTrainedModel = self.adapter.apply(model, getattr(data, "seed", 0))
+        return policy
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        base = base_of(self.policy)
+        if self.adapter is not None and base is not None:  # which a checkpoint does not hold
+            checkpoint["adapter"] = {**self.adapter.shape, "base_sha256": base.sha256}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another adapter or base, before its tensors are looked for in this policy.
+
+        Raises:
+            UserError: It is.
+        """
+        kept, base = checkpoint.get("adapter"), base_of(self.policy)
+        if (kept is None) != (self.adapter is None):
+            had, has = ("no adapter", "one") if kept is None else ("an adapter", "none")
+            raise UserError(
+                f"this run began with {had} (model.adapter), and this command gives {has}. Continue with the "
+                "settings it began with, or use another folder."
+            )
+        if kept is None or self.adapter is None or base is None:
+            return
+        shape = self.adapter.shape
+        if changed := [name for name in shape if shape[name] != kept[name]]:
+            shown = "".join(f"\n  model.adapter.{name}: {kept[name]!r} -> {shape[name]!r}" for name in changed)
+            raise UserError(
+                f"this run began with another adapter than this command gives:{shown}\nContinue with the settings it "
+                "began with, or use another folder."
+            )
+        if kept["base_sha256"] != base.sha256:
+            raise UserError(
+                f"the checkpoint holds an adapter only, and {self.model_name_or_path} does not hold the weights that "
+                "it was trained on. Restore that model, or use another folder."
+            )
 
     def on_fit_start(self) -> None:
         keep_batches_as_collated(self.trainer)
@@ -358,7 +425,7 @@ class PolicyModule(L.LightningModule):
         refuse_unusable(self.optimizer)
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         rate = at_iteration(self.learning_rate, self.iteration)
-        if parameters[0].dtype in (torch.bfloat16, torch.float16):
+        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters):
             optimizer: torch.optim.Optimizer = Float32Master(parameters, lambda weights: fused(self.optimizer(weights)))
         else:
             optimizer = fused(self.optimizer(parameters))
@@ -586,7 +653,7 @@ def _check_model(model: Any, attn_implementation: str | None, revision: str | No
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"model_name_or_path must be a name or a model of transformers, got {type(model).__name__}. "
-            "Of an adapter give the merged model."
+            "Of a model with an adapter give the base, and adapter=LoraAdapter(path=...)."
         )
     for name, value in (("attn_implementation", attn_implementation), ("revision", revision)):
         if value is not None:
@@ -595,3 +662,18 @@ def _check_model(model: Any, attn_implementation: str | None, revision: str | No
                 "it so."
             )
     return model
+
+
+def _drop_frozen(module: PolicyModule, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Leave the frozen weights out of a checkpoint: the model that training began with has them."""
+    if hasattr(module, "policy"):
+        kept = {f"{prefix}policy.{name}" for name in trained_names(module.policy)}
+        for key in [key for key in state_dict if key.startswith(f"{prefix}policy.") and key not in kept]:
+            del state_dict[key]
+
+
+def _forgive_frozen(module: PolicyModule, incompatible: Any) -> None:
+    wanted = {f"policy.{name}" for name in trained_names(module.policy)}
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not key.startswith("policy.") or key in wanted
+    ]

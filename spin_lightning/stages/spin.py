@@ -77,6 +77,11 @@ class SpinLightningModule(IterativeModule):
         self.beta = beta
         self.loss = loss if loss is not None else SpinLoss()
         self.opponent = opponent if isinstance(opponent, Opponent) else OPPONENTS[opponent]()
+        if self.adapter is not None and self.opponent.holds_weights:
+            raise UserError(
+                f"model.opponent {type(self.opponent).__name__} holds a copy of the whole model, which model.adapter "
+                "is there to avoid. Leave model.opponent at stored: its log-probs are the same numbers."
+            )
         self.metrics = PairMetrics()
         self._gate_is_due = False
 

@@ -59,12 +59,13 @@ def endings(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *fla
 # --- what is no whole model -------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_named_with_the_command_that_merges_it(
+def test_an_adapter_is_named_with_the_settings_that_continue_it_and_the_command_that_merges_it(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (Path(model) / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     for said in endings(model, tmp_path, capsys):
-        assert said.startswith(f"{model!r} holds a LoRA adapter (adapter_config.json), not a whole model. Merge it")
+        assert said.startswith(f"{model!r} holds a LoRA adapter (adapter_config.json), not a whole model. To go on")
+        assert f"--model.model_name_or_path org/base --model.adapter LoraAdapter --model.adapter.path {model}." in said
         assert "merge_and_unload()" in said and "T.from_pretrained('org/base')" in said
 
 

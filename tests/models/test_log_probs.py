@@ -828,24 +828,6 @@ def test_dropout_of_attention_weights_keeps_their_mean() -> None:
     assert exact.isfinite().all()
 
 
-def test_flex_attention_gets_the_same_mask() -> None:
-    """What a GPU runs, compared entry by entry with the segments that a CPU runs."""
-    from spin_lightning.models.shared_prompt import _make_mask, block_mask, segments
-
-    batch = pack(GROUPS)
-    size = len(batch.input_ids)
-    for window in (None, 1, 3, 4, 100):
-        expected = torch.zeros(size, size, dtype=torch.bool)
-        for queries, places in segments(batch):
-            keys = [place for part in places for place in range(part.start, part.stop)]
-            expected[queries.start : queries.stop, keys] = _make_mask(queries.stop - queries.start, len(keys), window)
-        index = torch.arange(size)
-        mask = block_mask(batch, window, torch.device("cpu"))
-        found = mask.mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index[None])
-        assert torch.equal(found, expected)
-        assert block_mask(batch, window, torch.device("cpu")) is mask
-
-
 @torch.no_grad()
 def test_flash_attention_gets_sequences_end_to_end() -> None:
     """The layout its variable-length kernel takes, run here through torch's own attention, which knows it too."""

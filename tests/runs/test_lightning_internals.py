@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,21 @@ def test_optimisers_are_made_anew(tmp_path: Path) -> None:
 
     trainer_with(tmp_path).fit(Remakes(), BoringDataModule())
     assert len({id(optimizer) for optimizer in made}) == 3
+
+
+def test_optimisers_are_gone_until_others_are_made(tmp_path: Path) -> None:
+    left: list[Any] = []
+
+    class Forgets(BoringModel):
+        def on_train_epoch_start(self) -> None:
+            before = weakref.ref(self.trainer.optimizers[0])
+            internals.forget_optimizers(self.trainer)
+            left.append((before(), self.trainer.optimizers, self.trainer.lr_scheduler_configs))
+            internals.remake_optimizers(self.trainer)
+
+    trainer = trainer_with(tmp_path)
+    trainer.fit(Forgets(), BoringDataModule())
+    assert left == [(None, [], [])] * 3 and len(trainer.optimizers) == 1
 
 
 def test_lightning_notes_a_sigterm(tmp_path: Path) -> None:

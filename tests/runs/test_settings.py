@@ -24,7 +24,7 @@ from spin_lightning.types import UserError
 
 #: What decides how a policy is trained, whatever the stage.
 OF_POLICY = """model_name_or_path learning_rate lr_schedule warmup_ratio dropout attn_implementation revision
- trust_remote_code kernels""".split()
+ trust_remote_code kernels adapter""".split()
 #: What decides which rows are trained on, and how.
 OF_ROWS = """batch_size columns data_revision format max_prompt_tokens max_rows prompt_template seed split
  val_fraction""".split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ def test_what_a_callback_sets_as_an_iteration_begins_is_in_what_its_pairs_are_bo
     torch.nn.init.constant_(first.model.norm.weight, 2.0)
     assert bindings[0]["opponent_sha256"] == weights_hash(first)
     assert game.losses[0] == pytest.approx(0.693147, abs=1e-4)
+
+
+@pytest.mark.parametrize("resets", [True, False])
+def test_while_pairs_are_made_no_optimiser_is_in_memory_that_the_iteration_does_not_go_on_with(
+    model: str, rows: str, tmp_path: Path, resets: bool
+) -> None:
+    ended: list[Any] = []
+    alive: list[bool] = []
+
+    def note(trainer: Any, module: Any, iteration: int, summary: Any) -> None:
+        ended.append(weakref.ref(trainer.optimizers[0]))
+
+    def look(trainer: Any, module: Any, iteration: int, store: Any, report: Any) -> None:
+        alive.extend(optimizer() is not None for optimizer in ended)
+
+    watch = Do(on_iteration_end=note, on_generation_end=look)
+    Game(model, rows, tmp_path, callbacks=[watch], play={"reset_optimizer": resets}).play()
+    assert alive == [not resets]
 
 
 def test_the_opponent_of_an_iteration_is_the_policy_the_last_one_exported(plain: Game, model: str) -> None:

@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def fastest(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Which candidate a trial finds to be the fastest."""
-    names = {"prompt_attention": "products", "decode_attention": "compiled"}
+    names = {"prompt_attention": "products", "decode_attention": "compiled", "layers": "plain"}
 
     def find(name: str, *_: Any) -> str:
         return names[name]
@@ -59,7 +59,11 @@ def kernels_in(folder: Path) -> Any:
 def taken_by(game: Game) -> dict[str, str]:
     model = game.module.policy
     attention = model.config._attn_implementation.rpartition("+")[2]
-    return {"prompt_attention": attention, "decode_attention": kernels.kernel_of(model, "decode_attention")}
+    return {
+        "prompt_attention": attention,
+        "decode_attention": kernels.kernel_of(model, "decode_attention"),
+        "layers": "plain",
+    }
 
 
 @pytest.mark.parametrize("opponent", ["stored", "resident"])
@@ -71,7 +75,7 @@ def test_a_continued_game_takes_the_kernels_of_its_record(
     callbacks = [Do(on_generation_end=stop)]
     with pytest.raises(Stopped):
         make_game(model, rows, tmp_path / "stopped", opponent=opponent, callbacks=callbacks).play()
-    before, after = dict(fastest), {"prompt_attention": "kernel", "decode_attention": "grouped"}
+    before, after = dict(fastest), {"prompt_attention": "kernel", "decode_attention": "grouped", "layers": "plain"}
     assert kernels_in(tmp_path / "stopped") == before
     fastest |= after
     kernels._tried.clear()
@@ -92,7 +96,11 @@ def test_a_setting_has_the_last_word_and_a_run_keeps_it(
     )
     with pytest.raises(Stopped):
         game.play()
-    assert kernels_in(tmp_path / "run") == {"prompt_attention": "products", "decode_attention": "grouped"}
+    assert kernels_in(tmp_path / "run") == {
+        "prompt_attention": "products",
+        "decode_attention": "grouped",
+        "layers": "plain",
+    }
     make_game(model, rows, tmp_path / "run", kernels={"decode_attention": "grouped"}).play()
     with pytest.raises(UserError, match=r"model\.kernels: .*'grouped'.* -> None"):
         make_game(model, rows, tmp_path / "run").play()
@@ -116,7 +124,11 @@ def test_a_run_from_elsewhere_goes_on_with_another_kernel_and_says_so(
     make_game(model, rows, tmp_path / "run").play()
     said = "note: this run took decode_attention compiled, which cannot be used here (there is no compiler)."
     assert said in capsys.readouterr().out
-    assert kernels_in(tmp_path / "run") == {"prompt_attention": "products", "decode_attention": "folded"}
+    assert kernels_in(tmp_path / "run") == {
+        "prompt_attention": "products",
+        "decode_attention": "folded",
+        "layers": "plain",
+    }
 
 
 def test_a_run_begun_before_there_were_kernels_takes_the_first(
@@ -128,7 +140,11 @@ def test_a_run_begun_before_there_were_kernels_takes_the_first(
     del record["kernels"]
     (tmp_path / "run" / SETTINGS).write_text(json.dumps(record))
     make_game(model, rows, tmp_path / "run").play()
-    assert kernels_in(tmp_path / "run") == {"prompt_attention": "kernel", "decode_attention": "grouped"}
+    assert kernels_in(tmp_path / "run") == {
+        "prompt_attention": "kernel",
+        "decode_attention": "grouped",
+        "layers": "plain",
+    }
 
 
 def test_after_a_run_other_precisions_are_not_bound_by_it(
@@ -139,7 +155,11 @@ def test_after_a_run_other_precisions_are_not_bound_by_it(
     assert kernels.kernel_of(policy, "decode_attention") == "grouped"  # its weights are in float32
     assert len(answers_of(ContinuousGenerator(max_new_tokens=5), policy, [[5, 6, 7]], [0], 4)) == 1
     again = make_game(policy, rows, tmp_path / "again", precision="32-true").play()
-    assert kernels_in(tmp_path / "again") == {"prompt_attention": "kernel", "decode_attention": "grouped"}
+    assert kernels_in(tmp_path / "again") == {
+        "prompt_attention": "kernel",
+        "decode_attention": "grouped",
+        "layers": "plain",
+    }
     assert again.module.policy is policy
 
 

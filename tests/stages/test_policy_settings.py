@@ -15,7 +15,7 @@ from spin_lightning.types import UserError
 OF_EVERY_STAGE: dict[str, Any] = {
     "lr_schedule": "linear", "warmup_ratio": 0.1, "dropout": False, "gradient_checkpointing": False, "revision": None,
     "attn_implementation": None, "trust_remote_code": False, "on_non_finite": "stop", "optimizer": torch.optim.AdamW,
-    "kernels": None,
+    "kernels": None, "adapter": None,
 }  # fmt: skip
 OWN: dict[type[PolicyModule], dict[str, Any]] = {
     SpinLightningModule: {"beta": 1.0, "loss": None, "learning_rate": 5e-7, "opponent": "stored"},
