@@ -19,11 +19,11 @@ import pytest
 import torch
 from filelock import FileLock
 from games import Do, DoLast, Game, Stopped, pairs_of, read, weight_bits, without_seconds
-from helpers import QUIET, args_of, load, write_rows
+from helpers import QUIET, args_of, load, save_tiny_model, write_rows
 from lightning.pytorch.strategies import DDPStrategy
 from several import FATE, IS_THOROUGH, Several, free_port, run_command, thorough, together
 
-from spin_lightning import ExportPolicy, RowDataModule, RunCheckpoint, SftLightningModule
+from spin_lightning import ExportPolicy, LoraAdapter, RowDataModule, RunCheckpoint, SftLightningModule
 from spin_lightning.models import kernels
 from spin_lightning.runs.files import sha256_of
 
@@ -135,6 +135,27 @@ def test_two_processes_fine_tune_as_one_does(strategy: str, model: str, more_row
     assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], abs=1e-14, rel=0)
     summaries = [without_seconds(read(tmp_path / name / "summary.json")) for name in ("one", "two")]
     assert_close(summaries[1], summaries[0], 1e-6)
+
+
+@thorough
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_two_processes_train_an_adapter_as_one_does(quantize: Any, strategy: str, rows: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "tie_word_embeddings": False}
+    wide = save_tiny_model(tmp_path / "wide", **sizes)  # whose rows fill a block of 64 weights
+    module = {"adapter": LoraAdapter(r=4, quantize=quantize), "learning_rate": 1e-3}
+    settings: dict[str, Any] = {"module": module, "data": {"batch_size": 3}}
+    play(wide, rows, tmp_path / "one", settings)
+    run_as(strategy, tmp_path, play_until, 5, wide, rows, tmp_path / "two", settings)
+    run_as(strategy, tmp_path, play, wide, rows, tmp_path / "two", settings)
+    losses = [json.loads((tmp_path / name / "losses_0.json").read_text()) for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0][-len(losses[1]) :], abs=1e-5)
+    assert (tmp_path / "two" / "weights_0").read_bytes() == (tmp_path / "two" / "weights_1").read_bytes()
+    ids = [[pair["generated_ids"] for pair in pairs_of(tmp_path / name, 1)] for name in ("one", "two")]
+    assert ids[0] == ids[1]
 
 
 def play_impatiently(model: str, rows: str, folder: Path, dies: bool) -> None:
