@@ -106,7 +106,7 @@ def main(args: list[str]) -> None:
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         plan = make_plan(options, args)
     if options.json:
-        print(json.dumps(plan, indent=1))
+        say(json.dumps(plan, indent=1))
     else:
         say("\n".join(["", *render(plan)]), wraps=False)
 
@@ -357,7 +357,7 @@ def _find_setup(settings: Any, adapter: Mapping[str, Any] | None, trained: int |
         is_packed=bool(adapter and adapter.get("quantize")),
         recomputes=settings.model.gradient_checkpointing,
         devices=_count_devices(trainer.devices, device) * trainer.num_nodes,
-        is_sharded="ModelParallel" in strategy or "fsdp" in strategy.lower(),
+        is_sharded="ShardedStrategy" in strategy or strategy == "fsdp2",
         resident_opponent="resident" in _name_of(opponent).lower(),
     )
 
@@ -509,5 +509,5 @@ def _alternatives(load: Load, setup: Setup, lora: int | None) -> list[tuple[str,
         for devices in (2, 4, 8):
             if devices >= setup.devices:
                 shared = replace(setup, devices=devices, is_sharded=True)
-                found.append((f"trainer.strategy: ModelParallelStrategy on {devices} devices", load, shared))
+                found.append((f"trainer.strategy: fsdp2 on {devices} devices", load, shared))
     return found

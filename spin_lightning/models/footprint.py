@@ -217,7 +217,7 @@ def training_memory(size: ModelSize, load: Load, setup: Setup) -> dict[str, floa
         "base": float(fitted.base),
         "weights": weights * share,
         "adapter": trained * numerics.stored * share if is_adapted else 0.0,
-        "opponent": weights * share if setup.resident_opponent else 0.0,
+        "opponent": weights if setup.resident_opponent else 0.0,
         "gradients": trained * numerics.stored * share,
         "optimiser": trained * (numerics.master + setup.state) * share,
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from lightning import Trainer
 from transformers import MistralConfig, Qwen2Config
 
-import spin_lightning
 from spin_lightning.cli import plan
 from spin_lightning.cli.commands import config_folder
+from spin_lightning.runs.processes import refuse_strategy
 
 RECIPES = config_folder() / "recipes"
 ZEPHYR = MistralConfig(vocab_size=32000, sliding_window=None)  # the class's own defaults are Mistral-7B's
@@ -34,7 +35,7 @@ LENGTHS = ["--rows=50000", "--prompt-tokens=180", "--response-tokens=240"]
 
 
 @pytest.fixture
-def planned(tmp_path, monkeypatch):
+def planned(tmp_path):
     """The plan of some configs, one over the other, on a model of which there is a config and nothing else."""
 
     def plan_of(configs, model, *flags):
@@ -42,10 +43,6 @@ def planned(tmp_path, monkeypatch):
         args = []
         for name in configs:
             settings = yaml.safe_load((config_folder() / f"{name}.yaml").read_text())
-            if not hasattr(spin_lightning, "LoraAdapter") and (
-                adapter := settings.get("model", {}).pop("adapter", None)
-            ):
-                monkeypatch.setattr(plan, "find_adapter", lambda _, adapter=adapter: adapter["init_args"])
             path = tmp_path / f"{len(args)}.yaml"
             path.write_text(yaml.safe_dump(settings))
             args.append(f"--config={path}")
@@ -54,6 +51,14 @@ def planned(tmp_path, monkeypatch):
         return plan.make_plan(options, rest)
 
     return plan_of
+
+
+@pytest.mark.parametrize("recipe", USES)
+def test_a_recipe_has_a_strategy_that_is_played(recipe):
+    settings = [yaml.safe_load((config_folder() / f"{name}.yaml").read_text()) for name in USES[recipe][0]]
+    settings.append(yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()))
+    strategies = [part["trainer"]["strategy"] for part in settings if "strategy" in part.get("trainer", {})]
+    refuse_strategy(Trainer(strategy=(strategies or ["auto"])[-1], accelerator="cpu", devices=1, logger=False))
 
 
 def test_every_recipe_is_planned_here():
@@ -83,7 +88,7 @@ def test_all_weights_of_7b_fit_no_card_alone_and_eight_that_share_them(planned):
     assert states[0] == 12 * 7_241_732_096
     assert states[1] == pytest.approx(states[0] / 8)
     fitting = {entry["setting"] for entry in alone["advice"] if entry["what"] == "training" and entry["fits"]}
-    assert {"model.adapter: LoraAdapter, r 16", "trainer.strategy: ModelParallelStrategy on 8 devices"} <= fitting
+    assert {"model.adapter: LoraAdapter, r 16", "trainer.strategy: fsdp2 on 8 devices"} <= fitting
 
 
 def test_two_nodes_play_the_game_of_one(planned):
