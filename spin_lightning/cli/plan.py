@@ -106,7 +106,7 @@ def main(args: list[str]) -> None:
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         plan = make_plan(options, args)
     if options.json:
-        say(json.dumps(plan, indent=1))
+        say(json.dumps(plan, indent=1), wraps=False)
     else:
         say("\n".join(["", *render(plan)]), wraps=False)
 
