@@ -360,10 +360,12 @@ def _deciding(args: Sequence[str]) -> list[str]:
     Example:
         >>> _deciding(["--max-num-seqs", "8", "--quantization=fp8", "--max_model_len=512", "--enforce-eager"])
         ['--quantization=fp8', '--enforce-eager']
+        >>> _deciding(["--max-num-seqs", "8", "-tp", "2"])
+        ['-tp', '2']
     """
     kept, is_kept = [], True
     for arg in args:
-        if arg.startswith("--"):
+        if re.match("--?[A-Za-z]", arg):
             is_kept = _names_of([arg]).isdisjoint(HARMLESS)
         if is_kept:
             kept.append(arg)

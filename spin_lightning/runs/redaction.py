@@ -7,6 +7,7 @@ and mixes cases and digits as keys do. Hashes and revisions, which a run needs, 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 #: Words of a name whose value is left out, whatever it is.
@@ -72,7 +73,7 @@ def redacted(value: Any, name: str = "") -> Any:
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redacted(item, name) for item in value]
+        return [redacted(item, _flag_before(value, place) or name) for place, item in enumerate(value)]
     if value is None or isinstance(value, bool):
         return value
     words = _split_name(name)
@@ -85,6 +86,13 @@ def redacted(value: Any, name: str = "") -> Any:
     if is_key and not _HASH.search(words):
         return "***"
     return _hide_shapes(value, is_place and "://" not in value)
+
+
+def _flag_before(items: Sequence[Any], place: int) -> str | None:
+    """The flag whose value an item of a list is, as in ``[--api-key, abc]``."""
+    before = items[place - 1] if place else None
+    is_flag = isinstance(before, str) and re.fullmatch(r"--?[A-Za-z][\w.-]*", before)
+    return before if is_flag and not str(items[place]).startswith("--") else None
 
 
 def _split_name(name: str) -> str:

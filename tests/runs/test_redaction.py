@@ -130,3 +130,10 @@ def test_revisions_are_kept_by_their_name() -> None:
     revision = "ac6e600eefcce74f5e8bae1035d4f66019e93190"
     kept = {"model.revision": revision, "data.data_revision": revision, "commit": revision, "prompts_sha256": revision}
     assert redacted(kept) == kept and redacted({"setting": revision}) == {"setting": "***"}
+
+
+def test_the_value_of_a_flag_in_a_list_is_left_out_by_the_name_of_the_flag() -> None:
+    args = ["--api-key", "mine", "--max-model-len", 2048, "--hf_token", "hf_abcdefghijklmnop", "--enforce-eager"]
+    kept = ["--api-key", "***", "--max-model-len", 2048, "--hf_token", "***", "--enforce-eager"]
+    assert redacted({"args": args}) == {"args": kept}
+    assert redacted({"args": ["--api-key", "--enforce-eager"]}) == {"args": ["--api-key", "--enforce-eager"]}
