@@ -64,6 +64,15 @@ class EndedElsewhere(Exception):
         self.exit_code = exit_code
 
 
+class StageFailed(Exception):
+    """A command that this one started has failed, and said why. The same command continues."""
+
+    def __init__(self, what: str, code: int) -> None:
+        ended = f"was killed by {Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        super().__init__(f"{what} {ended}. What is finished is saved, and the same command continues")
+        self.exit_code = code if code > 0 else 128 - code
+
+
 class Message(TypedDict, total=False):
     """One turn of a conversation, as chat templates read it. ``role`` is system, developer, user, assistant or tool.
 

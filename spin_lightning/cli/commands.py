@@ -59,6 +59,21 @@ def _run_plan(args: list[str]) -> None:
     main(args)
 
 
+def _run_play(args: list[str]) -> None:
+    from spin_lightning.cli.config_files import check_configs
+
+    check_configs(args)
+    from spin_lightning.cli.play import main
+
+    main(args)
+
+
+def _run_slurm(args: list[str]) -> None:
+    from spin_lightning.cli.slurm import main
+
+    main(args)
+
+
 def _run_demo(args: list[str]) -> None:
     from spin_lightning.demos.small_model import play
 
@@ -124,6 +139,46 @@ On a CPU the figures of memory are within 15 % of what was measured; on a GPU
 they are arithmetic. docs/scale.md has the equations.
 The exit code is 0 if the run could begin, whether or not it fits, else 2."""
 
+_OF_PLAY = """The game of `spin-lightning fit`, with the same settings, folder and results. Each
+iteration has two stages, each in processes of its own that end with it:
+  generate   the opponent answers, and both answers are scored
+  train      the policy trains on them and is exported
+So training and generation never hold memory at the same time, and may be
+started in different ways. The same command continues a killed run, at any
+stage; fit and play continue each other's.
+
+Takes what `spin-lightning fit` takes, and also:
+  --launcher 'torchrun --nproc_per_node 8'
+                                       starts the stage that trains: it takes
+                                       the place of python in
+                                       `python -m spin_lightning fit`
+  --generate-launcher '...'            the same for the stage that generates.
+                                       Left out, that is one process if there is
+                                       a --launcher, else what the trainer's
+                                       settings say
+
+One stage alone: spin-lightning fit --self_play.stage generate, or train.
+A stage that fails ends it with its exit code. SIGTERM, SIGINT and SIGUSR1 go to
+the stage, and end both where the run can be continued."""
+
+_OF_SLURM = """Prints a batch script for a SLURM cluster:
+
+  spin-lightning slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- \\
+    play --config run.yaml > run.sbatch
+  sbatch run.sbatch
+
+Before `--`, what the job asks for; each further option goes to #SBATCH as it
+is, such as --partition gpu or --account mine:
+  --nodes 1
+  --gpus-per-node 1
+  --time 24:00:00
+After it, a command of this package: fit, play or sft. Its processes are one for
+each GPU, started by srun; trainer.num_nodes and trainer.devices are added. The
+run's folder has to be on a disk that all nodes see.
+
+Five minutes before its time is over the job is sent SIGUSR1: the run saves what
+it has and ends, and the script queues the job again, which continues it."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -132,6 +187,18 @@ COMMANDS = {
         "what the data looks like to the game, without loading the model", function=_run_check, help=_OF_CHECK
     ),
     "plan": Command("what a run will take: memory, disk, updates, time", function=_run_plan, help=_OF_PLAN),
+    "play": Command(
+        "fit, with generation and training in turn as processes of their own",
+        function=_run_play,
+        usage="[--launcher COMMAND] --config FILE [--KEY VALUE ...]",
+        help=_OF_PLAY,
+    ),
+    "slurm": Command(
+        "a batch script for fit, play or sft on a cluster",
+        function=_run_slurm,
+        usage="[--nodes N] [--gpus-per-node N] [--time D] [--OPTION VALUE ...] -- COMMAND ...",
+        help=_OF_SLURM,
+    ),
     "demo": Command(
         "the whole game on a small real model, on CPU",
         function=_run_demo,
@@ -225,6 +292,7 @@ def main(args: list[str] | None = None) -> None:
         Interrupted,
         LostProcess,
         NonFiniteError,
+        StageFailed,
         StorageError,
         UserError,
     )
@@ -243,7 +311,7 @@ def main(args: list[str] | None = None) -> None:
         error = processes.settle(raised)
         if isinstance(error, EndedElsewhere):
             processes.leave(error.exit_code)
-        if isinstance(error, UserError | StorageError | NonFiniteError | LostProcess | Interrupted):
+        if isinstance(error, UserError | StorageError | NonFiniteError | LostProcess | Interrupted | StageFailed):
             _end_with(str(error), error.exit_code, "" if isinstance(error, Interrupted) else "error: ")
         if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:  # of a logger, say
             _end_with(f"{error}. Mend that, and run the same command again.", StorageError.exit_code)

@@ -26,6 +26,7 @@ SHARED = "lightning.pytorch.utilities.rank_zero"
 WARNINGS = {
     "The '.*' does not have many workers": "collating ids takes no time",
     r"Found \d+ module\(s\) in eval mode": "an opponent in memory is, and the policy without dropout",
+    "Total length of `(ResumableLoader|CombinedLoader)` across ranks is zero": "a game or a stage of it is over",
     "Total length of `list` across ranks is zero": "no row is held out where data.val_fraction is 0",
     "`isinstance.treespec, LeafSpec.` is deprecated": "Lightning's own use of torch",
     "`gradient_checkpointing_enable` is deprecated": (

@@ -100,6 +100,7 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.state.fn == "fit" and not trainer.fast_dev_run and trainer.is_global_zero:  # type: ignore[attr-defined]
             self.folder.mkdir(parents=True, exist_ok=True)
             config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+            config.get("self_play", {}).pop("stage", None)  # of this command, and not of the run
             with replacing(self.folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 

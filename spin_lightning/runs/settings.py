@@ -29,6 +29,7 @@ SETTINGS = "run.json"
 HARMLESS = {
     "self_play.output_dir",
     "self_play.iterations",  # a game may be made longer; the settings of the iterations played are compared
+    "self_play.stage",
     "data.train_data",  # what was read is compared, not where it lay
     "data.val_data",
     "data.tokenizer_name_or_path",

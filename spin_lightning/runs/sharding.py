@@ -47,7 +47,7 @@ class ShardedStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states = [
             _cut_state(state, [weight for group in optimizer.param_groups for weight in group["params"]])
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False)
         ]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -86,6 +86,8 @@ class SelfPlay(HoldsFolder):
         reset_optimizer: Start each iteration with an empty optimiser state, as the paper does. The learning rate
             schedule starts anew in any case.
         shard_size: Prompts in one shard of pairs: the most that is generated again after a kill.
+        stage: Play one stage of an iteration and end: ``generate`` makes its pairs, ``train`` trains on them and
+            exports. Nothing is done where the other is next. ``spin-lightning play`` sets it. None: all.
 
     Raises:
         UserError: A setting is outside its range.
@@ -105,8 +107,11 @@ class SelfPlay(HoldsFolder):
         epochs: int | list[int] = 2,
         reset_optimizer: bool = True,
         shard_size: int = 256,
+        stage: Literal["generate", "train"] | None = None,
     ) -> None:
         super().__init__()
+        if stage not in (None, "generate", "train"):
+            raise UserError(f"self_play.stage must be 'generate' or 'train', or be left out, got {stage!r}.")
         if iterations < 1:
             raise UserError(f"self_play.iterations must be at least 1, got {iterations!r}.")
         if shard_size < 1:
@@ -123,12 +128,14 @@ class SelfPlay(HoldsFolder):
         self.iterations = iterations
         self.reset_optimizer = reset_optimizer
         self.shard_size = shard_size
+        self.stage = stage
         self.stopped_because: str | None = None
         self.trainer: Any = None
         self.remembered = Remembered()
         self.iteration = -1  # whose training set is loaded
         self._playing: Iteration | None = None
         self._training_set = NOTHING
+        self._stage_is_over = False
         self._report: dict[str, Any] = {}  # of the training set; a checkpoint's until one is loaded
 
     @property
@@ -153,6 +160,8 @@ class SelfPlay(HoldsFolder):
         Raises:
             StopIteration: The game ended while the training set was made. Lightning's loop ends on it.
         """
+        if self._stage_is_over:
+            return NOTHING
         epoch = internals.epoch_to_begin(self.trainer)
         if self.stopped_because or (epoch >= self.total_epochs and not self.trainer.fast_dev_run):
             return NOTHING
@@ -166,6 +175,8 @@ class SelfPlay(HoldsFolder):
                     self._end_if_missed(number - 1)
             self.trainer.lightning_module.start_iteration(number, self.epochs[number], is_fresh=is_fresh)
             self._begin_iteration(number, is_fresh)
+            if self._stage_is_over:
+                return NOTHING
             # at the first load Lightning's loop has not begun, and sees should_stop
             if self.stopped_because and not is_first_load:
                 raise StopIteration(self.stopped_because)
@@ -181,7 +192,15 @@ class SelfPlay(HoldsFolder):
             internals.forget_optimizers(self.trainer)
         iteration = self._make_iteration(number)
         store = iteration.open(self.remembered.manifest, is_fresh)
+        is_next = "generate" if is_fresh and not store.is_complete else "train"
+        if self.stage is not None and self.stage != is_next:
+            self._end_stage(f"iteration {number}: there is nothing to {self.stage}. The next stage is {is_next}")
+            return
         iteration.fill(store)
+        if self.stage == "generate":
+            processes.wait()
+            self._end_stage(f"iteration {number}: its pairs are complete. The next stage is train")
+            return
         self._training_set = training_set = iteration.training_set(store)
         processes.wait()
         if is_fresh:
@@ -197,6 +216,11 @@ class SelfPlay(HoldsFolder):
             self.stop(training_set.if_empty)
         notify(self.trainer, "on_generation_end", number, store, self._report)
         self.iteration, self._playing = number, iteration
+
+    def _end_stage(self, sentence: str) -> None:
+        """End this fit, and leave the game to be continued by the other stage."""
+        self._stage_is_over = True
+        say(f"{sentence} (self_play.stage; left out, all are played).")
 
     def _make_iteration(self, number: int) -> Iteration:
         run = Run(self.output_dir, self.trainer.datamodule, self.shard_size, partial(end_if_asked, self.trainer))
@@ -229,6 +253,11 @@ class SelfPlay(HoldsFolder):
         if trainer.current_epoch + 1 in self._boundaries:
             assert self._playing is not None
             self._end_iteration(self._playing)
+            if self.stage is not None and trainer.current_epoch + 1 < self.total_epochs and not self.stopped_because:
+                self._end_stage(
+                    f"iteration {self._playing.number} was trained and exported. The next stage is generate"
+                )
+                trainer.should_stop = True
 
     def _end_iteration(self, iteration: Iteration) -> None:
         nll = self.trainer.callback_metrics.get("val/nll")
@@ -258,6 +287,8 @@ class SelfPlay(HoldsFolder):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The end of the game; a hook that Lightning also calls when it finds nothing left to train on."""
+        if self._stage_is_over:
+            return
         if trainer.fast_dev_run or (internals.was_cut_short(trainer) and not self.stopped_because):  # type: ignore[attr-defined]
             return
         if internals.epoch_to_begin(trainer) >= self.total_epochs:
@@ -276,7 +307,9 @@ class SelfPlay(HoldsFolder):
         if stage != "fit":
             return
         self.trainer, self.iteration, self._playing, self.stopped_because = trainer, -1, None, None
+        self._stage_is_over = False
         refuse_unplayable(trainer, pl_module, self.epochs)
+        pl_module.is_trained = self.stage != "generate"  # type: ignore[assignment]
         refuse_links(self.output_dir)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a trial: few prompts, and nothing that a real run would meet again
@@ -298,6 +331,8 @@ class SelfPlay(HoldsFolder):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Begin with the next epoch where a checkpoint was saved between an epoch's last batch and its end."""
         internals.end_finished_epoch(checkpoint)
+        if self.stage == "generate":  # a large part of it, which nothing is done with
+            checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -181,6 +181,8 @@ class PolicyModule(L.LightningModule):
             self.register_state_dict_post_hook(_drop_frozen)
             self.register_load_state_dict_post_hook(_forgive_frozen)
         self._kernels_are_settled = False
+        #: False where a fit only generates, so that an optimiser takes no memory.
+        self.is_trained = True
         self.first_step = -1  # optimiser steps when the iteration in progress began
         self._non_finite_in_a_row = 0
         self._update = _Update()
@@ -423,7 +425,9 @@ class PolicyModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimiser and one warm-up-and-decay schedule for one iteration."""
         refuse_unusable(self.optimizer)
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        parameters = self._trained_weights()
+        if not self.is_trained:  # an optimiser all the same, whose settings are compared with the run's
+            parameters = [min(parameters, key=Tensor.numel)]
         rate = at_iteration(self.learning_rate, self.iteration)
         if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters):
             optimizer: torch.optim.Optimizer = Float32Master(parameters, lambda weights: fused(self.optimizer(weights)))

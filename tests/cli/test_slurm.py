@@ -1,0 +1,69 @@
+"""The batch script of a SLURM job."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from spin_lightning.cli.commands import main
+from spin_lightning.cli.slurm import make_script
+
+ASKED = ["--nodes", "2", "--gpus-per-node=3", "--partition", "gpu", "--"]
+
+
+@pytest.mark.parametrize("word", ["fit", "play", "sft"])
+def test_bash_reads_the_script(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["slurm", *ASKED, word, "--config", "my run.yaml"])
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for line in (
+        "nodes=2",
+        "gpus-per-node=3",
+        "ntasks-per-node=3",
+        "time=24:00:00",
+        "partition=gpu",
+        "signal=USR1@300",
+    ):
+        assert f"\n#SBATCH --{line}\n" in script
+    assert f"-m spin_lightning {word} " in script
+    assert "--config 'my run.yaml' --trainer.num_nodes=2 --trainer.devices=3\n" in script
+
+
+@pytest.mark.parametrize(("code", "is_queued"), [(0, False), (2, False), (143, True)])
+def test_the_job_is_queued_again_when_its_time_was_over(code: int, is_queued: bool, tmp_path: Path) -> None:
+    """Run for real, with programs in the place of srun and scontrol that write down how they were called."""
+    for name, ends in (("srun", code), ("scontrol", 0)):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/called\nexit {ends}\n')
+        program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    script = make_script([*ASKED, "fit", "--config", "run.yaml"])
+    assert subprocess.run(["bash"], input=script, text=True, env=environment).returncode == code
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called == [
+        "srun --kill-on-bad-exit=1 python -m spin_lightning fit --config run.yaml --trainer.num_nodes=2 "
+        "--trainer.devices=3",
+        *(["scontrol requeue 7"] if is_queued else []),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "what the job runs must follow `--`, one of fit, play, sft with its settings, got ''"),
+        (["--", "lab"], "got 'lab'"),
+        (["--nodes", "0", "--", "fit"], "--nodes must be a whole number, at least 1, got '0'"),
+        (["--gpus-per-node=x", "--", "fit"], "--gpus-per-node must be a whole number"),
+        (["--time", "--", "fit"], "--time needs a value, got ''"),
+        (["2", "--", "fit"], "an option of the job must look like --partition gpu, got '2'"),
+        (["--signal=TERM@9", "--", "fit"], "--signal is the script's own"),
+        (["--", "play", "--launcher=torchrun"], "--launcher follows from --nodes and --gpus-per-node"),
+    ],
+)
+def test_what_no_script_can_be_made_of_is_refused(
+    args: list[str], words: str, refusal: Callable[[Sequence[str]], str]
+) -> None:
+    assert words in refusal(["slurm", *args])
