@@ -348,6 +348,11 @@ def _find_setup(settings: Any, adapter: Mapping[str, Any] | None, trained: int |
     trainer = settings.trainer
     device = _find_device(str(trainer.accelerator))
     strategy = _name_of(trainer.strategy)
+    if strategy.rpartition(".")[2] not in ("auto", "None", "ddp", "fsdp2", "DDPStrategy", "ShardedStrategy"):
+        raise UserError(
+            f"trainer.strategy {strategy!r} is not one that a run takes. Set auto with trainer.devices: 1, ddp, or "
+            "fsdp2 for weights that one device does not hold."
+        )
     opponent = settings.model.get("opponent")
     return Setup(
         NUMERICS[_find_precision(trainer.precision)],

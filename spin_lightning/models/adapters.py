@@ -166,12 +166,14 @@ class LoraAdapter:
         from peft import LoraConfig, PeftModel, get_peft_model
 
         names = [name for name, _ in model.named_modules()]
-        for wanted in self.modules_to_save or [] if self.path is None else []:
-            if not any(name.endswith(wanted) for name in names):
-                raise UserError(
-                    f"model.adapter.modules_to_save names {wanted!r}, and no layer of this {type(model).__name__} is "
-                    f"called so. There are {', '.join(sorted({name.rpartition('.')[2] for name in names} - {''}))}."
-                )
+        targets = self.target_modules if isinstance(self.target_modules, list) else []
+        for setting, wanted_names in (("modules_to_save", self.modules_to_save or []), ("target_modules", targets)):
+            for wanted in wanted_names if self.path is None else []:
+                if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+                    raise UserError(
+                        f"model.adapter.{setting} names {wanted!r}, and no layer of this {type(model).__name__} is "
+                        f"called so. There are {', '.join(sorted({name.rpartition('.')[2] for name in names} - {''}))}."
+                    )
         is_packed = getattr(model, "is_quantized", False)
         packed = f", packed ({self.quantize or 'as it came'})" if is_packed else ""
         base = Base(model.name_or_path, dtype_name(model.dtype) + packed, weights_hash(model))

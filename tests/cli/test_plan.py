@@ -155,6 +155,7 @@ def test_a_probe_takes_the_time_of_the_run(flags, whole, capsys):
         (["--rows=10"], "--rows, --prompt-tokens and --response-tokens stand in for the data together, got only rows"),
         (["--price-per-hour=cheap"], "--price-per-hour must be a number, the price of one device, got 'cheap'"),
         (["--trainer.precision=transformer-engine"], "plan knows no trainer.precision 'transformer-engine'"),
+        (["--trainer.strategy=fsdp"], "trainer.strategy 'fsdp' is not one that a run takes"),
         (["--rows=9", "--prompt-tokens=999", "--response-tokens=9"], "prompts of 999 tokens"),
         (
             ["--rows=9", "--prompt-tokens=9", "--response-tokens=9", "--probe"],

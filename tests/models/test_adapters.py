@@ -332,7 +332,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 
 
 def test_layers_that_the_model_lacks_are_named(model: str) -> None:
-    with pytest.raises(UserError, match=r"An adapter cannot be put into a LlamaForCausalLM: .*query"):
+    with pytest.raises(UserError, match=r"model\.adapter\.target_modules names 'query'"):
         LoraAdapter(target_modules=["query"]).apply(load(model))
     with pytest.raises(UserError, match=r"modules_to_save names 'score', .*There are 0, 1, act_fn, down_proj"):
         LoraAdapter(modules_to_save=["score"]).apply(load(model))
@@ -383,3 +383,9 @@ def test_a_merged_model_is_compared_with_what_was_trained(
     monkeypatch.setattr(merging, "_measure_divergence", lambda *models: math.nan)
     with pytest.raises(UserError, match=r"predict something else: nan nats .*Set model\.adapter\.merged: false"):
         save_model(adapted(untied), byte_tokenizer(), tmp_path / "policy", "", 258)
+
+
+@pytest.mark.parametrize("setting", ["target_modules", "modules_to_save"])
+def test_a_name_that_no_layer_has_is_refused_beside_names_that_some_have(setting: str, model: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.adapter\.{setting} names 'nosuch'.*There are .*q_proj"):
+        LoraAdapter(**{setting: ["q_proj", "nosuch"]}).apply(load(model))
