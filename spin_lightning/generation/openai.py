@@ -23,7 +23,7 @@ from spin_lightning.generation.base import Player, ResponseGenerator, as_set
 from spin_lightning.generation.server import Refused, Server, Unanswered
 from spin_lightning.models.batches import pack_rows
 from spin_lightning.models.log_probs import response_log_probs
-from spin_lightning.runs import signals
+from spin_lightning.runs import processes, signals
 from spin_lightning.terminal import say
 from spin_lightning.types import Response, UserError
 
@@ -367,8 +367,12 @@ class OpenAIGenerator(ServedGenerator):
         return (self._ask_if_known("/server_info?config_format=json").get("vllm_config") or {}).get(part) or {}
 
     def _serve(self, folder: Path) -> None:
-        if not self.reloads:
-            return
+        if self.reloads:
+            if processes.is_first():  # one server answers all of them
+                self._have_read(folder)
+            processes.wait()
+
+    def _have_read(self, folder: Path) -> None:
         if is_tied(self.opponent.model) and self._ask_for_config("device_config").get("device_type") == "cpu":
             raise self._make_error(
                 "runs on a CPU, where vLLM goes on with the old head of a model whose head and embeddings are one",

@@ -92,7 +92,7 @@ class PairMaker:
             torch.no_grad(),
             self.numerics(),
             evaluating(self.model),
-            nullcontext() if all(done) else opened(self.generator, self.opponent),
+            opened(self.generator, self.opponent) if processes.largest(not all(done)) else nullcontext(),
             progress("answering", total, "responses") as phase,
         ):
             forward_path_of(self.model)  # before the first response, so that all are computed alike

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,8 @@ def export_policy(
     if exports_merged(model):
         tokenizer = encoder.tokenizer
         save_model(model, tokenizer, folder / "policy", card, encoder.end_ids, trust_remote_code=trust_remote_code)
+    else:
+        shutil.rmtree(folder / "policy", ignore_errors=True)  # of an earlier export, with other weights
     write_json(folder / "summary.json", summary)
 
 

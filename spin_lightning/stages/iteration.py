@@ -245,9 +245,9 @@ class SpinIteration(Iteration):
                 "(signed {signed:+.4f})".format(**gap)
             )
             statistics["sampler_gap"] = gap
-        store.finish(names, opponent=self._opponent_name, versions=versions(), statistics=statistics)
-        if writes and processes.is_first():
+        if writes and processes.is_first():  # before the pairs are complete: nobody comes back for it then
             shutil.rmtree(self.folder / "opponent")
+        store.finish(names, opponent=self._opponent_name, versions=versions(), statistics=statistics)
 
     def training_set(self, store: PairStore) -> TrainingSet:
         """All pairs but those that cannot teach this loss anything."""

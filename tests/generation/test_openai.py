@@ -19,7 +19,7 @@ from spin_lightning import OpenAIGenerator, TransformersGenerator, UserError
 from spin_lightning.generation import openai
 from spin_lightning.generation.base import Player, opened
 from spin_lightning.generation.server import Server
-from spin_lightning.runs import signals
+from spin_lightning.runs import processes, signals
 from spin_lightning.types import Interrupted
 
 PROMPTS = [[5, 6, 7, number] for number in range(10)]
@@ -51,6 +51,10 @@ def serving(sample: Sampler) -> FakeVllm:
     if isinstance(sample, FromModel):
         server.reload = sample.become
     return server
+
+
+#: The scripted server's sockets, which it drops as real ones do, may be collected in a later test.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture
@@ -92,6 +96,17 @@ def test_a_server_s_responses_are_its_ids_with_their_log_probs(server: FakeVllm,
     for body in requests:  # what a model's folder could set otherwise, or an end of its own
         assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"]) == (1.0, 1.0, 0, 0.0)
         assert (body["stop_token_ids"], body["ignore_eos"], body["repetition_penalty"]) == ([END], True, 1.0)
+
+
+def test_of_several_processes_the_first_has_the_server_read_the_weights(
+    server: FakeVllm, opponent: Player, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = []
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "wait", lambda: met.append(list(server.paths())))
+    assert len(respond(server, opponent)) == 10
+    assert met == [[]]  # nothing was asked before all had met
+    assert {"/collective_rpc", "/reset_prefix_cache"}.isdisjoint(server.paths())
 
 
 def play(server: FakeVllm, model: str, rows: str, folder: Path, **settings: Any) -> Game:
@@ -245,10 +260,10 @@ def test_a_server_that_fails_now_and_then_gives_the_same_responses(server: FakeV
 
 
 def test_a_slow_server_is_given_up_with_the_settings_that_help(server: FakeVllm, opponent: Player) -> None:
-    server.fault = after(0, lambda: time.sleep(0.5))
-    words = r"no answer to /v1/completions within 0.1 s\. If it is slow, lower data\.generator\.batch_size or raise "
-    with pytest.raises(UserError, match=words + r"data\.generator\.timeout_seconds \(now 0\.1\)"):
-        respond(server, opponent, timeout_seconds=0.1, batch_size=2)
+    server.fault = after(0, lambda: time.sleep(1.0))
+    words = r"no answer to /v1/completions within 0.3 s\. If it is slow, lower data\.generator\.batch_size or raise "
+    with pytest.raises(UserError, match=words + r"data\.generator\.timeout_seconds \(now 0\.3\)"):
+        respond(server, opponent, timeout_seconds=0.3, batch_size=2)
 
 
 def test_nobody_waits_for_a_server_that_hangs_when_the_run_ends(server: FakeVllm, opponent: Player) -> None:

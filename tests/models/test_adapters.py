@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from spin_lightning.models.fused_layers import Fused
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.merging import merged_linear
 from spin_lightning.models.saving import save_model, weights_hash
+from spin_lightning.stages.export import export_policy
 from spin_lightning.types import UserError
 
 peft = pytest.importorskip("peft")
@@ -389,3 +391,11 @@ def test_a_merged_model_is_compared_with_what_was_trained(
 def test_a_name_that_no_layer_has_is_refused_beside_names_that_some_have(setting: str, model: str) -> None:
     with pytest.raises(UserError, match=rf"model\.adapter\.{setting} names 'nosuch'.*There are .*q_proj"):
         LoraAdapter(**{setting: ["q_proj", "nosuch"]}).apply(load(model))
+
+
+def test_an_export_without_a_merged_model_leaves_no_earlier_one_behind(model: str, tmp_path: Path) -> None:
+    policy, encoder = adapted(model).eval(), SimpleNamespace(tokenizer=byte_tokenizer(), end_ids=258)
+    export_policy(policy, encoder, tmp_path, "a card", {})
+    policy.adapter_merged = False
+    export_policy(policy, encoder, tmp_path, "a card", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "summary.json"]
