@@ -139,8 +139,8 @@ On a CPU the figures of memory are within 15 % of what was measured; on a GPU
 they are arithmetic. docs/scale.md has the equations.
 The exit code is 0 if the run could begin, whether or not it fits, else 2."""
 
-_OF_PLAY = """The game of `spin-lightning fit`, with the same settings, folder and results. Each
-iteration has two stages, each in processes of its own that end with it:
+_OF_PLAY = """The game of `spin-lightning fit`, with the same settings, folder and results.
+Each iteration has two stages, each in processes of its own that end with it:
   generate   the opponent answers, and both answers are scored
   train      the policy trains on them and is exported
 So training and generation never hold memory at the same time, and may be
@@ -188,7 +188,7 @@ COMMANDS = {
     ),
     "plan": Command("what a run will take: memory, disk, updates, time", function=_run_plan, help=_OF_PLAN),
     "play": Command(
-        "fit, with generation and training in turn as processes of their own",
+        "fit, each stage of it in processes of its own",
         function=_run_play,
         usage="[--launcher COMMAND] --config FILE [--KEY VALUE ...]",
         help=_OF_PLAY,
