@@ -205,7 +205,7 @@ def stages_of(forked: type[Forked]) -> list[str]:
         pytest.param(2, "0 training 2 killed", ["train", "generate", "train"], marks=thorough),
         pytest.param(2, "0 export 1 killed", ["train", "generate", "train"], marks=thorough),
         pytest.param(3, "0 generation 5 killed", ["generate", "train"], marks=thorough),
-        (4, "0 export 1 killed", ["train"]),
+        pytest.param(4, "0 export 1 killed", ["train"], marks=thorough),
     ],
 )
 def test_a_stage_that_is_killed_ends_play_and_the_same_command_continues(
