@@ -54,7 +54,7 @@ slow: install
 
 processes: install
 	ALL_PROCESSES=1 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests/runs/test_processes.py tests/runs/test_lightning_internals.py \
-	  tests/stages/test_several_processes.py -v
+	  tests/stages/test_several_processes.py tests/cli/test_play.py -v
 
 style: install
 	$(BIN)/ruff format --check .
