@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.flops import matmul_speed
 from benchmarks.measure import forget_peak, now, peak_mib
@@ -50,17 +50,7 @@ LLAMA = Shape(hidden=2048, layers=16, heads=32, kv_heads=8, intermediate=8192, v
 def one_pass(shape: Shape) -> list[dict[str, Any]]:
     """Forward, backward and AdamW over one pass in bfloat16, without a trainer, beside the peak of a matrix product."""
     peak = matmul_speed(8192, 8192, 8192)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.intermediate,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=True,
-        pad_token_id=None,
-    )
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).to("cuda")
+    model = LlamaForCausalLM._from_config(shape.config(pad_token_id=None), dtype=torch.bfloat16).to("cuda")
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(weights, fused=True)
     records = []

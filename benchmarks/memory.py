@@ -120,23 +120,11 @@ CASES = {
 def measure(case: Case, device: str) -> dict[str, Any]:
     """The peak of a case in MiB, how much of it was there before on a GPU, and seconds."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     shape = SHAPES[case.shape]
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.intermediate,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+    config = shape.config(eos_token_id=1, pad_token_id=0)
     dtype = torch.bfloat16 if case.precision == "bf16-true" else torch.float32
     model = LlamaForCausalLM._from_config(config, dtype=dtype)
     before = torch.cuda.memory_allocated() / MIB if device == "cuda" else 0.0  # of an earlier case

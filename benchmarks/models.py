@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +41,22 @@ class Shape:
         """Weights of the whole model."""
         return self.layers * self.layer_weights + self.vocabulary * self.hidden
 
+    def config(self, **tokens: int | None) -> Any:
+        """A Llama's config of this shape, with the ids of its tokens."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            intermediate_size=self.intermediate,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            **{"bos_token_id": None, **tokens},
+        )
+
 
 def smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, made once of the package's GGUF file."""
@@ -55,7 +72,7 @@ def smollm2(folder: Path) -> Path:
 def random_llama(folder: Path, shape: Shape) -> Path:
     """A Llama with random weights and a tokenizer of one token a byte, as a Hugging Face folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").exists():
         return folder
@@ -70,21 +87,8 @@ def random_llama(folder: Path, shape: Shape) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=shape.vocabulary,
-                hidden_size=shape.hidden,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                intermediate_size=shape.intermediate,
-                max_position_embeddings=8192,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        config = shape.config(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        model = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

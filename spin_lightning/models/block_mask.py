@@ -6,7 +6,7 @@ counting along these runs, tokens times blocks of them, and not tokens times tok
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def find_runs(layout: ResponseBatch, window: int | None, length: int) -> NDArray
     for prompt_length, *of_responses in layout.lengths:
         after = start + prompt_length
         own[start:after] = start
-        for first, last in zip(*_ends_of(after, of_responses), strict=True):
+        for first, last in pairwise(accumulate(of_responses, initial=after)):
             own[first:last] = first
             begin[first:last], end[first:last] = start, after
             if window is not None:  # a response's positions continue those of its prompt
@@ -65,12 +65,6 @@ def find_runs(layout: ResponseBatch, window: int | None, length: int) -> NDArray
     if window is not None:
         own = np.maximum(own, np.arange(length) - window + 1)
     return np.stack([begin, end, own])
-
-
-def _ends_of(start: int, lengths: list[int]) -> tuple[list[int], list[int]]:
-    """Where runs of these lengths begin and end, one after the other."""
-    ends = list(accumulate(lengths, initial=start))
-    return ends[:-1], ends[1:]
 
 
 def _make_mask(begin: Tensor, end: Tensor, own: Tensor) -> Any:
