@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from helpers import args_of
 
 from spin_lightning import TransformersGenerator, UserError
 from spin_lightning.types import Response
@@ -140,6 +141,18 @@ def run_command(args: list[str], fate: str = "") -> None:
 
     os.environ[FATE] = fate
     main(args)
+
+
+def flags_of(model: str, rows: str, folder: Path, *more: str) -> list[str]:
+    """A small game on the command line, with the callback and the generator that end it where ``FATE`` says."""
+    return args_of(
+        "fit", model, rows, folder,
+        "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=several.Mortal", "--data.generator=several.MortalGenerator",
+        "--data.generator.max_new_tokens=5", "--data.val_fraction=0.2", "--data.batch_size=4",
+        "--self_play.iterations=2", "--self_play.epochs=1", "--self_play.shard_size=2", "--model.learning_rate=1e-2",
+        "--checkpoint.every_n_steps=1", *more,
+    )  # fmt: skip
 
 
 def _run(environment: dict[str, str], printed: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

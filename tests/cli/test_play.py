@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import several
 import torch
 from games import Game, pairs_of, read, without_seconds
-from helpers import args_of
 from several import CONTEXT, environment_of, free_port, run_command, thorough
 
 from spin_lightning import UserError
@@ -134,15 +134,8 @@ def test_the_next_stage_is_read_off_the_folder(made: dict[str, Any], expected: A
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def flags_of(model: str, rows: str, folder: Path, *more: str) -> list[str]:
-    return args_of(
-        "play", model, rows, folder,
-        "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks+=several.Mortal", "--data.generator=several.MortalGenerator",
-        "--data.generator.max_new_tokens=5", "--data.val_fraction=0.2", "--data.batch_size=4",
-        "--self_play.iterations=2", "--self_play.epochs=1", "--self_play.shard_size=2", "--model.learning_rate=1e-2",
-        "--checkpoint.every_n_steps=1", *more,
-    )  # fmt: skip
+def flags_of(*args: Any) -> list[str]:
+    return ["play", *several.flags_of(*args)[1:]]
 
 
 class Forked:
@@ -190,7 +183,7 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> type[Forked]:
 def fitted(model: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same game, played by ``fit``."""
     folder = tmp_path_factory.mktemp("fitted") / "run"
-    main(["fit", *flags_of(model, rows, folder)[1:]])
+    main(several.flags_of(model, rows, folder))
     return folder
 
 

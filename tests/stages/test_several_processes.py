@@ -19,9 +19,9 @@ import pytest
 import torch
 from filelock import FileLock
 from games import Do, DoLast, Game, Stopped, pairs_of, read, weight_bits, without_seconds
-from helpers import QUIET, args_of, load, save_tiny_model, write_rows
+from helpers import QUIET, load, save_tiny_model, write_rows
 from lightning.pytorch.strategies import DDPStrategy
-from several import FATE, IS_THOROUGH, Several, free_port, run_command, thorough, together
+from several import FATE, IS_THOROUGH, Several, flags_of, free_port, run_command, thorough, together
 
 from spin_lightning import ExportPolicy, LoraAdapter, RowDataModule, RunCheckpoint, SftLightningModule
 from spin_lightning.models import kernels
@@ -273,17 +273,6 @@ def test_sharded_float32_masters_of_bfloat16_weights_continue_bit_for_bit(
         for path in checkpoints
     ]
     assert shapes[0] == shapes[1]  # a checkpoint is whole
-
-
-def flags_of(model: str, rows: str, folder: Path, *more: str) -> list[str]:
-    return args_of(
-        "fit", model, rows, folder,
-        "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
-        "--trainer.callbacks+=several.Mortal", "--data.generator=several.MortalGenerator",
-        "--data.generator.max_new_tokens=5", "--data.val_fraction=0.2", "--data.batch_size=4",
-        "--self_play.iterations=2", "--self_play.epochs=1", "--self_play.shard_size=2", "--model.learning_rate=1e-2",
-        "--checkpoint.every_n_steps=1", *more,
-    )  # fmt: skip
 
 
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
