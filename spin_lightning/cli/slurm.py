@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 #: Commands that a job may run, and what starts their processes.
@@ -27,7 +28,7 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: There is no command, or an option is outside its range.
     """
-    print(make_script(args), end="")
+    say(make_script(args).removesuffix("\n"), wraps=False)
 
 
 def make_script(args: Sequence[str]) -> str:

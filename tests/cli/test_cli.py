@@ -233,7 +233,7 @@ def test_a_mistake_is_answered_in_a_sentence_before_a_model_is_loaded(fit, refus
 
 
 def test_an_unknown_command_is_named(refusal):
-    assert "play" in refusal(["play"])
+    assert "there is no command 'plya'" in refusal(["plya"])
 
 
 def test_demo_and_lab_answer_a_wrong_call_with_their_usage(refusal, capsys):
