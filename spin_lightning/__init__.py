@@ -9,6 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spin_lightning.advantages import Advantage as Advantage
+    from spin_lightning.advantages import BestOfGroup as BestOfGroup
+    from spin_lightning.advantages import Gae as Gae
+    from spin_lightning.advantages import GroupNormalized as GroupNormalized
+    from spin_lightning.advantages import LeaveOneOut as LeaveOneOut
     from spin_lightning.data.module import RowDataModule as RowDataModule
     from spin_lightning.generation import ContinuousGenerator as ContinuousGenerator
     from spin_lightning.generation import OpenAIGenerator as OpenAIGenerator
@@ -49,6 +54,7 @@ __version__ = "0.1.0"
 #: Every public name, by the module it is in. The imports above tell editors and type checkers the same; a test compares
 #: them.
 _HOMES = {
+    "advantages": ("Advantage", "BestOfGroup", "Gae", "GroupNormalized", "LeaveOneOut"),
     "data.module": ("RowDataModule",),
     "generation": (
         "ContinuousGenerator",
