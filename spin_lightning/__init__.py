@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spin_lightning.data.module import RowDataModule as RowDataModule
+    from spin_lightning.data.preferences import PreferenceDataModule as PreferenceDataModule
     from spin_lightning.generation import ContinuousGenerator as ContinuousGenerator
     from spin_lightning.generation import OpenAIGenerator as OpenAIGenerator
     from spin_lightning.generation import ResponseGenerator as ResponseGenerator
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 #: them.
 _HOMES = {
     "data.module": ("RowDataModule",),
+    "data.preferences": ("PreferenceDataModule",),
     "generation": (
         "ContinuousGenerator",
         "OpenAIGenerator",
