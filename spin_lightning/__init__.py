@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from spin_lightning.stages.opponent import Opponent as Opponent
     from spin_lightning.stages.opponent import ResidentOpponent as ResidentOpponent
     from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
+    from spin_lightning.stages.ppo import PpoLightningModule as PpoLightningModule
     from spin_lightning.stages.progress import ShowProgress as ShowProgress
+    from spin_lightning.stages.rollouts import Rollouts as Rollouts
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
@@ -92,7 +94,9 @@ _HOMES = {
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),
+    "stages.ppo": ("PpoLightningModule",),
     "stages.progress": ("ShowProgress",),
+    "stages.rollouts": ("Rollouts",),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),

@@ -69,7 +69,7 @@ class Advantages:
 
 
 class Advantage(ABC):
-    """From rewards to advantages. Write your own as a subclass with :meth:`__call__`; it keeps no state."""
+    """From rewards to advantages. Write your own as a subclass with :meth:`estimate`; it keeps no state."""
 
     #: Whether it wants ``values``, so that there is a critic.
     needs_values = False
@@ -77,7 +77,7 @@ class Advantage(ABC):
     needs_group = False
 
     @abstractmethod
-    def __call__(self, trajectories: Trajectories) -> Advantages:
+    def estimate(self, trajectories: Trajectories) -> Advantages:
         """The advantages of an iteration, from all of its responses at once."""
 
 
@@ -100,7 +100,7 @@ class Gae(Advantage):
         >>> one = Trajectories(
         ...     torch.ones(1), torch.zeros(1), torch.tensor([2]), torch.zeros(2), 0.0, torch.tensor([0.5, 0.75])
         ... )
-        >>> Gae(lam=0.0, whiten=False)(one).advantages
+        >>> Gae(lam=0.0, whiten=False).estimate(one).advantages
         tensor([0.2500, 0.2500])
     """
 
@@ -112,7 +112,7 @@ class Gae(Advantage):
         self.lam = lam
         self.whiten = whiten
 
-    def __call__(self, trajectories: Trajectories) -> Advantages:
+    def estimate(self, trajectories: Trajectories) -> Advantages:
         values = trajectories.values
         assert values is not None, "needs_values"
         sizes = trajectories.lengths.tolist()
@@ -138,13 +138,13 @@ class LeaveOneOut(Advantage):
         >>> four = Trajectories(
         ...     torch.tensor([1.0, 0, 0, 1]), torch.zeros(4), torch.ones(4, dtype=int), torch.zeros(4), 0.0
         ... )
-        >>> LeaveOneOut()(four).advantages
+        >>> LeaveOneOut().estimate(four).advantages
         tensor([ 0.6667, -0.6667, -0.6667,  0.6667])
     """
 
     needs_group = True
 
-    def __call__(self, trajectories: Trajectories) -> Advantages:
+    def estimate(self, trajectories: Trajectories) -> Advantages:
         rewards, groups = trajectories.penalised_rewards, _Groups(trajectories)
         others = (groups.sizes - 1).clamp_min(1)  # alone: the difference is 0
         return _of_tokens((rewards - groups.mean(rewards)) * groups.sizes / others, trajectories)
@@ -159,7 +159,7 @@ class GroupNormalized(Advantage):
 
     needs_group = True
 
-    def __call__(self, trajectories: Trajectories) -> Advantages:
+    def estimate(self, trajectories: Trajectories) -> Advantages:
         rewards, groups = trajectories.penalised_rewards, _Groups(trajectories)
         centred = rewards - groups.mean(rewards)
         variance = groups.mean(centred.square()) * groups.sizes / (groups.sizes - 1).clamp_min(1)
@@ -174,7 +174,7 @@ class BestOfGroup(Advantage):
 
     needs_group = True
 
-    def __call__(self, trajectories: Trajectories) -> Advantages:
+    def estimate(self, trajectories: Trajectories) -> Advantages:
         rewards, groups = trajectories.penalised_rewards, _Groups(trajectories)
         best, least = groups.extreme(rewards, "amax"), groups.extreme(rewards, "amin")
         count = len(rewards)

@@ -56,7 +56,7 @@ def group(rewards: list[float], groups: list[int] | None = None) -> Trajectories
     ("lam", "expected"), [(0.0, (0.15, 0.32, 0.2)), (0.95, (0.6345, 0.51, 0.2)), (1.0, (0.67, 0.52, 0.2))]
 )
 def test_gae_by_hand(lam: float, expected: tuple[float, ...]) -> None:
-    made = Gae(lam, whiten=False)(one_response([0.3, 0.5, 0.8], [-0.05, 0.02, 1.0]))
+    made = Gae(lam, whiten=False).estimate(one_response([0.3, 0.5, 0.8], [-0.05, 0.02, 1.0]))
     assert made.advantages.tolist() == near(*expected)
     assert made.returns is not None
     assert made.returns.tolist() == near(*(a + v for a, v in zip(expected, (0.3, 0.5, 0.8), strict=True)))
@@ -75,21 +75,21 @@ def test_a_response_does_not_see_the_next_one() -> None:
         1.0,
         torch.cat([part.values for part in (first, second, first)]),  # type: ignore[misc]
     )
-    assert Gae(0.95, whiten=False)(both).advantages.tolist() == near(0.6345, 0.51, 0.2, 1.9, 0.6345, 0.51, 0.2)
+    assert Gae(0.95, whiten=False).estimate(both).advantages.tolist() == near(0.6345, 0.51, 0.2, 1.9, 0.6345, 0.51, 0.2)
 
 
 def test_group_baselines_by_hand() -> None:
     rewards = group([1, 0.1, 0, 1])
-    assert LeaveOneOut()(rewards).advantages.tolist() == near(0.633333, -0.566667, -0.7, 0.633333)
-    assert GroupNormalized()(rewards).advantages.tolist() == near(0.863636, -0.772727, -0.954545, 0.863636)
-    assert BestOfGroup()(rewards).advantages.tolist() == [1, 0, 0, 0]  # the first of equals
+    assert LeaveOneOut().estimate(rewards).advantages.tolist() == near(0.633333, -0.566667, -0.7, 0.633333)
+    assert GroupNormalized().estimate(rewards).advantages.tolist() == near(0.863636, -0.772727, -0.954545, 0.863636)
+    assert BestOfGroup().estimate(rewards).advantages.tolist() == [1, 0, 0, 0]  # the first of equals
 
 
 def test_groups_are_told_by_their_prompt_and_not_by_their_place() -> None:
     mixed = group([1, 5, 0, 7, 0.1, 1], [9, 4, 9, 4, 9, 9])
     expected = {0: 0.633333, 2: -0.7, 4: -0.566667, 5: 0.633333, 1: -2.0, 3: 2.0}
-    assert LeaveOneOut()(mixed).advantages.tolist() == near(*(expected[index] for index in range(6)))
-    assert BestOfGroup()(mixed).advantages.tolist() == [1, 0, 0, 1, 0, 0]
+    assert LeaveOneOut().estimate(mixed).advantages.tolist() == near(*(expected[index] for index in range(6)))
+    assert BestOfGroup().estimate(mixed).advantages.tolist() == [1, 0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("advantage", [LeaveOneOut(), GroupNormalized(), BestOfGroup()])
@@ -97,14 +97,14 @@ def test_flat_groups_and_lone_responses_teach_nothing(advantage: Advantage) -> N
     for kind in (torch.float32, torch.float64):  # not even by rounding
         flat = group([0.1, 0.1, 0.1, 2.0], [0, 0, 0, 1])
         flat = replace(flat, rewards=flat.rewards.to(kind), log_ratios=flat.log_ratios.to(kind))
-        assert advantage(flat).advantages.tolist() == [0, 0, 0, 0]
+        assert advantage.estimate(flat).advantages.tolist() == [0, 0, 0, 0]
 
 
 def test_a_group_advantage_counts_the_divergence() -> None:
     """Equal rewards, and one response strayed by 0.4 nats."""
     strayed = replace(group([1.0, 1.0]), log_ratios=torch.tensor([0.4, 0.0], dtype=torch.float64), beta=0.5)
-    assert LeaveOneOut()(strayed).advantages.tolist() == near(-0.2, 0.2)
-    assert BestOfGroup()(strayed).advantages.tolist() == [0, 1]
+    assert LeaveOneOut().estimate(strayed).advantages.tolist() == near(-0.2, 0.2)
+    assert BestOfGroup().estimate(strayed).advantages.tolist() == [0, 1]
 
 
 def test_whitening_by_hand() -> None:
@@ -112,7 +112,9 @@ def test_whitening_by_hand() -> None:
     assert whitened(values).tolist() == near(-1.341641, -0.447214, 0.447214, 1.341641)
     assert whitened(torch.full((3,), 5.0)).tolist() == [0, 0, 0]
     plain = one_response([0.3, 0.5, 0.8], [-0.05, 0.02, 1.0])
-    assert Gae(0.0)(plain).advantages.tolist() == near(*whitened(torch.tensor([0.15, 0.32, 0.2]).double()).tolist())
+    assert Gae(0.0).estimate(plain).advantages.tolist() == near(
+        *whitened(torch.tensor([0.15, 0.32, 0.2]).double()).tolist()
+    )
 
 
 def test_lambda_is_a_share() -> None:
@@ -240,9 +242,11 @@ def test_at_the_best_policy_every_token_is_worth_what_was_expected(language: Lan
     """One assert that finds every off-by-one: terminators, cut responses, the reward's place, the shift of values."""
     policy, values = language.best()
     exact = language.trajectories(policy, values)
-    assert Gae(lam, whiten=False)(exact).advantages.abs().max() < 1e-13
+    assert Gae(lam, whiten=False).estimate(exact).advantages.abs().max() < 1e-13
     misplaced = replace(exact, log_ratios=torch.where(language.tokens == END, 0.0, exact.log_ratios))
-    assert Gae(lam, whiten=False)(misplaced).advantages.abs().max() > 0.5  # divergence without the terminator's
+    assert (
+        Gae(lam, whiten=False).estimate(misplaced).advantages.abs().max() > 0.5
+    )  # divergence without the terminator's
 
 
 def expected_gradient(language: Language, advantage: Advantage, logits: Tensor, values: Tensor | None) -> Tensor:
@@ -250,7 +254,7 @@ def expected_gradient(language: Language, advantage: Advantage, logits: Tensor, 
     trajectories = language.trajectories(logits, values)
     logits = logits.clone().requires_grad_()
     now = language.log_probs(logits)
-    losses = clipped_ratio_losses(now, now.detach(), advantage(trajectories).advantages, clip=0.2)
+    losses = clipped_ratio_losses(now, now.detach(), advantage.estimate(trajectories).advantages, clip=0.2)
     weights = language.probabilities(logits).detach().repeat_interleave(language.lengths)
     (gradient,) = torch.autograd.grad(-(losses * weights).sum() / 2, logits)
     return gradient
@@ -290,9 +294,11 @@ def test_the_gradient_of_one_left_out_is_that_of_the_objective(language: Languag
         chosen = worth[prompt][pairs].flatten()
         groups = torch.arange(len(pairs)).repeat_interleave(2)
         ones = torch.ones(len(chosen), dtype=torch.long)
-        advantages = LeaveOneOut()(
-            Trajectories(chosen, groups, ones, torch.zeros(len(chosen)).double(), 0.0)
-        ).advantages
+        advantages = (
+            LeaveOneOut()
+            .estimate(Trajectories(chosen, groups, ones, torch.zeros(len(chosen)).double(), 0.0))
+            .advantages
+        )
         chances = language.probabilities(logits).view(2, -1)[prompt][pairs].prod(1).repeat_interleave(2)
         weights[prompt].index_add_(0, pairs.flatten(), advantages * chances / 2)  # the mean over a group's responses
     logits = logits.requires_grad_()
@@ -318,7 +324,7 @@ def learn(language: Language, advantage: Advantage, *, in_loss: Callable[[Tensor
         everything = language.trajectories(logits.detach(), critic.detach())
         assert everything.values is not None
         beta = BETA if in_loss is None else 0.0
-        made = advantage(
+        made = advantage.estimate(
             Trajectories(
                 everything.rewards[sampled],
                 everything.groups[sampled],
