@@ -428,7 +428,8 @@ class PpoIteration(Iteration):
     def export(self, folder: Any, summary: Mapping[str, Any]) -> None:
         """Export the policy, and its critic beside it, into a folder."""
         if self.scorer.critic is not None:
-            tensors = {name: t.detach().cpu().contiguous() for name, t in self.scorer.critic.state_dict().items()}
+            weights = self.scorer.critic.named_parameters()  # tied ones once
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights}
             with replacing(folder / "critic.safetensors") as temporary:
                 save_file(tensors, temporary)
         policy, encoder = self.policy, self.run.data.encoder
