@@ -183,6 +183,7 @@ COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
     "ppo": Command("reinforcement learning from a reward (PPO, RLOO, GRPO)", "spin_lightning.stages.ppo.STAGE"),
+    "dpo": Command("direct preference optimisation on recorded pairs", "spin_lightning.stages.dpo.STAGE"),
     "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
     "check": Command(
         "what the data looks like to the game, without loading the model", function=_run_check, help=_OF_CHECK
