@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from spin_lightning.stages.opponent import ResidentOpponent as ResidentOpponent
     from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
     from spin_lightning.stages.progress import ShowProgress as ShowProgress
+    from spin_lightning.stages.reward import ExportRewardModel as ExportRewardModel
+    from spin_lightning.stages.reward import RewardLightningModule as RewardLightningModule
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
@@ -87,6 +89,7 @@ _HOMES = {
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),
     "stages.progress": ("ShowProgress",),
+    "stages.reward": ("ExportRewardModel", "RewardLightningModule"),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),

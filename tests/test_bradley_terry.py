@@ -42,7 +42,7 @@ def test_a_preference_of_0_7_is_met_at_its_log_odds() -> None:
         return loss
 
     optimizer.step(closure)
-    assert float(lead) == pytest.approx(0.847298, abs=5e-7) and float(closure()) == pytest.approx(0.610864, abs=5e-7)
+    assert lead.item() == pytest.approx(0.847298, abs=5e-7) and closure().item() == pytest.approx(0.610864, abs=5e-7)
 
 
 @pytest.mark.parametrize("centring", [0.0, 0.01])

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 AGREEMENT = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
-def add_score_head(model: Any) -> None:
+def add_score_head(model: Any, trust_remote_code: bool = False) -> None:
     """Put ``w`` beside a causal language model's own head, as its ``score``: zeros, so that every score is 0.
 
     A head of its own for tokens, which no score depends on, is not trained any more.
@@ -45,7 +45,7 @@ def add_score_head(model: Any) -> None:
     Raises:
         UserError: ``transformers`` has no class that could hold the reward model.
     """
-    classifier: Any = make_classifier(model, 0)
+    classifier: Any = make_classifier(model, 0, trust_remote_code)
     device = next(model.parameters()).device
     model.score = nn.Linear(classifier.score.in_features, 1, bias=False, device=device, dtype=model.dtype)
     nn.init.zeros_(model.score.weight)
