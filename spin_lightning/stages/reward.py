@@ -29,7 +29,6 @@ from spin_lightning.models.reward_model import (
     save_reward_model,
     scores_of,
 )
-from spin_lightning.models.saving import weights_hash
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import write_json
 from spin_lightning.runs.lightning_internals import remake_optimizers
@@ -269,8 +268,7 @@ class ExportRewardModel(ExportPolicy):
             **measured,
             "val_pairs": summary["val_pairs"],
             "terminator_id": encoder.terminator_id,
-            "template_sha256": encoder.fingerprint,
-            "score_sha256": weights_hash(policy.score),
+            "template_time": encoder.time,
         }
         card = _render_card(summary)
         folder = self.find_model()
