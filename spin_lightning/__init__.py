@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
+    from spin_lightning.rewards import ModelReward as ModelReward
     from spin_lightning.rewards import NumberMatch as NumberMatch
     from spin_lightning.rewards import Reward as Reward
     from spin_lightning.rewards import SumOfRewards as SumOfRewards
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from spin_lightning.stages.ppo import PpoLightningModule as PpoLightningModule
     from spin_lightning.stages.progress import ShowProgress as ShowProgress
     from spin_lightning.stages.rollouts import Rollouts as Rollouts
+    from spin_lightning.stages.reward import ExportRewardModel as ExportRewardModel
+    from spin_lightning.stages.reward import RewardLightningModule as RewardLightningModule
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
@@ -88,7 +91,7 @@ _HOMES = {
         "TSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
-    "rewards": ("Answer", "FunctionReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
+    "rewards": ("Answer", "FunctionReward", "ModelReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
@@ -100,6 +103,7 @@ _HOMES = {
     "stages.ppo": ("PpoLightningModule",),
     "stages.progress": ("ShowProgress",),
     "stages.rollouts": ("Rollouts",),
+    "stages.reward": ("ExportRewardModel", "RewardLightningModule"),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),

@@ -184,6 +184,7 @@ COMMANDS = {
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
     "ppo": Command("reinforcement learning from a reward (PPO, RLOO, GRPO)", "spin_lightning.stages.ppo.STAGE"),
     "dpo": Command("direct preference optimisation on recorded pairs", "spin_lightning.stages.dpo.STAGE"),
+    "reward": Command("a reward model of pairs of responses", "spin_lightning.stages.reward.STAGE"),
     "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
     "check": Command(
         "what the data looks like to the game, without loading the model", function=_run_check, help=_OF_CHECK
