@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
     from spin_lightning.stages.ppo import PpoLightningModule as PpoLightningModule
     from spin_lightning.stages.progress import ShowProgress as ShowProgress
-    from spin_lightning.stages.rollouts import Rollouts as Rollouts
     from spin_lightning.stages.reward import ExportRewardModel as ExportRewardModel
     from spin_lightning.stages.reward import RewardLightningModule as RewardLightningModule
+    from spin_lightning.stages.rollouts import Rollouts as Rollouts
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
