@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
     from spin_lightning.rewards import JudgeReward as JudgeReward
+    from spin_lightning.rewards import ModelReward as ModelReward
     from spin_lightning.rewards import NumberMatch as NumberMatch
     from spin_lightning.rewards import Reward as Reward
     from spin_lightning.rewards import SumOfRewards as SumOfRewards
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from spin_lightning.stages.opponent import ResidentOpponent as ResidentOpponent
     from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
     from spin_lightning.stages.progress import ShowProgress as ShowProgress
+    from spin_lightning.stages.reward import ExportRewardModel as ExportRewardModel
+    from spin_lightning.stages.reward import RewardLightningModule as RewardLightningModule
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
@@ -79,7 +82,16 @@ _HOMES = {
         "TSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
-    "rewards": ("Answer", "FunctionReward", "JudgeReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
+    "rewards": (
+        "Answer",
+        "FunctionReward",
+        "JudgeReward",
+        "ModelReward",
+        "NumberMatch",
+        "Reward",
+        "SumOfRewards",
+        "TextMatch",
+    ),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
@@ -88,6 +100,7 @@ _HOMES = {
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),
     "stages.progress": ("ShowProgress",),
+    "stages.reward": ("ExportRewardModel", "RewardLightningModule"),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),
