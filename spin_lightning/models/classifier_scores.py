@@ -110,7 +110,8 @@ def _can_share(classifier: Any) -> bool:
         probe = _make_probe(classifier)
         expected = torch.cat([score_padded(classifier, [prompt + response], 0) for prompt, response in probe])
         shared_prompt.share_prompts(base)
-        difference = (torch.tensor(_score_shared(classifier, probe, 10**6)) - expected.cpu()).abs().max()
+        found = torch.tensor(_score_shared(classifier, probe, 10**6), dtype=torch.float32)
+        difference = (found - expected.cpu()).abs().max()
         if not difference <= AGREEMENT[base.dtype] * expected.std():
             raise NotImplementedError(f"scores would differ by {float(difference):.1g}")
     except Exception as error:  # whatever a model's code does when it is used otherwise than it expects
