@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from spin_lightning.losses import SpinLoss as SpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
+    from spin_lightning.rewards import Answer as Answer
+    from spin_lightning.rewards import FunctionReward as FunctionReward
+    from spin_lightning.rewards import JudgeReward as JudgeReward
+    from spin_lightning.rewards import ModelReward as ModelReward
+    from spin_lightning.rewards import NumberMatch as NumberMatch
+    from spin_lightning.rewards import Reward as Reward
+    from spin_lightning.rewards import SumOfRewards as SumOfRewards
+    from spin_lightning.rewards import TextMatch as TextMatch
     from spin_lightning.runs.checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
     from spin_lightning.runs.checkpoints import last_checkpoint as last_checkpoint
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
@@ -39,11 +47,14 @@ if TYPE_CHECKING:
     from spin_lightning.stages.opponent import ResidentOpponent as ResidentOpponent
     from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
     from spin_lightning.stages.progress import ShowProgress as ShowProgress
+    from spin_lightning.stages.reward import ExportRewardModel as ExportRewardModel
+    from spin_lightning.stages.reward import RewardLightningModule as RewardLightningModule
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
     from spin_lightning.types import Interrupted as Interrupted
     from spin_lightning.types import NonFiniteError as NonFiniteError
+    from spin_lightning.types import RewardUnavailable as RewardUnavailable
     from spin_lightning.types import StorageError as StorageError
     from spin_lightning.types import UserError as UserError
 
@@ -73,6 +84,16 @@ _HOMES = {
         "TSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
+    "rewards": (
+        "Answer",
+        "FunctionReward",
+        "JudgeReward",
+        "ModelReward",
+        "NumberMatch",
+        "Reward",
+        "SumOfRewards",
+        "TextMatch",
+    ),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
@@ -82,10 +103,11 @@ _HOMES = {
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),
     "stages.progress": ("ShowProgress",),
+    "stages.reward": ("ExportRewardModel", "RewardLightningModule"),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),
-    "types": ("Interrupted", "NonFiniteError", "StorageError", "UserError"),
+    "types": ("Interrupted", "NonFiniteError", "RewardUnavailable", "StorageError", "UserError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

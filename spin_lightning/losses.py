@@ -519,3 +519,39 @@ class LengthNormalizedLoss(PairLoss):
         real = beta * real / policy.real_lengths
         generated = beta * generated / policy.generated_lengths
         return _make_output(-F.logsigmoid(real - generated), real, generated)
+
+
+def bradley_terry(
+    real_scores: Tensor,
+    generated_scores: Tensor,
+    preference: Tensor | None = None,
+    margin: Tensor | None = None,
+    centring: float = 0.0,
+) -> Tensor:
+    """The loss of a reward model on pairs of scores (Bradley and Terry 1952), one a pair.
+
+    ``-[p log sigmoid(d) + (1 - p) log sigmoid(-d)] + c (s + s')^2`` with ``d = s - s' - margin``. Only differences of
+    scores decide it, unless ``c`` holds their sum at 0 (arXiv:2312.09244).
+
+    Args:
+        real_scores: s of the better responses, shape ``(B,)``.
+        generated_scores: s' of the others, shape ``(B,)``.
+        preference: p, the probability that the first is the better one, shape ``(B,)``. None: 1. With p the loss is
+            least at ``d = logit p``.
+        margin: By how much the better one should lead (Llama 2, arXiv:2307.09288), shape ``(B,)``. None: 0.
+        centring: c.
+
+    Returns:
+        Shape ``(B,)``. ``ln 2`` where both scores are 0 and there is no margin.
+
+    Example:
+        >>> bradley_terry(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.5]), centring=0.01)
+        tensor([0.6931, 0.2639])
+    """
+    lead = real_scores - generated_scores
+    if margin is not None:
+        lead = lead - margin
+    losses = -F.logsigmoid(lead)
+    if preference is not None:
+        losses = losses + (1 - preference) * lead  # log sigmoid(d) - log sigmoid(-d) is d
+    return losses + centring * (real_scores + generated_scores) ** 2 if centring else losses

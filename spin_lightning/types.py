@@ -35,6 +35,12 @@ class NonFiniteError(ArithmeticError):
     exit_code = 1
 
 
+class RewardUnavailable(Exception):
+    """A judge did not reply about too many answers. What is finished is saved, and the same command continues."""
+
+    exit_code = 75
+
+
 class Interrupted(Exception):
     """A signal asked the run to end. What is finished is saved, and the same command continues."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from spin_lightning import SftLightningModule, SpinLightningModule
+from spin_lightning import RewardLightningModule, SftLightningModule, SpinLightningModule
 from spin_lightning.stages.policy import PolicyModule
 from spin_lightning.types import UserError
 
@@ -20,6 +20,7 @@ OF_EVERY_STAGE: dict[str, Any] = {
 OWN: dict[type[PolicyModule], dict[str, Any]] = {
     SpinLightningModule: {"beta": 1.0, "loss": None, "learning_rate": 5e-7, "opponent": "stored"},
     SftLightningModule: {"learning_rate": 2e-5, "average": "token", "max_updates": None},
+    RewardLightningModule: {"learning_rate": 1e-5, "centring": 0.0},
 }
 
 
