@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
     from spin_lightning.runs.sharding import ShardedStrategy as ShardedStrategy
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
+    from spin_lightning.stages.dpo import DpoLightningModule as DpoLightningModule
+    from spin_lightning.stages.dpo import RecordedPairs as RecordedPairs
     from spin_lightning.stages.export import ExportPolicy as ExportPolicy
     from spin_lightning.stages.health import Health as Health
     from spin_lightning.stages.opponent import Opponent as Opponent
@@ -96,6 +98,7 @@ _HOMES = {
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
     "stages.clock": ("SelfPlay",),
+    "stages.dpo": ("DpoLightningModule", "RecordedPairs"),
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),

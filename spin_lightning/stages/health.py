@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -124,6 +125,52 @@ class Health(L.Callback):
     def _say(self, iteration: int, sentence: str) -> None:
         self.remarks.append((iteration, sentence))
         say(f"health, iteration {iteration}: {sentence}.")
+
+
+def remarks_on_preferences(report: Mapping[str, Any]) -> list[str]:
+    """What recorded pairs tell before any training, in sentences without a full stop.
+
+    Args:
+        report: ``longer_wins``, the mean lengths of both sides, and how many were cut.
+    """
+    remarks = []
+    longer, gap = report["longer_wins"], report["chosen_mean_length"] / report["rejected_mean_length"]
+    if abs(longer - 0.5) >= 0.1:
+        which = "longer" if longer > 0.5 else "shorter"
+        remarks.append(
+            f"the {which} answer is the better one in {max(longer, 1 - longer):.0%} of the pairs: length alone tells "
+            f"them apart (chosen answers are {gap:.2f} times as long as rejected ones), and the policy may learn only "
+            f"to write {which} ones. LengthNormalizedLoss takes that away"
+        )
+    if report["chosen_cut"] > 0.05 * report["pairs"]:
+        remarks.append(
+            f"{report['chosen_cut'] / report['pairs']:.0%} of the chosen answers are cut at the cap and never end: "
+            "raise data.max_response_tokens, or leave them out with data.too_long: drop"
+        )
+    return remarks
+
+
+def remarks_on_rewards(metrics: Mapping[str, float], report: Mapping[str, Any], loss: PairLoss) -> list[str]:
+    """What the rewards of recorded pairs tell after training, in sentences without a full stop.
+
+    Args:
+        metrics: The means over the last epoch.
+        report: As in ``remarks_on_preferences``.
+        loss: What the rewards mean.
+    """
+    remarks = []
+    chosen, rejected, accuracy = (metrics[f"rewards/{name}"] for name in ("real", "generated", "accuracies"))
+    if loss.reference is not None and chosen < 0:
+        both = f", and so are the rejected ones ({rejected:.3f})" if rejected < 0 else ""
+        remarks.append(
+            f"the chosen answers are less likely than at the start (reward {chosen:.3f}){both}. A pair's loss asks for "
+            "their difference alone, so this is expected and no error; where the chosen ones are to stay likely, "
+            f"{loss.remedy}, or take DpopLoss"
+        )
+    longer = max(report["longer_wins"], 1 - report["longer_wins"])
+    if 0.5 < accuracy <= longer and longer >= 0.6:
+        remarks.append(f"the policy tells {accuracy:.0%} of the pairs apart, and their lengths alone tell {longer:.0%}")
+    return remarks
 
 
 def _loss_of(module: Any) -> PairLoss:
