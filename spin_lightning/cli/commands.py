@@ -187,11 +187,12 @@ it can be given; all rows of data.train_data are scored (data.val_fraction 0).
                                        another, 0 for none; also TextMatch,
                                        FunctionReward, ModelReward, JudgeReward,
                                        SumOfRewards, or a class path of yours
-  --score.reward.pattern equals        a setting of that reward
+  --score.reward.pattern equals        a setting of that reward; all of them:
+                                       --score.reward.help NumberMatch
   --score.output_dir runs/score        where everything is kept
   --score.against MODEL                the win rate against another model
   --score.part held_out                the rows that fit sets aside for its NLL
-  --score.right_from 1.0               the reward of a right response: pass@k
+  --score.right_from 1.0               the reward of a right one, for pass@k
   --score.best_from 1.0                leave worse ones out of best.jsonl
   --score.shard_size 64                prompts that a kill asks about again
   --data.answers_per_prompt 4          responses to each prompt; 0 scores the
