@@ -182,6 +182,7 @@ it has and ends, and the script queues the job again, which continues it."""
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
+    "ppo": Command("reinforcement learning from a reward (PPO, RLOO, GRPO)", "spin_lightning.stages.ppo.STAGE"),
     "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
     "check": Command(
         "what the data looks like to the game, without loading the model", function=_run_check, help=_OF_CHECK
@@ -257,7 +258,7 @@ def main(args: list[str] | None = None) -> None:
     - 0: done
     - 1: a bug, or NaN or infinite numbers
     - 2: wrong usage, settings or data
-    - 75: a disk that is full or cannot be written, to be tried again
+    - 75: a disk that is full or cannot be written, or a judge that does not reply, to be tried again
     - 130 and 143: ended by a signal, to be continued by the same command
     """
     args = list(sys.argv[1:] if args is None else args)
@@ -292,6 +293,7 @@ def main(args: list[str] | None = None) -> None:
         Interrupted,
         LostProcess,
         NonFiniteError,
+        RewardUnavailable,
         StageFailed,
         StorageError,
         UserError,
@@ -311,7 +313,8 @@ def main(args: list[str] | None = None) -> None:
         error = processes.settle(raised)
         if isinstance(error, EndedElsewhere):
             processes.leave(error.exit_code)
-        if isinstance(error, UserError | StorageError | NonFiniteError | LostProcess | Interrupted | StageFailed):
+        said = (UserError, StorageError, NonFiniteError, RewardUnavailable, LostProcess, Interrupted, StageFailed)
+        if isinstance(error, said):
             _end_with(str(error), error.exit_code, "" if isinstance(error, Interrupted) else "error: ")
         if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:  # of a logger, say
             _end_with(f"{error}. Mend that, and run the same command again.", StorageError.exit_code)

@@ -154,10 +154,26 @@ class IterationClock(HoldsFolder):
         """
         refuse_unplayable(self, trainer, module)
 
+    def finish(self, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+        """Make what a run that is over leaves beside its iterations, before it is said to be over. Together.
+
+        Args:
+            summaries: Of the iterations, in their order.
+
+        Returns:
+            What ``over_file`` has beside them.
+        """
+        return {}
+
     def say_over(self, reason: str) -> None:
         """Say how the run ended, and where its models are."""
         kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
         say(f"{self.run_is} is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
+
+    def ends_iteration(self, epoch: int) -> int | None:
+        """The iteration that is over with an epoch. None: it goes on."""
+        ends = list(accumulate(self.epochs))
+        return ends.index(epoch + 1) if epoch + 1 in ends else None
 
     @property
     def last_checkpoint(self) -> str | None:
@@ -313,10 +329,13 @@ class IterationClock(HoldsFolder):
         if internals.epoch_to_begin(trainer) >= self.total_epochs:
             self._end_if_missed(self.iterations - 1)
         played = [read_json(self.folder(k) / "summary.json") for k in range(self.iterations)]
-        if processes.is_first() and (self.stopped_because or played[-1] is not None):
-            reason = self.stopped_because or f"all {self.iterations} iterations were played"
-            iterations = [summary for summary in played if summary]
-            write_json(self.output_dir / self.over_file, {"ended_because": reason, "iterations": iterations})
+        if not self.stopped_because and played[-1] is None:
+            return
+        reason = self.stopped_because or f"all {self.iterations} iterations were played"
+        iterations = [summary for summary in played if summary]
+        more = self.finish(iterations)
+        if processes.is_first():
+            write_json(self.output_dir / self.over_file, {"ended_because": reason, "iterations": iterations, **more})
             self.say_over(reason)
 
     # --- Lightning's other hooks ----------------------------------------------------------------------------------
