@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
+    from spin_lightning.rewards import ModelReward as ModelReward
     from spin_lightning.rewards import NumberMatch as NumberMatch
     from spin_lightning.rewards import Reward as Reward
     from spin_lightning.rewards import SumOfRewards as SumOfRewards
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
     from spin_lightning.runs.sharding import ShardedStrategy as ShardedStrategy
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
+    from spin_lightning.stages.dpo import DpoLightningModule as DpoLightningModule
+    from spin_lightning.stages.dpo import RecordedPairs as RecordedPairs
     from spin_lightning.stages.export import ExportPolicy as ExportPolicy
     from spin_lightning.stages.health import Health as Health
     from spin_lightning.stages.opponent import Opponent as Opponent
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
     from spin_lightning.stages.ppo import PpoLightningModule as PpoLightningModule
     from spin_lightning.stages.progress import ShowProgress as ShowProgress
+    from spin_lightning.stages.reward import ExportRewardModel as ExportRewardModel
+    from spin_lightning.stages.reward import RewardLightningModule as RewardLightningModule
     from spin_lightning.stages.rollouts import Rollouts as Rollouts
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
@@ -86,17 +91,19 @@ _HOMES = {
         "TSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
-    "rewards": ("Answer", "FunctionReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
+    "rewards": ("Answer", "FunctionReward", "ModelReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
     "stages.clock": ("SelfPlay",),
+    "stages.dpo": ("DpoLightningModule", "RecordedPairs"),
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),
     "stages.ppo": ("PpoLightningModule",),
     "stages.progress": ("ShowProgress",),
     "stages.rollouts": ("Rollouts",),
+    "stages.reward": ("ExportRewardModel", "RewardLightningModule"),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),

@@ -98,7 +98,7 @@ def _describe_rewards(table: pa.Table) -> dict[str, float]:
             if part["value"] is not None:
                 by_name.setdefault(part["name"], []).append(part["value"])
     found |= {f"reward/{name}": sum(values) / len(values) for name, values in by_name.items()}
-    if min(rewards.std(), lengths.std()) > 0:
+    if min(rewards.std(correction=0), lengths.std(correction=0)) > 0:
         found["reward/length_correlation"] = float(torch.corrcoef(torch.stack([rewards, lengths]))[0, 1])
     groups: dict[int, list[float]] = {}
     for prompt, reward in zip(judged["prompt_id"].to_pylist(), rewards.tolist(), strict=True):

@@ -28,6 +28,7 @@ SETTINGS = "run.json"
 #: What may change freely: where things are, how they are shown, and how much is done at once.
 HARMLESS = {
     "self_play.output_dir",
+    "export.output_dir",
     "self_play.iterations",  # a game may be made longer; the settings of the iterations played are compared
     "self_play.stage",
     "rollouts.output_dir",

@@ -28,21 +28,20 @@ class Critic(nn.Module):
         self.scale = scale
         self.trunk = trunk
 
-    def forward(
-        self, policy: nn.Module, batch: ResponseBatch, trains_head_alone: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, policy: nn.Module, batch: ResponseBatch, trains_policy: bool = True) -> tuple[Tensor, Tensor]:
         """The policy's log-prob of each response token, and what was expected before it; both of shape ``(N,)``.
 
         Args:
             policy: Whose log-probs are wanted.
             batch: Prompts with their responses.
-            trains_head_alone: Let no gradient into a trunk that is the policy's.
+            trains_policy: Whether gradients flow into it.
         """
-        if self.trunk is None:
-            log_probs, hidden = log_probs_and_hidden(policy, batch)
-            hidden = hidden.detach() if trains_head_alone else hidden
-        else:
-            log_probs = token_log_probs(policy, batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
+            if self.trunk is None:
+                log_probs, hidden = log_probs_and_hidden(policy, batch)
+            else:
+                log_probs = token_log_probs(policy, batch)
+        if self.trunk is not None:
             _, hidden = log_probs_and_hidden(self.trunk, batch)
         with torch.autocast(hidden.device.type, enabled=False):
             return log_probs, self.scale * (hidden.to(self.head.dtype) @ self.head)

@@ -49,7 +49,7 @@ from spin_lightning.runs.sharding import whole_norm
 from spin_lightning.schedule import at_iteration
 from spin_lightning.stages.optim import Float32Master, as_groups, fused, refuse_unusable, sum_in_passes
 from spin_lightning.terminal import say
-from spin_lightning.types import NonFiniteError, ResponseBatch, UserError
+from spin_lightning.types import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -643,14 +643,18 @@ class PolicyModule(L.LightningModule):
                 start += prompt_length + sum(lengths)
         return lines
 
-    def validation_step(self, batch: list[ResponseBatch], batch_idx: int) -> None:
+    def held_out_log_probs(self, part: Any) -> tuple[Tensor, Tensor]:
+        """Log-probs and lengths of the real responses in one part of a held-out batch."""
+        return response_log_probs(self.plain_policy, part), part.response_lengths
+
+    def validation_step(self, batch: list[Any], batch_idx: int) -> None:
         """Held-out NLL of the real responses: it needs no generation."""
         own = processes.deal(batch)
         if not own:  # a mean that was never told anything warns
             self.held_out_nll.update(torch.empty(0))
             self.held_out_nll_per_token.update(torch.empty(0))
         for part in own:
-            log_probs, lengths = response_log_probs(self.plain_policy, part), part.response_lengths
+            log_probs, lengths = self.held_out_log_probs(part)
             self.held_out_nll.update(-log_probs)
             self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)
         size = sum(map(len, batch))

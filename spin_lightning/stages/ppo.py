@@ -22,6 +22,7 @@ from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import evaluating
 from spin_lightning.ppo_loss import clipped_ratio_losses, is_clipped, k3, value_losses
 from spin_lightning.runs import processes
+from spin_lightning.runs.lightning_internals import trainer_of
 from spin_lightning.stages.critic import Critic
 from spin_lightning.stages.gate import check_start
 from spin_lightning.stages.iteration import Run
@@ -152,6 +153,7 @@ class PpoLightningModule(IterativeModule):
     # --- what is trained --------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
+        self._refuse_no_clock()
         is_first = not hasattr(self, "policy")
         super().configure_model()
         if not is_first or not self.advantage.needs_values:
@@ -225,9 +227,9 @@ class PpoLightningModule(IterativeModule):
         nll = self._held_out_nll  # of this iteration: not each has one
         return {"beta": self.beta, "val_nll": None if nll is None else float(nll)}
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if getattr(self.trainer.datamodule, "game", None) is None:  # type: ignore[attr-defined]
+    def _refuse_no_clock(self) -> None:
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit" and getattr(trainer.datamodule, "game", None) is None:
             raise UserError(
                 "PpoLightningModule needs the Rollouts callback, which makes the responses, and a SyntheticDataModule. "
                 "Use Trainer(callbacks=[Rollouts(...), ...]).fit(module, SyntheticDataModule(...))."
@@ -239,7 +241,7 @@ class PpoLightningModule(IterativeModule):
         """The policy's log-prob of each response token, and what the critic expects before it, both ``(N,)``."""
         if self.critic_model is None:
             return token_log_probs(self.policy, batch), None
-        log_probs, values = self.critic_model(self.policy, batch, self._only_critic_learns)
+        log_probs, values = self.critic_model(self.policy, batch, not self._only_critic_learns)
         return log_probs, values
 
     @property
@@ -261,8 +263,6 @@ class PpoLightningModule(IterativeModule):
             losses = clipped_ratio_losses(now, part.log_probs, part.advantages, self.clip)
             if self.sampler_cap is not None:
                 losses = losses * self._sampler_weights(part)
-            if self._only_critic_learns:
-                losses = losses * 0.0
             policy_loss = losses.sum()
             value_loss = policy_loss.new_zeros(())
             if values is not None and part.returns is not None and part.values is not None:

@@ -44,7 +44,7 @@ from spin_lightning.rewards.base import Reward, make_answer, scored_with_parts, 
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import need_space, read_json, replacing, sha256_of, write_json
 from spin_lightning.runs.settings import versions
-from spin_lightning.stages.export import export_policy
+from spin_lightning.stages.export import export_policy, plain_card
 from spin_lightning.stages.iteration import Iteration, PolicyView, Run, iteration_folder
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, ResponseBatch, UserError
@@ -428,18 +428,15 @@ class PpoIteration(Iteration):
     def export(self, folder: Any, summary: Mapping[str, Any]) -> None:
         """Export the policy, and its critic beside it, into a folder."""
         if self.scorer.critic is not None:
-            tensors = {name: t.detach().cpu().contiguous() for name, t in self.scorer.critic.state_dict().items()}
+            weights = self.scorer.critic.named_parameters()  # tied ones once
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights}
             with replacing(folder / "critic.safetensors") as temporary:
                 save_file(tensors, temporary)
         policy, encoder = self.policy, self.run.data.encoder
         export_policy(policy.model, encoder, folder, self.card(summary), summary, policy.trust_remote_code)
 
     def card(self, summary: Mapping[str, Any]) -> str:
-        lines = [f"- {name}: {value}" for name, value in summary.items() if isinstance(value, str | float | int)]
-        return (
-            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [ppo, spin-lightning]\n---\n\n"
-            f"# Policy after {self.number + 1} iterations of PPO\n\n" + "\n".join(lines) + "\n"
-        )
+        return plain_card("ppo", f"Policy after {self.number + 1} iterations of PPO", summary)
 
 
 def add_advantages(table: pa.Table, advantage: Advantage, beta: float) -> tuple[pa.Table, dict[str, float]]:

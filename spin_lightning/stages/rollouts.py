@@ -10,6 +10,7 @@ import lightning as L
 
 from spin_lightning.rewards.base import Reward, check_reward
 from spin_lightning.runs import processes
+from spin_lightning.runs.files import write_json
 from spin_lightning.stages.clock import IterationClock, end_if_asked
 from spin_lightning.stages.rollout_iteration import PpoIteration, RolloutRun
 from spin_lightning.terminal import say
@@ -85,6 +86,7 @@ class Rollouts(IterationClock):
         self.cut = cut
         self.eval_every = eval_every
         self.export_every = export_every
+        self._held_out: dict[str, float] = {}  # of the last policy
 
     def shorten(self, data: Any, batches: int) -> None:
         super().shorten(data, batches)
@@ -107,7 +109,7 @@ class Rollouts(IterationClock):
                 f"at least 2, got {data.answers_per_prompt}. Take 4 or more, or Gae with its critic."
             )
         check_reward(self.reward)
-        if self.cut == "score" and not getattr(self.reward, "judges_cut", True):
+        if self.cut == "score" and not self.reward.judges_cut:
             raise UserError(
                 f"{self.reward.name} never saw a response without an end, so it cannot score one that was cut. Set "
                 "rollouts.cut to drop, or to a number."
@@ -135,7 +137,7 @@ class Rollouts(IterationClock):
         iteration: PpoIteration = self.trainer.lightning_module.make_iteration(number, run)
         return iteration
 
-    def finish(self, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    def finish(self, summaries: list[dict[str, Any]]) -> None:
         """Export the last policy into the run's folder, and say what its held-out responses are worth."""
         number = len(summaries)
         iteration = self._make_iteration(number)
@@ -153,7 +155,11 @@ class Rollouts(IterationClock):
             last = {**summaries[-1], **held_out} if summaries else held_out
             self._make_iteration(max(number - 1, 0)).export(self.output_dir, last)
         processes.wait()
-        return {"held_out": held_out}
+        self._held_out = held_out
+
+    def write_over(self, reason: str, iterations: list[dict[str, Any]]) -> None:
+        result = {"ended_because": reason, "iterations": iterations, "held_out": self._held_out}
+        write_json(self.output_dir / self.over_file, result)
 
     def say_over(self, reason: str) -> None:
         kind = "policy" if (self.output_dir / "policy").exists() else "adapter"
