@@ -123,8 +123,8 @@ def _report(root: Path, results: dict[str, Any], seconds: float) -> None:
         say(f"{stage:<20}{greedy:>15.1%}{sampled:>16.1%}{result['nll']:>14.3f}{spent}")
     rows = next(iter(results.values()))["rows"]
     say(
-        f"(right: the last number of a response, one to each of {rows} held-out prompts; sampled: at temperature 1; NLL "
-        "in nats a real response, which PPO does not aim at)"
+        f"(right: the last number of a response, one to each of {rows} held-out prompts; sampled: at temperature 1; "
+        "NLL in nats a real response, which PPO does not aim at)"
     )
     say()
     say(verdict(results))
