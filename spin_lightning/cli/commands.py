@@ -91,6 +91,14 @@ def _run_demo(args: list[str]) -> None:
     play(*args)
 
 
+def _run_reft(args: list[str]) -> None:
+    from spin_lightning.demos.reft import play
+
+    if len(args) > 1 and args[1].startswith("-"):  # settings without a model before them
+        args = [args[0], "", *args[1:]]
+    play(*args)
+
+
 def _run_lab(args: list[str]) -> None:
     from spin_lightning.demos.known_language import play
 
@@ -260,6 +268,12 @@ COMMANDS = {
     "demo": Command(
         "the whole game on a small real model, on CPU",
         function=_run_demo,
+        usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
+        fits=_folder_is_first,
+    ),
+    "reft": Command(
+        "SFT, then PPO with a program's reward, and the control",
+        function=_run_reft,
         usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
         fits=_folder_is_first,
     ),
