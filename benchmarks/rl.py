@@ -1,4 +1,6 @@
-"""An iteration of reinforcement learning beside TRL's: ``python -m benchmarks.rl [ROUNDS]``, once `make bench` has installed it.
+"""Reinforcement learning beside TRL, an iteration a round: ``python -m benchmarks.rl [ROUNDS]``.
+
+Needs the environment that `make bench` installs.
 
 The same model, prompts, responses to each, reward and number of updates; both have bfloat16 weights. Contenders take
 turns, an iteration a round. CPU seconds and peak memory go to ``docs/reinforcement.json``, and a table to the screen.

@@ -1,4 +1,4 @@
-"""An iteration of this package's reinforcement learning a round: responses, rewards, reference, and the updates on them."""
+"""Reinforcement learning by this package, an iteration a round: responses, rewards, reference, and updates on them."""
 
 from __future__ import annotations
 
