@@ -134,10 +134,7 @@ def test_p1_killed_at_any_point_the_same_command_ends_with_the_same_weights(
 def test_p2_a_kill_costs_at_most_a_shard_or_the_steps_between_two_checkpoints(
     model: str, rows: str, tmp_path: Path, whole: Game
 ) -> None:
-    for steps, stops in (
-        (1, (1, 4, 6, 12)),
-        (3, (1, 2, 3, 4, 5, 8, 9, 11, 12)),
-    ):  # in the middle and at the end of epochs
+    for steps, stops in ((1, (1, 4, 12)), (3, (2, 3, 4, 8, 11))):  # in the middle and at the end of epochs
         for stop in stops:
             folder = tmp_path / f"{steps}_{stop}"
             last = DoLast(on_train_batch_end=lambda trainer, *_, n=stop: stop_after(trainer, n))
