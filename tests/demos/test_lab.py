@@ -176,13 +176,13 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     trainer.fit(module, data("uniform", (1, 1, 1), batch_size=3))
 
     counts = [round(50 * probability) for probability in distribution.values()]
-    game = SelfPlay(str(tmp_path / "game"), iterations=1, epochs=120)
+    game = SelfPlay(str(tmp_path / "game"), iterations=1, epochs=60)
     adam = lambda parameters: torch.optim.AdamW(parameters, weight_decay=0.0)  # noqa: E731
     module = SpinLightningModule(
-        str(tmp_path / "base" / "policy"), beta=beta, learning_rate=3e-3, lr_schedule="cosine", optimizer=adam
+        str(tmp_path / "base" / "policy"), beta=beta, learning_rate=6e-3, lr_schedule="cosine", optimizer=adam
     )
     trainer = Trainer(
-        max_epochs=120, callbacks=[game], reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
+        max_epochs=60, callbacks=[game], reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
     )
     trainer.fit(module, data("distribution", counts, answers_per_prompt=8, batch_size=400))
 
