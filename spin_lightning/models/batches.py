@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spin_lightning.types import PairBatch, PairLogProbs, Prompt, ResponseBatch
+from spin_lightning.types import PairBatch, PairLogProbs, Prompt, ResponseBatch, RolloutBatch
 
 Ids = Sequence[int]
 
@@ -178,11 +178,48 @@ def collate_prompts(prompts: Sequence[Prompt], max_tokens: int, multiple_of: int
 
 def collate_pairs(pairs: Sequence[Mapping[str, Any]], max_tokens: int, multiple_of: int = 1) -> list[PairBatch]:
     """Pairs, as the pair store's columns name them, in as many passes as ``max_tokens`` and ``multiple_of`` ask for."""
-    sides = ["real_ids", "generated_ids"] + (["initial_ids"] if pairs[0]["initial_ids"] is not None else [])
+    sides = ["real_ids", "generated_ids"] + (["initial_ids"] if pairs[0].get("initial_ids") is not None else [])
     return [
         _make_pair_batch([pairs[row] for row in rows], batch, *indices.unbind(1))
         for rows, batch, indices in pack_rows(pairs, sides, max_tokens, multiple_of)
     ]
+
+
+def collate_rollouts(rows: Sequence[Mapping[str, Any]], max_tokens: int, multiple_of: int = 1) -> list[RolloutBatch]:
+    """Sampled responses in as many passes as ``max_tokens`` and ``multiple_of`` ask for.
+
+    Those whose advantages are all 0 are not computed, unless a critic learns from them; they are counted.
+
+    Args:
+        rows: Each with ``prompt_id``, ``prompt_ids``, ``response_ids`` and a list with one number a token, or None, of
+            ``log_probs``, ``advantages``, ``values``, ``returns`` and ``sampler_log_probs``.
+        max_tokens: Tokens in one pass.
+        multiple_of: As in :func:`pack_rows`.
+    """
+    taught = [row for row in rows if row["returns"] is not None or any(row["advantages"])] or rows[:1]
+    batches = []
+    for indices, responses, places in pack_rows(taught, ["response_ids"], max_tokens, multiple_of):
+        starts = responses.response_lengths.cumsum(0) - responses.response_lengths
+        own = places[:, 0]
+        spans = zip(starts[own].tolist(), responses.response_lengths[own].tolist(), strict=True)
+        tokens = torch.cat([torch.arange(start, start + length) for start, length in spans])
+        lengths = responses.response_lengths[own]
+
+        def flat(name: str, rows: Sequence[Mapping[str, Any]] = [taught[index] for index in indices]) -> Any:
+            if any(row[name] is None for row in rows):
+                return None
+            return torch.tensor([value for row in rows for value in row[name]], dtype=torch.float32)
+
+        columns = {name: flat(name) for name in ("log_probs", "advantages", "values", "returns", "sampler_log_probs")}
+        counts = len(indices), int(lengths.sum())
+        batches.append(
+            RolloutBatch(responses, tokens, lengths, **columns, num_responses=counts[0], num_tokens=counts[1])
+        )
+    batches[0].num_responses += len(rows) - len(taught)
+    batches[0].num_tokens += sum(len(row["response_ids"]) for row in rows) - sum(
+        len(row["response_ids"]) for row in taught
+    )
+    return batches
 
 
 def _make_pair_batch(
@@ -194,12 +231,19 @@ def _make_pair_batch(
 ) -> PairBatch:
     def stored(player: str) -> PairLogProbs:
         of_real, of_generated = (
-            torch.tensor([pair[f"{player}_{side}_log_prob"] for pair in pairs], dtype=torch.float32)
+            torch.tensor([pair.get(f"{player}_{side}_log_prob", math.nan) for pair in pairs], dtype=torch.float32)
             for side in ("real", "generated")
         )
         lengths = responses.response_lengths
         return PairLogProbs(of_real, of_generated, lengths[real], lengths[generated])
 
-    initial = stored("initial") if pairs[0]["initial_real_log_prob"] is not None else None
+    initial = stored("initial") if pairs[0].get("initial_real_log_prob") is not None else None
     pair_ids = torch.tensor([pair["pair_id"] for pair in pairs])
-    return PairBatch(responses, real, generated, initial_response, stored("opponent"), initial, pair_ids)
+    preference, margin = (
+        torch.tensor([pair[name] for pair in pairs], dtype=torch.float32) if pairs[0].get(name) is not None else None
+        for name in ("preference", "margin")
+    )
+    stored_log_probs = stored("opponent")
+    return PairBatch(
+        responses, real, generated, initial_response, stored_log_probs, initial, pair_ids, preference, margin
+    )
