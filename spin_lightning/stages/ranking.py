@@ -103,14 +103,14 @@ class Ranking:
 
 
 def _pair_ends(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best response of a prompt in the place of the real one, against the worst; the first of equals."""
+    """The best response of a prompt, the first of equals, in the place of the real one, against the worst, the last."""
     known = [row for row in rows if row["generated_reward"] is not None]
     if len(known) < 2:
         known = [{**row, "generated_reward": None} for row in rows]
         best, worst = known[0], known[-1]
     else:
         best = max(known, key=lambda row: row["generated_reward"])
-        worst = min(known, key=lambda row: row["generated_reward"])
+        worst = min(reversed(known), key=lambda row: row["generated_reward"])
     return {
         **worst,
         "chosen": best["rejected"],

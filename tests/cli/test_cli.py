@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import args_of, write_rows
 
-from spin_lightning.cli.commands import config_folder, main, run
+from spin_lightning.cli.commands import STAGES, config_folder, main, run
 from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.types import UserError
 
@@ -269,7 +269,8 @@ def test_a_hub_that_cannot_be_reached_is_explained(fit, refusal, monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_parses(config, tmp_path, model):
     flags = [f"--config={config}", "--model.model_name_or_path=x/y", "--data.train_data=rows.jsonl"]
-    parsed = parse_settings("sft" if "sft" in config.stem else "fit", flags)
+    word = config.stem if config.stem in STAGES else "sft" if "sft" in config.stem else "fit"
+    parsed = parse_settings(word, flags)
     assert parsed.model.model_name_or_path == "x/y"
 
 
