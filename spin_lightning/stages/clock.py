@@ -164,6 +164,13 @@ class IterationClock(HoldsFolder):
         """
         refuse_unplayable(self, trainer, module)
 
+    def finish(self, summaries: list[dict[str, Any]]) -> None:
+        """Make what a run that is over leaves beside its iterations, before it is said to be over. Together.
+
+        Args:
+            summaries: Of the iterations, in their order.
+        """
+
     def write_over(self, reason: str, iterations: list[dict[str, Any]]) -> None:
         """Write how the run ended, with a summary of each iteration that was played."""
         write_json(self.output_dir / self.over_file, {"ended_because": reason, "iterations": iterations})
@@ -172,6 +179,11 @@ class IterationClock(HoldsFolder):
         """Say how the run ended, and where its models are."""
         kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
         say(f"{self.run_is} is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
+
+    def ends_iteration(self, epoch: int) -> int | None:
+        """The iteration that is over with an epoch. None: it goes on."""
+        ends = list(accumulate(self.epochs))
+        return ends.index(epoch + 1) if epoch + 1 in ends else None
 
     @property
     def last_checkpoint(self) -> str | None:
@@ -257,7 +269,7 @@ class IterationClock(HoldsFolder):
         """Where iterations are played, and with what."""
         return Run(self.output_dir, self.trainer.datamodule, self.shard_size, partial(end_if_asked, self.trainer))
 
-    def _make_iteration(self, number: int) -> Iteration:
+    def _make_iteration(self, number: int) -> Any:
         iteration: Iteration = self.trainer.lightning_module.make_iteration(number, self.make_run())
         return iteration
 
@@ -330,9 +342,13 @@ class IterationClock(HoldsFolder):
         if internals.epoch_to_begin(trainer) >= self.total_epochs:
             self._end_if_missed(self.iterations - 1)
         played = [read_json(self.folder(k) / "summary.json") for k in range(self.iterations)]
-        if processes.is_first() and (self.stopped_because or played[-1] is not None):
-            reason = self.stopped_because or f"all {self.iterations} iterations were played"
-            self.write_over(reason, [summary for summary in played if summary])
+        if not self.stopped_because and played[-1] is None:
+            return
+        reason = self.stopped_because or f"all {self.iterations} iterations were played"
+        iterations = [summary for summary in played if summary]
+        self.finish(iterations)
+        if processes.is_first():
+            self.write_over(reason, iterations)
             self.say_over(reason)
 
     # --- Lightning's other hooks ----------------------------------------------------------------------------------

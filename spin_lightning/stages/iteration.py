@@ -236,6 +236,7 @@ class SpinIteration(Iteration):
                 card = f"# The opponent of iteration {number}\n"
                 save_model(self.policy.model, data.encoder.tokenizer, folder, card, ends, trust_remote_code=trusted)
             processes.wait()
+        ranking = self.run.ranking
         maker = PairMaker(
             opponent=Player(self.policy.model, folder),
             encoder=data.encoder,
@@ -251,7 +252,7 @@ class SpinIteration(Iteration):
             initial=initial,
             initial_responses=self.loss.needs_initial_response,
             shard_size=self.run.shard_size,
-            **({} if (ranking := self.run.ranking) is None else ranking.for_maker(data.prompts)),
+            **({} if ranking is None else ranking.for_maker(data, map(self._pairs_of, range(number)))),
         )
         try:
             names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
