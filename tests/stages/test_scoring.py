@@ -153,6 +153,7 @@ def test_a_judge_that_falls_silent_is_not_asked_again_about_what_it_said(sums: s
     with pytest.raises(RewardUnavailable, match="run the same command again"):
         scoring.run(PLAYERS, data, 1)
     assert len(reward.asked) == 4 and len(calls) == 6
+    assert len([*(tmp_path / "run").glob("responses/*")]) == 1 and len([*(tmp_path / "run").glob("rewards/*")]) == 2
     reward.breaks_at = None
     summary = Scoring(reward, str(tmp_path / "run"), shard_size=2).run(PLAYERS, data, 1)
     assert sorted(reward.asked) == [f"{a}+1?" for a in range(6)] and len(calls) == 6
@@ -229,7 +230,7 @@ def test_a_judge_that_compares_labels_pairs_of_responses_where_none_is_real(tmp_
     )
     judge = Comparing()
     summary = Scoring(judge, str(tmp_path / "run")).run(PLAYERS, data, 4)
-    assert (summary["mean"], summary["unjudged"], summary["pair_rows"], summary["best_rows"]) == (None, 6, 3, 0)
+    assert (summary["mean"], summary["unjudged"], summary["pair_rows"], summary["best_rows"]) == (None, 0, 3, 0)
     pairs = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
     assert [(row["chosen"][0]["content"], row["rejected"][0]["content"], row["preference"]) for row in pairs] == [
         ("bbb", "a", 0.625)
