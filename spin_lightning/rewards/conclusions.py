@@ -48,6 +48,7 @@ def describe_rewards(groups: Sequence[Group], right_from: float | None, compares
         "right_from": right_from,
         "pass_at": pass_at_k,
         "best_of": {str(k): _mean([best_of(k, values) for values in judged if len(values) >= k]) for k in ks},
+        "empty_or_nul": sum(not can_be_real(row) for row in rows),  # which are no rows to train on
         "cut_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
         "mean_tokens": fmean(lengths) if lengths else None,
     }
@@ -83,12 +84,19 @@ def describe_wins(comparisons: Sequence[Row], compares: bool) -> dict[str, Any]:
     }
 
 
+def can_be_real(row: Row) -> bool:
+    """Whether a response may stand in data as a real one: it says something, and has no NUL character."""
+    return bool(row["response"].strip()) and "\0" not in row["response"]
+
+
 def best_rows(
     groups: Sequence[Group], prompts: Mapping[int, Prompt], best_from: float | None
 ) -> Iterator[dict[str, Any]]:
     """Of each prompt the best response that came to its end, as a row for ``sft``; none below ``best_from``."""
     for group in groups:
-        ended = [row for row in group if row["reward"] is not None and row["finish_reason"] == "stop"]
+        ended = [
+            row for row in group if row["reward"] is not None and row["finish_reason"] == "stop" and can_be_real(row)
+        ]
         best = max(ended, key=lambda row: row["reward"], default=None)  # the first of equals
         if best is not None and (best_from is None or best["reward"] >= best_from):
             prompt = prompts[best["prompt_id"]]
@@ -105,8 +113,9 @@ def pair_rows(groups: Sequence[Group], prompts: Mapping[int, Prompt], compares: 
     for group in groups:
         prompt = prompts[group[0]["prompt_id"]]
         if not compares:
-            judged = sorted((row for row in group if row["reward"] is not None), key=lambda row: row["reward"])
-            if judged and judged[-1]["reward"] > judged[0]["reward"]:
+            judged = [row for row in group if row["reward"] is not None and "\0" not in row["response"]]
+            judged.sort(key=lambda row: row["reward"])
+            if judged and can_be_real(judged[-1]) and judged[-1]["reward"] > judged[0]["reward"]:
                 margin = judged[-1]["reward"] - judged[0]["reward"]
                 yield _pair_row(prompt, judged[-1], judged[0], 1.0, margin)
             continue
@@ -119,8 +128,10 @@ def pair_rows(groups: Sequence[Group], prompts: Mapping[int, Prompt], compares: 
 
 
 def _labelled_row(prompt: Prompt, first: Row, second: Row, p: float) -> Iterator[dict[str, Any]]:
-    if p != 0.5 and first["response"] != second["response"]:
-        yield _pair_row(prompt, first, second, p) if p > 0.5 else _pair_row(prompt, second, first, 1 - p)
+    better, worse = (first, second) if p > 0.5 else (second, first)
+    differ = p != 0.5 and better["response"] != worse["response"]
+    if differ and can_be_real(better) and "\0" not in worse["response"]:
+        yield _pair_row(prompt, better, worse, max(p, 1 - p))
 
 
 def _pair_row(prompt: Prompt, better: Row, worse: Row, preference: float, margin: float = 0.0) -> dict[str, Any]:
