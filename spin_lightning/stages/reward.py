@@ -72,6 +72,9 @@ class RewardLightningModule(PolicyModule):
         >>> module = RewardLightningModule("HuggingFaceTB/SmolLM2-135M-Instruct", centring=0.01)
     """
 
+    #: What the display says.
+    what_is_measured = "held-out pairs"
+
     def __init__(
         self,
         model_name_or_path: ModelOrName,
