@@ -35,7 +35,7 @@ from spin_lightning.runs.lightning_internals import remake_optimizers
 from spin_lightning.stages.export import ExportPolicy
 from spin_lightning.stages.metrics import wins
 from spin_lightning.stages.policy import PolicyModule
-from spin_lightning.stages.stage import Stage
+from spin_lightning.stages.stage import Stage, cap_of
 from spin_lightning.terminal import say
 from spin_lightning.types import PairBatch, UserError
 
@@ -102,6 +102,8 @@ class RewardLightningModule(PolicyModule):
             else self.given_model.config
         )
         refuse_without_classifier(config, self.trust_remote_code)
+        if any("ForSequenceClassification" in str(name) for name in getattr(config, "architectures", None) or ()):
+            say(f"note: {self.model_name_or_path} is a reward model already; it is trained further, its score from 0.")
         super().configure_model()
         add_score_head(self.policy, self.trust_remote_code)
 
@@ -135,8 +137,8 @@ class RewardLightningModule(PolicyModule):
 
         def sum_of(part: PairBatch) -> Tensor:
             real, generated = self._score(self.policy, part)
-            self._check_first(real, generated)
             seen.append(torch.stack([real, generated]).detach())
+            self._check_first(seen[-1])
             return bradley_terry(real, generated, part.preference, part.margin, self.centring).sum()
 
         if not self._update.count:
@@ -160,20 +162,20 @@ class RewardLightningModule(PolicyModule):
         scores = scores_of(model, part.responses)
         return scores[part.real], scores[part.generated]
 
-    def _check_first(self, real: Tensor, generated: Tensor) -> None:
+    def _check_first(self, scores: Tensor) -> None:
         """The gate: a run begins with scores of 0, so that its first loss is ln 2 where there is no margin.
 
         Raises:
             UserError: It does not.
         """
-        if self.trainer.global_step == 0 and not self._of_update and (real.any() or generated.any()):
+        if self.trainer.global_step == 0 and not self._of_update and scores.any():
             raise UserError(
                 f"a reward model does not start where it should: every score must be 0 at its first step, and one is "
-                f"{float(torch.cat([real, generated]).abs().max()):.3g}. Its hidden states are NaN or infinite: its "
+                f"{float(scores.abs().max()):.3g}. Its hidden states are NaN or infinite: its "
                 "weights are damaged, or the dtype overflows. Try float32, or another model."
             )
 
-    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:  # type: ignore[override]
+    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:
         """Scores of the held-out pairs; what they tell is known at the end."""
         for part in processes.deal(batch):
             real, generated = self._score(self.plain_policy, part)
@@ -310,6 +312,12 @@ STAGE = Stage(
     folder="export",
     over_file="summary.json",
     mark="model.centring",
+    reads_over={
+        "data.generator": cap_of,
+        "data.answers_per_prompt": None,
+        "data.history": None,
+        "data.keep_prompts_together": None,
+    },
     defaults={"trainer.max_epochs": 1, "data.too_long": "drop", "export.output_dir": "runs/reward"},
     refuse=_refuse_cutting,
 )
