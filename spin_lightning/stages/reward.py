@@ -182,7 +182,7 @@ class RewardLightningModule(PolicyModule):
             losses = bradley_terry(real, generated, part.preference, part.margin, self.centring)
             lengths = part.responses.response_lengths
             columns = (part.pair_ids, real, generated, lengths[part.real], lengths[part.generated], losses)
-            self._held_out_pairs.append(torch.stack([column.double().cpu() for column in columns]))
+            self._held_out_pairs.append(torch.stack([column.cpu().double() for column in columns]))
 
     def on_validation_epoch_end(self) -> None:
         found = processes.join(torch.cat([torch.empty(6, 0, dtype=torch.float64), *self._held_out_pairs], 1))
