@@ -55,7 +55,7 @@ _WEIGHTS = ("policy_sha256", "critic_sha256", AnswerStore.chained_by)
 _SETTINGS = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "prompts", "answers_per_prompt", "shard_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RolloutRun(Run):
     """Where an iteration is played, and with what.
 
@@ -436,7 +436,7 @@ class PpoIteration(Iteration):
         export_policy(policy.model, encoder, folder, self.card(summary), summary, policy.trust_remote_code)
 
     def card(self, summary: Mapping[str, Any]) -> str:
-        return plain_card("ppo", f"Policy after {self.number + 1} iterations of PPO", summary)
+        return plain_card("ppo", f"Policy after {summary.get('iteration', -1) + 1} iterations of PPO", summary)
 
 
 def add_advantages(table: pa.Table, advantage: Advantage, beta: float) -> tuple[pa.Table, dict[str, float]]:
