@@ -240,8 +240,8 @@ class Scoring:
                 differing = [key for key in keys if binding.get(key) != kept["binding"].get(key)]
                 raise UserError(
                     f"the {kind.rows_are} in {folder} were made by something else than this run; what differs: "
-                    f"{', '.join(differing)}. Use another score.output_dir, or remove {name}/ and {manifest.name} to have "
-                    "them made again."
+                    f"{', '.join(differing)}. Use another score.output_dir, or remove {name}/ and {manifest.name} to "
+                    "have them made again."
                 )
             manifest.unlink()
         return kind(folder, binding)
