@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -147,6 +148,56 @@ class PairLoss(nn.Module, ABC):
             beta: Positive scale of the rewards, in this iteration.
             initial: Log-probs under the opponent of iteration 0, if ``needs_initial_log_probs``.
         """
+
+
+def with_preference(
+    loss: PairLoss,
+    preference: Tensor | None,
+    policy: PairLogProbs,
+    opponent: PairLogProbs,
+    beta: float,
+    initial: PairLogProbs | None = None,
+) -> PairLossOutput:
+    """A loss where the real response is the better one with a probability p: ``p loss(y, y') + (1 - p) loss(y', y)``.
+
+    With the margin m the logistic loss is then ``p l(m) + (1 - p) l(-m)``, least at ``m = logit p`` instead of at
+    infinity. The expected loss of labels that are drawn so.
+
+    Args:
+        loss: Of a pair whose real response is the better one.
+        preference: p, shape ``(B,)``. None: 1 in every pair.
+        policy: As the loss takes it.
+        opponent: As the loss takes it.
+        beta: As the loss takes it.
+        initial: As the loss takes it.
+
+    Example:
+        >>> same = PairLogProbs(torch.tensor([-7.0]), torch.tensor([-9.0]), torch.tensor([4]), torch.tensor([4]))
+        >>> better = replace(same, real=torch.tensor([-6.0]))
+        >>> with_preference(SpinLoss(), torch.tensor([0.7]), better, same, beta=1.0).losses  # 0.7 l(1) + 0.3 l(-1)
+        tensor([0.6133])
+    """
+    output = loss(policy, opponent, beta, initial)
+    if preference is None or not (is_soft := preference < 1).any():
+        return output
+    p = preference[is_soft].to(output.losses.dtype)  # of those alone: zero times an infinite loss is NaN
+    swapped = [None if of is None else _swapped(of, is_soft) for of in (policy, opponent, initial)]
+    assert swapped[0] is not None and swapped[1] is not None
+    other = loss(swapped[0], swapped[1], beta, swapped[2]).losses
+    losses = output.losses.index_put((is_soft,), p * output.losses[is_soft] + (1 - p) * other)
+    return replace(output, losses=losses)
+
+
+def _swapped(log_probs: PairLogProbs, chosen: Tensor) -> PairLogProbs:
+    """Of the chosen pairs, with both responses in each other's place."""
+    initial = log_probs.initial_response
+    return PairLogProbs(
+        log_probs.generated[chosen],
+        log_probs.real[chosen],
+        log_probs.generated_lengths[chosen],
+        log_probs.real_lengths[chosen],
+        None if initial is None else initial[chosen],
+    )
 
 
 class SpinLoss(PairLoss):

@@ -91,6 +91,14 @@ def _run_demo(args: list[str]) -> None:
     play(*args)
 
 
+def _run_reft(args: list[str]) -> None:
+    from spin_lightning.demos.reft import play
+
+    if len(args) > 1 and args[1].startswith("-"):  # settings without a model before them
+        args = [args[0], "", *args[1:]]
+    play(*args)
+
+
 def _run_lab(args: list[str]) -> None:
     from spin_lightning.demos.known_language import play
 
@@ -231,6 +239,8 @@ it has and ends, and the script queues the job again, which continues it."""
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
+    "ppo": Command("reinforcement learning from a reward (PPO, RLOO, GRPO)", "spin_lightning.stages.ppo.STAGE"),
+    "dpo": Command("direct preference optimisation on recorded pairs", "spin_lightning.stages.dpo.STAGE"),
     "reward": Command("a reward model of pairs of responses", "spin_lightning.stages.reward.STAGE"),
     "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
     "check": Command(
@@ -258,6 +268,12 @@ COMMANDS = {
     "demo": Command(
         "the whole game on a small real model, on CPU",
         function=_run_demo,
+        usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
+        fits=_folder_is_first,
+    ),
+    "reft": Command(
+        "SFT, then PPO with a program's reward, and the control",
+        function=_run_reft,
         usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
         fits=_folder_is_first,
     ),

@@ -22,6 +22,7 @@ from spin_lightning.data.formats import Tally, prompt_key
 from spin_lightning.data.loader import ResumableLoader, ResumableSampler
 from spin_lightning.data.report import as_dicts, describe_source, refusal_of, say_noted, spread
 from spin_lightning.data.rows import load_rows
+from spin_lightning.data.training_set import PairDataset, TrainingSet
 from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import end_ids, end_ids_of, load_tokenizer
 from spin_lightning.progress import track
@@ -136,7 +137,7 @@ class RowDataModule(L.LightningDataModule):
         self.end_ids: Sequence[int] | None = None
         #: Encode no more rows than this, chosen by the seed. For a look at the data only.
         self.sample: int | None = None
-        #: Whether a row has to have a real response. False in a module (``needs_real = False``) says the same.
+        #: Whether a row has to have a real response. False in the module or a callback says the same.
         self.needs_real = True
         #: Columns that ``Row.columns`` keeps, beside those that a ``reward`` of the module or of a callback names.
         self.keep_columns: Sequence[str] = ()
@@ -178,7 +179,7 @@ class RowDataModule(L.LightningDataModule):
             on_bad_row=self.on_bad_row,
             seed=self.seed,
             needs_rejected=self.needs_rejected,
-            needs_real=self.needs_real and getattr(self._module, "needs_real", True),
+            needs_real=all(getattr(part, "needs_real", True) for part in (self, *self._parts)),
             keep_columns=self._find_columns(),
         )
         train = read(self.train_data)
@@ -216,10 +217,14 @@ class RowDataModule(L.LightningDataModule):
     def _module(self) -> Any:
         return self.trainer.lightning_module if self.trainer is not None else None
 
+    @property
+    def _parts(self) -> list[Any]:
+        """The module and the callbacks of the run."""
+        return [] if self.trainer is None else [self._module, *self.trainer.callbacks]  # type: ignore[attr-defined]
+
     def _find_columns(self) -> list[str]:
         """The columns that somebody needs: beside one's own those that a reward names, of the module or a callback."""
-        callbacks = self.trainer.callbacks if self.trainer is not None else []  # type: ignore[attr-defined]
-        rewards = [getattr(part, "reward", None) for part in (self._module, *callbacks)]
+        rewards = [getattr(part, "reward", None) for part in self._parts]
         named = [column for reward in rewards for column in getattr(reward, "columns", ())]
         return list(dict.fromkeys([*self.keep_columns, *named]))
 
@@ -394,6 +399,12 @@ class RowDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """The real responses."""
         return self._make_loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
+
+    def _serve(self, training_set: TrainingSet, keeps_prompts_together: bool = False) -> ResumableLoader:
+        """What the clock of a run has made."""
+        rows = training_set.rows
+        prompt_ids = rows["prompt_id"].to_pylist() if rows.num_rows else []
+        return self._make_loader(PairDataset(rows), prompt_ids, training_set.collate, keeps_prompts_together)
 
     def val_dataloader(self) -> list[Any] | DataLoader[Any]:
         return self._make_held_out_loader([prompt for prompt in self.val_prompts if prompt.real_ids], collate_prompts)

@@ -47,6 +47,10 @@ class PairMaker:
         initial_responses: Whether each pair also carries the response of iteration 0.
         numerics: A context with the precision of a training step.
         poll: Called between responses; raises to interrupt.
+        rank: Given rows of pairs, one for each response, and what the real responses are known to be worth, by prompt:
+            the rows to keep, with what a reward says of both sides. None: all, as they are.
+        keeps_real: Whether the rows that are kept have the real responses of the data.
+        judged: Pairs of an earlier iteration with the same real responses, which a reward was asked about there.
     """
 
     opponent: Player
@@ -63,6 +67,9 @@ class PairMaker:
     initial: nn.Module | None = None
     initial_responses: bool = False
     shard_size: int = 256
+    rank: Callable[[list[dict[str, Any]], Mapping[int, float | None]], list[dict[str, Any]]] | None = None
+    keeps_real: bool = True
+    judged: PairStore | None = None
 
     def __post_init__(self) -> None:
         self._responder = Responder(self.generator, self.encoder, self.model, self.poll)
@@ -157,23 +164,30 @@ class PairMaker:
                     "seed": seeds[index],
                 }
             )
+        if self.rank is not None:
+            rows = self.rank(rows, self._read_real_rewards(prompts))
         return self._score_rows(rows)
 
     def _rescore(self, table: pa.Table, store: PairStore, start: int) -> list[dict[str, Any]]:
         """Rows of an earlier iteration as this one's opponent sees them. It has scored the real responses already."""
+        if not self.keeps_real:
+            return self._score_rows(table.to_pylist(), is_sampled=False)
         own = store.read_shard(
             self._shard_name(self.iteration, start), ["prompt_id", "opponent_real_log_prob", "initial_real_log_prob"]
         )
         known = {row.pop("prompt_id"): row for row in own.to_pylist()}
-        return self._score_rows([{**row, **known[row["prompt_id"]]} for row in table.to_pylist()], generated_only=True)
+        rows = [{**row, **known[row["prompt_id"]]} for row in table.to_pylist()]
+        return self._score_rows(rows, ["generated"], is_sampled=False)
 
-    def _score_rows(self, rows: list[dict[str, Any]], generated_only: bool = False) -> list[dict[str, Any]]:
+    def _score_rows(
+        self, rows: list[dict[str, Any]], sides: Sequence[str] = ("real", "generated"), is_sampled: bool = True
+    ) -> list[dict[str, Any]]:
+        """Add the players' log-probs. ``is_sampled``: this opponent's sampler gave those of the generated side."""
         players = {"opponent": self.model} | ({"initial": self.initial} if self.initial is not None else {})
-        sides = ["generated"] if generated_only else ["real", "generated"]
         add = partial(add_log_probs, micro_batch_tokens=self.micro_batch_tokens, poll=self.poll)
         for player, model in players.items():
             rest = rows
-            if player == "opponent" and not generated_only:
+            if player == "opponent" and is_sampled:
                 compared = list(dict.fromkeys(row["prompt_id"] for row in rows))[:NUM_COMPARED]
                 first = [row for row in rows if row["prompt_id"] in compared]
                 rest = [row for row in rows if row["prompt_id"] not in compared]
@@ -187,6 +201,14 @@ class PairMaker:
                     continue
             add(player, model, rest, sides)
         return rows
+
+    def _read_real_rewards(self, prompts: Sequence[Prompt]) -> dict[int, float | None]:
+        """What the real responses to these prompts were said to be worth in an earlier iteration."""
+        if self.judged is None:
+            return {}
+        name = self._shard_name(self.judged.binding["iteration"], prompts[0].prompt_id)
+        table = self.judged.read_shard(name, ["prompt_id", "real_reward"])
+        return dict(zip(table["prompt_id"].to_pylist(), table["real_reward"].to_pylist(), strict=True))
 
     def _read_first_responses(
         self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from spin_lightning.generation.synthetic_data import NOTHING, TrainingSet
 from spin_lightning.models.loading import dtype_name
+from spin_lightning.rewards.base import Reward, check_reward
 from spin_lightning.runs import lightning_internals as internals
 from spin_lightning.runs import processes, signals
 from spin_lightning.runs.checkpoints import last_checkpoint
@@ -33,6 +34,7 @@ from spin_lightning.schedule import check_schedule
 from spin_lightning.stages.iteration import Iteration, Run, iteration_folder
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import starting_metrics
+from spin_lightning.stages.ranking import make_ranking
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -115,16 +117,9 @@ class IterationClock(HoldsFolder):
             raise UserError(f"{section}.iterations must be at least 1, got {iterations!r}.")
         if shard_size < 1:
             raise UserError(f"{section}.shard_size must be at least 1, got {shard_size!r}.")
-        check_schedule(f"{section}.epochs", epochs, iterations)
-        self.epochs = epochs if isinstance(epochs, list) else [epochs] * iterations
-        if min(self.epochs) < 1:
-            raise UserError(f"{section}.epochs must be at least 1 in every iteration, got {epochs!r}.")
-        #: What ``Trainer(max_epochs=...)`` has to be.
-        self.total_epochs = sum(self.epochs)
-        # epochs that begin an iteration; the epoch after the last one too
-        self._boundaries = {0, *accumulate(self.epochs)}
-        self.output_dir = run_folder(output_dir, f"{section}.output_dir")
         self.iterations = iterations
+        self.set_epochs(epochs)
+        self.output_dir = run_folder(output_dir, f"{section}.output_dir")
         self.reset_optimizer = reset_optimizer
         self.shard_size = shard_size
         self.stopped_because: str | None = None
@@ -135,6 +130,21 @@ class IterationClock(HoldsFolder):
         self._training_set = NOTHING
         self._stage_is_over = False
         self._report: dict[str, Any] = {}  # of the training set; a checkpoint's until one is loaded
+
+    def set_epochs(self, epochs: int | list[int]) -> None:
+        """How often an iteration's training set is passed over: one number, or a list with one number an iteration.
+
+        Raises:
+            UserError: A number is below 1, or the list has another length.
+        """
+        check_schedule(f"{self.settings_section}.epochs", epochs, self.iterations)
+        self.epochs = epochs if isinstance(epochs, list) else [epochs] * self.iterations
+        if min(self.epochs) < 1:
+            raise UserError(f"{self.settings_section}.epochs must be at least 1 in every iteration, got {epochs!r}.")
+        #: What ``Trainer(max_epochs=...)`` has to be.
+        self.total_epochs = sum(self.epochs)
+        # epochs that begin an iteration; the epoch after the last one too
+        self._boundaries = {0, *accumulate(self.epochs)}
 
     # --- what a stage may say of its own ----------------------------------------------------------------------------
 
@@ -154,10 +164,26 @@ class IterationClock(HoldsFolder):
         """
         refuse_unplayable(self, trainer, module)
 
+    def finish(self, summaries: list[dict[str, Any]]) -> None:
+        """Make what a run that is over leaves beside its iterations, before it is said to be over. Together.
+
+        Args:
+            summaries: Of the iterations, in their order.
+        """
+
+    def write_over(self, reason: str, iterations: list[dict[str, Any]]) -> None:
+        """Write how the run ended, with a summary of each iteration that was played."""
+        write_json(self.output_dir / self.over_file, {"ended_because": reason, "iterations": iterations})
+
     def say_over(self, reason: str) -> None:
         """Say how the run ended, and where its models are."""
         kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
         say(f"{self.run_is} is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
+
+    def ends_iteration(self, epoch: int) -> int | None:
+        """The iteration that is over with an epoch. None: it goes on."""
+        ends = list(accumulate(self.epochs))
+        return ends.index(epoch + 1) if epoch + 1 in ends else None
 
     @property
     def last_checkpoint(self) -> str | None:
@@ -239,9 +265,12 @@ class IterationClock(HoldsFolder):
         self._stage_is_over = True
         say(f"{sentence} (self_play.stage; left out, all are played).")
 
-    def _make_iteration(self, number: int) -> Iteration:
-        run = Run(self.output_dir, self.trainer.datamodule, self.shard_size, partial(end_if_asked, self.trainer))
-        iteration: Iteration = self.trainer.lightning_module.make_iteration(number, run)
+    def make_run(self) -> Run:
+        """Where iterations are played, and with what."""
+        return Run(self.output_dir, self.trainer.datamodule, self.shard_size, partial(end_if_asked, self.trainer))
+
+    def _make_iteration(self, number: int) -> Any:
+        iteration: Iteration = self.trainer.lightning_module.make_iteration(number, self.make_run())
         return iteration
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -313,10 +342,13 @@ class IterationClock(HoldsFolder):
         if internals.epoch_to_begin(trainer) >= self.total_epochs:
             self._end_if_missed(self.iterations - 1)
         played = [read_json(self.folder(k) / "summary.json") for k in range(self.iterations)]
-        if processes.is_first() and (self.stopped_because or played[-1] is not None):
-            reason = self.stopped_because or f"all {self.iterations} iterations were played"
-            iterations = [summary for summary in played if summary]
-            write_json(self.output_dir / self.over_file, {"ended_because": reason, "iterations": iterations})
+        if not self.stopped_because and played[-1] is None:
+            return
+        reason = self.stopped_because or f"all {self.iterations} iterations were played"
+        iterations = [summary for summary in played if summary]
+        self.finish(iterations)
+        if processes.is_first():
+            self.write_over(reason, iterations)
             self.say_over(reason)
 
     # --- Lightning's other hooks ----------------------------------------------------------------------------------
@@ -375,6 +407,12 @@ class SelfPlay(IterationClock):
         reset_optimizer: Start each iteration with an empty optimiser state, as the paper does. The learning rate
             schedule starts anew in any case.
         shard_size: Prompts in one shard of pairs: the most that is generated again after a kill.
+        pairs: What stands against what: ``real_generated``, the real response against each generated one;
+            ``best_worst``, of a prompt's generated responses the one with the highest reward against the one with the
+            lowest (online DPO, which needs no real responses); ``real_wrong``, the real response against those that are
+            worth less.
+        reward: What responses are worth, for ``best_worst`` and ``real_wrong``: ``NumberMatch``, ``TextMatch``,
+            ``FunctionReward``, ``ModelReward``, ``JudgeReward``, ``SumOfRewards``, or the class path of your own.
         stage: Play one stage of an iteration and end: ``generate`` makes its pairs, ``train`` trains on them and
             exports. Nothing is done where the other is next. ``spin-lightning play`` sets it. None: all.
 
@@ -399,12 +437,37 @@ class SelfPlay(IterationClock):
         epochs: int | list[int] = 2,
         reset_optimizer: bool = True,
         shard_size: int = 256,
+        pairs: Literal["real_generated", "best_worst", "real_wrong"] = "real_generated",
+        reward: Reward | None = None,
         stage: Literal["generate", "train"] | None = None,
     ) -> None:
         if stage not in (None, "generate", "train"):
             raise UserError(f"self_play.stage must be 'generate' or 'train', or be left out, got {stage!r}.")
         super().__init__(output_dir, iterations, epochs, reset_optimizer, shard_size)
         self.stage = stage
+        self.pairs, self.reward = pairs, reward
+        self.ranking = make_ranking(pairs, reward)
+        #: What the data module asks: of the best and the worst generated response neither is the real one.
+        self.needs_real = pairs != "best_worst"
+
+    def refuse_unplayable(self, trainer: Any, module: Any) -> None:
+        super().refuse_unplayable(trainer, module)
+        if self.ranking is None:
+            return
+        check_reward(self.ranking.reward)
+        if self.pairs == "best_worst" and trainer.datamodule.answers_per_prompt < 2:
+            raise UserError(
+                "self_play.pairs best_worst needs several answers to each prompt, got data.answers_per_prompt "
+                f"{trainer.datamodule.answers_per_prompt}. Set it to 2 or more."
+            )
+        if self.pairs == "best_worst" and getattr(getattr(module, "loss", None), "needs_initial_response", False):
+            raise UserError(
+                f"{type(module.loss).__name__} compares with the first opponent's answers, which pairs of the best and "
+                "the worst one have none of. Use another loss, or self_play.pairs: real_wrong."
+            )
+
+    def make_run(self) -> Run:
+        return replace(super().make_run(), ranking=self.ranking)
 
 
 def refuse_unplayable(clock: IterationClock, trainer: Any, module: Any) -> None:

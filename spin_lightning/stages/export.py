@@ -44,6 +44,16 @@ def export_policy(
     write_json(folder / "summary.json", summary)
 
 
+def plain_card(tag: str, title: str, summary: Mapping[str, Any]) -> str:
+    """The README of an exported policy: what its summary says."""
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tag}, spin-lightning]\n---\n\n# "
+        f"{title}\n\n"
+        + "\n".join(f"- {name}: {value}" for name, value in summary.items())
+        + f"\n\n{how_to_cast(summary)}"
+    )
+
+
 class ExportPolicy(L.Callback):
     """Writes ``policy/`` (a Hugging Face folder, verified by reloading it) and ``summary.json`` when training ends.
 
@@ -110,12 +120,7 @@ class ExportPolicy(L.Callback):
     def write(self, policy: Any, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         """Write the model, and then the summary. In the first process."""
         module: Any = trainer.lightning_module
-        card = (
-            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [sft, spin-lightning]\n---\n\n# "
-            "Supervised fine-tuned policy\n\n"
-            + "\n".join(f"- {name}: {value}" for name, value in summary.items())
-            + f"\n\n{how_to_cast(summary)}"
-        )
+        card = plain_card("sft", "Supervised fine-tuned policy", summary)
         encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
         export_policy(policy, encoder, self.output_dir, card, summary, module.trust_remote_code)
 

@@ -35,7 +35,7 @@ from spin_lightning.runs.lightning_internals import remake_optimizers
 from spin_lightning.stages.export import ExportPolicy
 from spin_lightning.stages.metrics import wins
 from spin_lightning.stages.policy import PolicyModule
-from spin_lightning.stages.stage import Stage
+from spin_lightning.stages.stage import Stage, cap_of
 from spin_lightning.terminal import say
 from spin_lightning.types import PairBatch, UserError
 
@@ -72,6 +72,9 @@ class RewardLightningModule(PolicyModule):
         >>> module = RewardLightningModule("HuggingFaceTB/SmolLM2-135M-Instruct", centring=0.01)
     """
 
+    #: What the display says.
+    what_is_measured = "held-out pairs"
+
     def __init__(
         self,
         model_name_or_path: ModelOrName,
@@ -92,6 +95,7 @@ class RewardLightningModule(PolicyModule):
         self.pad_id = -1
         self._of_update: list[Tensor] = []  # scores of the batches of the update in progress, (2, pairs) each
         self._held_out_pairs: list[Tensor] = []
+        self._gate_is_due = False
 
     def configure_model(self) -> None:
         if hasattr(self, "policy"):
@@ -102,6 +106,8 @@ class RewardLightningModule(PolicyModule):
             else self.given_model.config
         )
         refuse_without_classifier(config, self.trust_remote_code)
+        if any("ForSequenceClassification" in str(name) for name in getattr(config, "architectures", None) or ()):
+            say(f"note: {self.model_name_or_path} is a reward model already; it is trained further, its score from 0.")
         super().configure_model()
         add_score_head(self.policy, self.trust_remote_code)
 
@@ -120,8 +126,10 @@ class RewardLightningModule(PolicyModule):
         self.pad_id = choose_pad(data.encoder.tokenizer, data.encoder.end_ids, data.encoder.pad_id)
         prompt = data.prompts[0]
         ids = [*prompt.prompt_ids, *prompt.real_ids]
+        policy: Any = self.gather_policy()
+        self._gate_is_due = self.trainer.ckpt_path is None and not policy.score.weight.any()  # else a second fit
         with self.precision_context():
-            check_classifier(self.gather_policy(), self.pad_id, ids, self.trust_remote_code)
+            check_classifier(policy, self.pad_id, ids, self.trust_remote_code)
         self._release_policy()
 
     def on_train_start(self) -> None:
@@ -166,21 +174,21 @@ class RewardLightningModule(PolicyModule):
         Raises:
             UserError: It does not.
         """
-        if self.trainer.global_step == 0 and not self._of_update and scores.any():
+        if self._gate_is_due and self.trainer.global_step == 0 and scores.any():
             raise UserError(
-                f"a reward model does not start where it should: every score must be 0 at its first step, and one is "
-                f"{float(scores.abs().max()):.3g}. Its hidden states are NaN or infinite: its "
-                "weights are damaged, or the dtype overflows. Try float32, or another model."
+                "a reward model does not start where it should: every score must be 0 at its first step, and one is "
+                f"{float(scores.abs().max()):.3g}. Its hidden states are NaN or infinite: its weights are damaged, or "
+                "the dtype overflows. Try float32, or another model."
             )
 
-    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:  # type: ignore[override]
+    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:
         """Scores of the held-out pairs; what they tell is known at the end."""
         for part in processes.deal(batch):
             real, generated = self._score(self.plain_policy, part)
             losses = bradley_terry(real, generated, part.preference, part.margin, self.centring)
             lengths = part.responses.response_lengths
             columns = (part.pair_ids, real, generated, lengths[part.real], lengths[part.generated], losses)
-            self._held_out_pairs.append(torch.stack([column.double().cpu() for column in columns]))
+            self._held_out_pairs.append(torch.stack([column.cpu().double() for column in columns]))
 
     def on_validation_epoch_end(self) -> None:
         found = processes.join(torch.cat([torch.empty(6, 0, dtype=torch.float64), *self._held_out_pairs], 1))
@@ -310,6 +318,12 @@ STAGE = Stage(
     folder="export",
     over_file="summary.json",
     mark="model.centring",
+    reads_over={
+        "data.generator": cap_of,
+        "data.answers_per_prompt": None,
+        "data.history": None,
+        "data.keep_prompts_together": None,
+    },
     defaults={"trainer.max_epochs": 1, "data.too_long": "drop", "export.output_dir": "runs/reward"},
     refuse=_refuse_cutting,
 )

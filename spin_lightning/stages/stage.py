@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from spin_lightning.types import UserError
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -46,3 +48,16 @@ class Stage:
     is_over: Callable[[Any, Any], bool] = lambda result, settings: True
     refuse: Callable[[Any], None] = lambda settings: None
     check: Callable[[Any, Mapping[str, Any]], None] = lambda module, callbacks: None
+
+
+def cap_of(generator: Any) -> dict[str, Any]:
+    """The cap that a generator's settings put on real responses too."""
+    settings = generator if isinstance(generator, Mapping) else {}
+    of_class = (settings.get("init_args") or {}).get("max_new_tokens")
+    flags = (settings.get(key) for key in ("max_new_tokens", "init_args.max_new_tokens"))  # beside a config's class
+    given = next((cap for cap in flags if cap is not None), of_class)
+    if given is None:
+        return {}
+    if not str(given).isdigit() or not int(given):
+        raise UserError(f"data.generator.max_new_tokens must be a number of tokens, at least 1, got {given!r}.")
+    return {"data.max_response_tokens": int(given)}
