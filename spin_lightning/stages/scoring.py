@@ -299,8 +299,9 @@ class Scoring:
 
         def score(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
             rows = self._read(responses, prompts)
-            alone = [row for row in rows if row["real"] is None] if self.reward.compares else []
-            asked = [row for row in rows if row not in alone] if alone else rows
+            # a reward that compares has nothing to compare these with but each other
+            alone = [row for row in rows if self.reward.compares and row["real"] is None]
+            asked = [row for row in rows if not self.reward.compares or row["real"] is not None]
             values, parts = scored_with_parts(self.reward, self._answers(asked))
             for number, (row, value) in enumerate(zip(asked, values, strict=True)):
                 row["reward"] = value

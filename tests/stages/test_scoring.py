@@ -147,6 +147,26 @@ def test_a_reward_model_of_its_pairs_scores_again(model: str, sums: str, tmp_pat
     assert all(right > wrong for right, wrong in zip(rewards[::2], rewards[1::2], strict=True))
 
 
+class Served(FakeGenerator):
+    """Reads the model from a folder, as a server does."""
+
+    needs_folder = True
+    folders: list[Path]
+
+    def generate(self, *args: Any) -> Any:
+        assert self.opponent.folder is not None and (self.opponent.folder / "model.safetensors").exists()
+        self.folders.append(self.opponent.folder)
+        return super().generate(*args)
+
+
+def test_a_model_that_lies_in_no_folder_is_written_for_a_server_and_removed_again(sums: str, tmp_path: Path):
+    data = read_data(sums)
+    data.generator = Served(lambda prompt, seed: [65], 16)
+    data.generator.folders = []
+    Scoring(Counting(), str(tmp_path / "run")).run(PLAYERS, data, 1)
+    assert data.generator.folders == [tmp_path / "run" / "served"] and not (tmp_path / "run" / "served").exists()
+
+
 def test_a_cut_response_is_no_row_for_sft(sums: str, tmp_path: Path):
     data = read_data(sums, by_text(lambda asked, number: "#" * 40 if number else "ok"))
     summary = Scoring(Counting(), str(tmp_path / "run")).run(PLAYERS, data, 2)
