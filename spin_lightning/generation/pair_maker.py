@@ -50,6 +50,7 @@ class PairMaker:
         rank: Given rows of pairs, one for each response, and what the real responses are known to be worth, by prompt:
             the rows to keep, with what a reward says of both sides. None: all, as they are.
         keeps_real: Whether the rows that are kept have the real responses of the data.
+        judged: Pairs of an earlier iteration with the same real responses, which a reward was asked about there.
     """
 
     opponent: Player
@@ -68,6 +69,7 @@ class PairMaker:
     shard_size: int = 256
     rank: Callable[[list[dict[str, Any]], Mapping[int, float | None]], list[dict[str, Any]]] | None = None
     keeps_real: bool = True
+    judged: PairStore | None = None
 
     def __post_init__(self) -> None:
         self._responder = Responder(self.generator, self.encoder, self.model, self.poll)
@@ -163,11 +165,7 @@ class PairMaker:
                 }
             )
         if self.rank is not None:
-            known = {}
-            if self.keeps_real and self.iteration:
-                table = earlier[0].read_shard(self._shard_name(0, prompts[0].prompt_id), ["prompt_id", "real_reward"])
-                known = dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
-            rows = self.rank(rows, known)
+            rows = self.rank(rows, self._read_real_rewards(prompts))
         return self._score_rows(rows)
 
     def _rescore(self, table: pa.Table, store: PairStore, start: int) -> list[dict[str, Any]]:
@@ -203,6 +201,14 @@ class PairMaker:
                     continue
             add(player, model, rest, sides)
         return rows
+
+    def _read_real_rewards(self, prompts: Sequence[Prompt]) -> dict[int, float | None]:
+        """What the real responses to these prompts were said to be worth in an earlier iteration."""
+        if self.judged is None:
+            return {}
+        name = self._shard_name(self.judged.binding["iteration"], prompts[0].prompt_id)
+        table = self.judged.read_shard(name, ["prompt_id", "real_reward"])
+        return dict(zip(table["prompt_id"].to_pylist(), table["real_reward"].to_pylist(), strict=True))
 
     def _read_first_responses(
         self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore]
