@@ -31,6 +31,7 @@ from spin_lightning.runs.checkpoints import last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.run_checkpoint import HoldsFolder, RunCheckpoint
 from spin_lightning.schedule import check_schedule
+from spin_lightning.stages.export import name_models
 from spin_lightning.stages.iteration import Iteration, Run, find_place, iteration_folder
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import starting_metrics
@@ -177,8 +178,7 @@ class IterationClock(HoldsFolder):
 
     def say_over(self, reason: str) -> None:
         """Say how the run ended, and where its models are."""
-        kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
-        say(f"{self.run_is} is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
+        say(f"{self.run_is} is over: {reason}. Models: {name_models(self.output_dir, 'iteration_*/')}")
 
     def ends_iteration(self, epoch: int) -> int | None:
         """The iteration that is over with an epoch. None: it goes on."""

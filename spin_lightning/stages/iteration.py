@@ -106,6 +106,7 @@ class PolicyView:
         numerics: A context with the precision of a training step.
         load: The policy exported in a folder, on the model's device; with None the model that the run started from.
         trust_remote_code: Whether code that comes with the model may run.
+        adapter: The folder of the adapter that the run started from on that model. None: there is none.
     """
 
     model: PreTrainedModel
@@ -114,6 +115,7 @@ class PolicyView:
     numerics: Callable[[], AbstractContextManager[Any]]
     load: Callable[[Path | None], PreTrainedModel]
     trust_remote_code: bool = False
+    adapter: str | None = None
 
 
 class Iteration(ABC):
@@ -287,7 +289,8 @@ class SpinIteration(Iteration):
             statistics["sampler_gap"] = gap
         if writes and processes.is_first():  # before the pairs are complete: nobody comes back for it then
             shutil.rmtree(self.folder / "opponent")
-        store.finish(names, opponent=self._opponent_name, versions=versions(), statistics=statistics)
+        start = {} if self.number or not self.policy.adapter else {"opponent_adapter": self.policy.adapter}
+        store.finish(names, opponent=self._opponent_name, **start, versions=versions(), statistics=statistics)
 
     def training_set(self, store: PairStore) -> TrainingSet:
         """All pairs but those that cannot teach this loss anything."""
