@@ -229,9 +229,10 @@ is, such as --partition gpu or --account mine:
   --nodes 1
   --gpus-per-node 1
   --time 24:00:00
-After it, a command of this package: fit, play or sft. Its processes are one for
-each GPU, started by srun; trainer.num_nodes and trainer.devices are added. The
-run's folder has to be on a disk that all nodes see.
+After it, a command of this package that trains: fit, play, sft, dpo, reward or
+ppo. Its processes are one for each GPU, started by srun; trainer.num_nodes and
+trainer.devices are added. The run's folder has to be on a disk that all nodes
+see.
 
 Five minutes before its time is over the job is sent SIGUSR1: the run saves what
 it has and ends, and the script queues the job again, which continues it."""
@@ -260,7 +261,7 @@ COMMANDS = {
         help=_OF_SCORE,
     ),
     "slurm": Command(
-        "a batch script for fit, play or sft on a cluster",
+        "a batch script for a run on a cluster",
         function=_run_slurm,
         usage="[--nodes N] [--gpus-per-node N] [--time D] [--OPTION VALUE ...] -- COMMAND ...",
         help=_OF_SLURM,
