@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,9 +21,10 @@ from spin_lightning.models.loading import ModelOrName
 from spin_lightning.models.log_probs import pair_log_probs
 from spin_lightning.models.modes import evaluating
 from spin_lightning.runs import processes
+from spin_lightning.runs.files import read_json
 from spin_lightning.schedule import at_iteration, check_schedule
 from spin_lightning.stages.gate import check_gate
-from spin_lightning.stages.iteration import Run, SpinIteration
+from spin_lightning.stages.iteration import Run, SpinIteration, iteration_folder
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import PairMetrics
 from spin_lightning.stages.opponent import OPPONENTS, Opponent
@@ -186,6 +188,12 @@ def _is_over(game: dict[str, Any], settings: Any) -> bool:
     return not game["ended_because"].startswith("all ") or len(game["iterations"]) >= settings.self_play.iterations
 
 
+def _last_policy(folder: Path) -> Path:
+    """That of the last iteration which was played."""
+    played = len((read_json(folder / "game.json") or {"iterations": [{}]})["iterations"])
+    return iteration_folder(folder, played - 1) / "policy"
+
+
 def _check_schedules(module: SpinLightningModule, callbacks: Mapping[str, Any]) -> None:
     module.check_schedules(callbacks["self_play"].iterations)
 
@@ -209,4 +217,5 @@ STAGE = Stage(
     links={"trainer.max_epochs": (("self_play.iterations", "self_play.epochs"), _count_epochs)},
     is_over=_is_over,
     check=_check_schedules,
+    exported=_last_policy,
 )
