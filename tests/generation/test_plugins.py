@@ -116,17 +116,21 @@ def test_a_loss_of_whole_numbers_or_of_none_is_named() -> None:
 
 @pytest.mark.parametrize("ids", [[5, 300], [-1, 5]])
 def test_a_generator_whose_ids_the_model_does_not_know_is_named(ids: list[int]) -> None:
-    from spin_lightning.generation.base import Player
-    from spin_lightning.generation.pair_maker import PairMaker
+    from spin_lightning.generation.responding import Responder
     from spin_lightning.types import Response
 
-    maker: Any = object.__new__(PairMaker)
-    maker.opponent, maker.generator = Player(tiny_model()), type("Mine", (), {"max_new_tokens": 8})()
-    maker.encoder = type("Encoder", (), {"end_ids": (2,)})
+    class Mine:
+        max_new_tokens = 8
+
+        def generate(self, *args: Any) -> Any:
+            yield 0, Response(ids, "length", -1.0)
+
+    generator: Any = Mine()
+    encoder: Any = type("Encoder", (), {"end_ids": (2,), "pad_id": 0})
     with pytest.raises(
         UserError, match=f"Mine gave the ids {min(ids)} to {max(ids)}, and the model has rows for 0 to 263"
     ):
-        maker._check_response((0, Response(ids, "length", -1.0)), 1)
+        list(Responder(generator, encoder, tiny_model(), lambda: None).respond([[1]], [0]))
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_lists_give_each_iteration_its_own_settings(model: str, rows: str, tmp_p
         ({"trainer": {"max_epochs": 3}}, r"trainer.max_epochs must be 4, the sum of self_play.epochs \[2, 2\], got 3"),
         ({"trainer": {"reload_dataloaders_every_n_epochs": 0}}, "reload_dataloaders_every_n_epochs must be 1.*got 0"),
         ({"trainer": {"reload_dataloaders_every_n_epochs": 2}}, "reload_dataloaders_every_n_epochs must be 1.*got 2"),
-        ({"trainer": {"max_steps": 7}}, "trainer.max_steps cannot be used with self-play, got 7"),
+        ({"trainer": {"max_steps": 7}}, "trainer.max_steps cannot be used with SelfPlay, got 7"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_the_model_loads(

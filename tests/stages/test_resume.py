@@ -298,7 +298,7 @@ def test_pairs_that_something_else_made_are_refused_on_resume(model: str, rows: 
 
 def test_pairs_of_other_settings_are_refused_where_an_iteration_begins(model: str, rows: str, tmp_path: Path) -> None:
     stopped_at(1, model, rows, tmp_path / "run", every_n_steps=None)
-    with pytest.raises(UserError, match=r"what differs: prompts_sha256, seed. Use another self_play.output_dir"):
+    with pytest.raises(UserError, match=r"what differs: prompts_sha256, seed. Use another output_dir"):
         Game(model, rows, tmp_path / "run", data={"seed": 1}).play()
 
 
