@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spin_lightning.data.module import RowDataModule as RowDataModule
+    from spin_lightning.data.preferences import PreferenceDataModule as PreferenceDataModule
     from spin_lightning.generation import ContinuousGenerator as ContinuousGenerator
     from spin_lightning.generation import OpenAIGenerator as OpenAIGenerator
     from spin_lightning.generation import ResponseGenerator as ResponseGenerator
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from spin_lightning.losses import SpinLoss as SpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
+    from spin_lightning.rewards import Answer as Answer
+    from spin_lightning.rewards import FunctionReward as FunctionReward
+    from spin_lightning.rewards import NumberMatch as NumberMatch
+    from spin_lightning.rewards import Reward as Reward
+    from spin_lightning.rewards import SumOfRewards as SumOfRewards
+    from spin_lightning.rewards import TextMatch as TextMatch
     from spin_lightning.runs.checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
     from spin_lightning.runs.checkpoints import last_checkpoint as last_checkpoint
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
     from spin_lightning.types import Interrupted as Interrupted
     from spin_lightning.types import NonFiniteError as NonFiniteError
+    from spin_lightning.types import RewardUnavailable as RewardUnavailable
     from spin_lightning.types import StorageError as StorageError
     from spin_lightning.types import UserError as UserError
 
@@ -50,6 +58,7 @@ __version__ = "0.1.0"
 #: them.
 _HOMES = {
     "data.module": ("RowDataModule",),
+    "data.preferences": ("PreferenceDataModule",),
     "generation": (
         "ContinuousGenerator",
         "OpenAIGenerator",
@@ -69,6 +78,7 @@ _HOMES = {
         "TSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
+    "rewards": ("Answer", "FunctionReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
@@ -80,7 +90,7 @@ _HOMES = {
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),
-    "types": ("Interrupted", "NonFiniteError", "StorageError", "UserError"),
+    "types": ("Interrupted", "NonFiniteError", "RewardUnavailable", "StorageError", "UserError"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -5,7 +5,7 @@ Records only. Whatever computes, reads or writes lives in the module that owns i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from signal import Signals
 from typing import Any, Literal, Required, TypedDict
 
@@ -33,6 +33,12 @@ class NonFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite. The message names the step and the rows."""
 
     exit_code = 1
+
+
+class RewardUnavailable(Exception):
+    """A judge did not reply about too many answers. What is finished is saved, and the same command continues."""
+
+    exit_code = 75
 
 
 class Interrupted(Exception):
@@ -90,24 +96,57 @@ class Message(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the user's SFT data: what was asked, and the real response to it.
+    """One row of the user's data: what was asked, the real response to it, and in preference data one that is worse.
 
     Attributes:
         prompt: The turns before the real response.
-        real: The text of the real response. May be empty where ``real_extras`` has tool calls.
+        real: The text of the real response, in preference data of the better one. May be empty where ``real_extras``
+            has tool calls.
         real_extras: What else the turn of the real response has: ``reasoning_content``, ``tool_calls``.
         tools: Definitions of the tools that may be called (JSON schema, as chat templates take them).
+        has_real: Whether there is a real response at all. If not, ``real`` is empty.
+        real_finish_reason: ``length`` where it is known to have been cut, so that it ends without a terminator.
+        rejected: The text of the response that is not preferred. None where there is none.
+        rejected_extras: As ``real_extras``.
+        rejected_finish_reason: As ``real_finish_reason``.
+        preference: Probability that ``real`` is the better of the two, in [1/2, 1].
+        margin: How much better ``real`` is, on the scale of a reward model's scores.
+        columns: Further columns of the data, those that a reward names.
     """
 
     prompt: tuple[Message, ...]
     real: str
     real_extras: dict[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()
+    has_real: bool = True
+    real_finish_reason: FinishReason = "stop"
+    rejected: str | None = None
+    rejected_extras: dict[str, Any] = field(default_factory=dict)
+    rejected_finish_reason: FinishReason = "stop"
+    preference: float = 1.0
+    margin: float = 0.0
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def real_turn(self) -> Message:
         """The real response as a turn of the conversation."""
         return {"role": "assistant", "content": self.real, **self.real_extras}  # type: ignore[typeddict-item]
+
+    @property
+    def swapped(self) -> Row:
+        """The same with both responses in each other's place. It says the same of them."""
+        assert self.rejected is not None
+        return replace(
+            self,
+            real=self.rejected,
+            real_extras=self.rejected_extras,
+            real_finish_reason=self.rejected_finish_reason,
+            rejected=self.real,
+            rejected_extras=self.real_extras,
+            rejected_finish_reason=self.real_finish_reason,
+            preference=1 - self.preference,
+            margin=-self.margin,
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +154,8 @@ class Prompt:
     """A row as token ids: the prompt as the generator and the trainer both see it, and the real response.
 
     ``prompt_id`` numbers the prompts that were kept, from 0. ``real_ids`` are capped at the common
-    response cap and end with the terminator only if ``real_finish_reason`` is ``"stop"``.
+    response cap and end with the terminator only if ``real_finish_reason`` is ``"stop"``. They are empty where the row
+    has no real response. ``rejected_ids`` are the same of the response that is not preferred, None where there is none.
     """
 
     prompt_id: int
@@ -123,6 +163,8 @@ class Prompt:
     prompt_ids: list[int]
     real_ids: list[int]
     real_finish_reason: FinishReason
+    rejected_ids: list[int] | None = None
+    rejected_finish_reason: FinishReason = "stop"
 
 
 @dataclass(frozen=True)
@@ -204,9 +246,11 @@ class PairBatch:
         real: Which of the responses is each pair's real one, shape ``(B,)``.
         generated: The same for the generated one, shape ``(B,)``.
         initial_response: The same for the response of iteration 0, or None.
-        opponent: Stored opponent log-probs, each ``(B,)``.
+        opponent: Stored opponent log-probs, each ``(B,)``. NaN where nobody scored the pairs.
         initial: Stored log-probs of the opponent of iteration 0, or None.
         pair_ids: Position of each pair in the iteration's training set, shape ``(B,)``.
+        preference: Probability that the real response is the better one, shape ``(B,)``. None: 1 in every pair.
+        margin: How much better it is, on the scale of a reward model's scores, shape ``(B,)``. None: 0 in every pair.
     """
 
     responses: ResponseBatch
@@ -216,6 +260,8 @@ class PairBatch:
     opponent: PairLogProbs
     initial: PairLogProbs | None
     pair_ids: Tensor
+    preference: Tensor | None = None
+    margin: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pair_ids)

@@ -302,7 +302,7 @@ def main(args: list[str] | None = None) -> None:
     - 0: done
     - 1: a bug, or NaN or infinite numbers
     - 2: wrong usage, settings or data
-    - 75: a disk that is full or cannot be written, to be tried again
+    - 75: a disk that is full or cannot be written, or a judge that does not reply, to be tried again
     - 130 and 143: ended by a signal, to be continued by the same command
     """
     args = list(sys.argv[1:] if args is None else args)
@@ -337,6 +337,7 @@ def main(args: list[str] | None = None) -> None:
         Interrupted,
         LostProcess,
         NonFiniteError,
+        RewardUnavailable,
         StageFailed,
         StorageError,
         UserError,
@@ -356,7 +357,8 @@ def main(args: list[str] | None = None) -> None:
         error = processes.settle(raised)
         if isinstance(error, EndedElsewhere):
             processes.leave(error.exit_code)
-        if isinstance(error, UserError | StorageError | NonFiniteError | LostProcess | Interrupted | StageFailed):
+        said = (UserError, StorageError, NonFiniteError, RewardUnavailable, LostProcess, Interrupted, StageFailed)
+        if isinstance(error, said):
             _end_with(str(error), error.exit_code, "" if isinstance(error, Interrupted) else "error: ")
         if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:  # of a logger, say
             _end_with(f"{error}. Mend that, and run the same command again.", StorageError.exit_code)

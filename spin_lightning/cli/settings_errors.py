@@ -23,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning.runs.files import STORAGE_ERRORS
 from spin_lightning.runs.redaction import redacted
-from spin_lightning.types import Interrupted, NonFiniteError, StorageError, UserError
+from spin_lightning.types import Interrupted, NonFiniteError, RewardUnavailable, StorageError, UserError
 
 #: Code that is given settings and nothing else, and the settings: what it refuses is the user's to mend.
 _LIBRARIES = {
@@ -81,7 +81,7 @@ def explaining_plugins() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, StorageError, NonFiniteError, Interrupted, MemoryError):
+    except (UserError, StorageError, NonFiniteError, RewardUnavailable, Interrupted, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:

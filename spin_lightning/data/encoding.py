@@ -53,7 +53,7 @@ class Encoded:
 
     Attributes:
         prompt_ids: The conversation up to where the response begins.
-        real_ids: The real response, cut at the cap. A whole one ends with its terminator.
+        real_ids: The real response, cut at the cap. A whole one ends with its terminator. Of a prompt alone: none.
         finish_reason: ``length`` where it was cut.
         noted: What is to be counted: ``encoded_apart``, ``reasoning_left_out``, ``no_reasoning``, ``tools_left_out``.
     """
@@ -186,7 +186,10 @@ class Encoder:
         return Prompt(prompt_id, row, encoded.prompt_ids, encoded.real_ids, encoded.finish_reason)
 
     def encode_rows(self, rows: Iterable[Row], max_response_tokens: int) -> Iterator[Encoded | UserError]:
-        """Ids of many rows, in their order. A row that the template refuses comes as the error that says why."""
+        """Ids of many rows, in their order. A row that the template refuses comes as the error that says why.
+
+        Of rows with two responses those of the real one: ``row.swapped`` has the other one in its place.
+        """
         remaining = iter(rows)
         while some := list(islice(remaining, BATCH)):
             yield from self._encode_some(some, max_response_tokens)
@@ -208,12 +211,17 @@ class Encoder:
                 continue
             prompt, whole, noted = found
             prompt_ids, whole_ids = next(ids)
+            if not row.has_real:
+                yield Encoded(prompt_ids, [], "stop", frozenset(noted))
+                continue
             try:
                 response = self._response(row, prompt, whole, prompt_ids, whole_ids, noted)
             except UserError as error:
                 yield error
                 continue
             reason: FinishReason = "stop" if len(response) <= max_response_tokens else "length"
+            if row.real_finish_reason == "length" and reason == "stop" and len(response) > 1:  # it was cut before
+                response, reason = response[:-1], "length"
             yield Encoded(prompt_ids, response[:max_response_tokens], reason, frozenset(noted))
 
     def has_control_tokens(self, row: Row) -> bool:
@@ -241,7 +249,7 @@ class Encoder:
         tools = self._definitions(row.tools)
         try:
             prompt = self._written(asked, tools, add_generation_prompt=True)
-            whole = self._written([*asked, answer], tools)
+            whole = self._written([*asked, answer], tools) if row.has_real else prompt
         except UserError as error:
             return error
         noted = set()

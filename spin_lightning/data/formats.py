@@ -11,14 +11,15 @@ uses more of the columns before one that uses some of them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import islice, product, takewhile
 from typing import Any, NamedTuple, TypeVar
 
-from spin_lightning.types import Message, Row, UserError
+from spin_lightning.types import FinishReason, Message, Row, UserError
 
 T = TypeVar("T")
 
@@ -103,8 +104,9 @@ class Turn(NamedTuple):
 class Format:
     """One column layout. ``read`` turns a record into the conversation up to and including the real response.
 
-    ``ignored`` columns belong to the format but are never read: the opponent writes the losing response afresh.
+    ``ignored`` columns belong to the format but are not read: the opponent writes the losing response afresh.
     ``aliases`` are other names of its columns, which are looked for where our name is not among the data's.
+    ``rejected`` reads the conversation that ends with the response that is not preferred, in layouts of preferences.
     """
 
     required: tuple[str, ...]
@@ -113,6 +115,7 @@ class Format:
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rejected: Callable[[Mapping[str, Any]], list[Turn]] | None = None
 
     @property
     def known(self) -> set[str]:
@@ -376,10 +379,7 @@ def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Turn]]:
         prompt, answer = record["prompt"], record[column]
         if isinstance(prompt, dict) and "messages" in prompt:  # OpenAI's preferences
             prompt = prompt["messages"]
-        if prompt is None or isinstance(prompt, list):
-            asked = _read_turns(prompt or [], "prompt")
-        else:
-            asked = [_make_user_turn(prompt, "column 'prompt'")]
+        asked = _read_prompt(prompt)
         if not isinstance(answer, list):
             if prompt is None and (turns := _read_transcript(answer)):
                 return turns
@@ -396,6 +396,13 @@ def _read_answer(column: str) -> Callable[[Mapping[str, Any]], list[Turn]]:
         return turns  # the whole conversation is in the response column, a text prompt only repeats its question
 
     return read
+
+
+def _read_prompt(prompt: Any) -> list[Turn]:
+    """The turns of a ``prompt`` column: text, turns or absent."""
+    if prompt is None or isinstance(prompt, list):
+        return _read_turns(prompt or [], "prompt")
+    return [_make_user_turn(prompt, "column 'prompt'")]
 
 
 def _begins_with(turns: Sequence[Turn], start: Sequence[Turn]) -> bool:
@@ -447,12 +454,60 @@ FORMATS: dict[str, Format] = {
         {"prompt": _PROMPTS, "chosen": ("preferred_output",)},
     ),
 }
+
+
+#: What both layouts with two responses may say of these: how each ended, and how much better the first one is.
+_OF_PAIRS = {
+    "real_finish_reason": ("chosen_finish_reason",),
+    "generated_finish_reason": ("rejected_finish_reason",),
+    "preference": (),
+    "margin": (),
+}
+
+
+def _with_both(name: str, better: str, worse: str, **aliases: tuple[str, ...]) -> Format:
+    """A layout with a column for each of two responses, as it is read where the worse one is wanted too."""
+    layout = FORMATS[name]
+    return replace(
+        layout,
+        required=(better, worse),
+        expected=f"two answers to one prompt, the {better} and the {worse} one, each {_TEXT_OR_TURNS}",
+        optional=(*layout.optional, *_OF_PAIRS),
+        ignored=(),
+        aliases={**layout.aliases, **_OF_PAIRS, **aliases},
+        rejected=_read_answer(worse),
+    )
+
+
+#: The layouts with two responses to a prompt.
+PREFERENCE_FORMATS: dict[str, Format] = {
+    "real_generated": _with_both("real_generated", "real", "generated"),
+    "chosen_rejected": _with_both("chosen_rejected", "chosen", "rejected", rejected=("non_preferred_output",)),
+}
+#: A game's own pairs say the same in two layouts.
+_OF_GAMES = {"prompt", "chosen", "rejected", "real", "generated", "prompt_ids"}
+#: The layouts of a stage that can do without real responses.
+PROMPT_FORMATS: dict[str, Format] = {
+    **FORMATS,
+    "prompt_only": Format(
+        ("prompt",),
+        lambda record: _read_prompt(record["prompt"]),
+        f"a prompt {_TEXT_OR_TURNS}",
+        aliases={"prompt": _PROMPTS},
+    ),
+}
 #: Stands in when no record has columns at all, so that the records themselves are reported.
 NO_COLUMNS = Format((), lambda record: [], "one object with columns per row")
 
 
-def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, tuple[str, ...]]:
+def read_row(layout: Format, record: Mapping[str, Any], needs_real: bool = True) -> tuple[Row, int, tuple[str, ...]]:
     """The row of a record, whose columns have our names.
+
+    Args:
+        layout: Its layout. One that reads two responses gives a row with both, the better one first.
+        record: The columns that the layout has.
+        needs_real: Whether a conversation has to have a real response. If not, one that does not end with an assistant
+            turn is a prompt as a whole.
 
     Returns:
         The row, how many turns after its real response were dropped, and the keys of its turns that have no effect.
@@ -464,16 +519,85 @@ def read_row(layout: Format, record: Mapping[str, Any]) -> tuple[Row, int, tuple
     asked = record.get("prompt")
     if isinstance(asked, dict) and common["tools"] is None:
         common["tools"] = asked.get("tools")
-    turns = layout.read(record)
-    if any(value is not None for value in common.values()):
+    has_common = any(value is not None for value in common.values())
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def read_turns(read: Callable[[Mapping[str, Any]], list[Turn]]) -> list[Turn]:
+        turns = read(record)
+        if not has_common:
+            return turns
         _read_common("label", common, _refuse_undesirable)
-        turns = _add_context(
+        return _add_context(
             turns, _read_common("system", common, _read_system), _read_common("history", common, _read_history)
         )
+
+    turns = read_turns(layout.read)
     tools = () if common["tools"] is None else _read_common("tools", common, _read_tools)
-    row, num_dropped = _split_last_answer([turn.message for turn in turns], [turn.is_trained for turn in turns], tools)
+    row, num_dropped = _split_last_answer(turns, tools, needs_real)
+    if layout.rejected is not None:
+        rejected = read_turns(layout.rejected)
+        worse, more_dropped = _split_last_answer(rejected, tools, what="rejected")
+        row, num_dropped = _join_answers(row, worse, record), num_dropped + more_dropped
+        turns += rejected
     unused = tuple(dict.fromkeys(key for turn in turns for key in turn.unused))
     return row, num_dropped, unused
+
+
+def _join_answers(row: Row, worse: Row, record: Mapping[str, Any]) -> Row:
+    """A row with both responses, the one that is more likely the better first."""
+    if prompt_key(row) != prompt_key(worse):
+        raise BadRow(
+            "another prompt",
+            "the two answers follow different conversations, so they do not compare: "
+            f"{len(row.prompt)} turns and {len(worse.prompt)} turns come before them",
+        )
+    preference = preference_of(record)
+    row = replace(
+        row,
+        real_finish_reason=_read_end(record, "real_finish_reason"),
+        rejected=worse.real,
+        rejected_extras=worse.real_extras,
+        rejected_finish_reason=_read_end(record, "generated_finish_reason"),
+        preference=preference,
+        margin=_read_number(record, "margin", 0.0),
+    )
+    return row if preference >= 0.5 else row.swapped
+
+
+def preference_of(record: Mapping[str, Any]) -> float:
+    """The probability that the first of a record's two answers is the better one. 1 where it says nothing of it.
+
+    Raises:
+        BadRow: It is none.
+    """
+    preference = _read_number(record, "preference", 1.0)
+    if not 0 <= preference <= 1:
+        raise BadRow(
+            "wrong preference",
+            "column 'preference' is the probability that the first answer is the better one, from 0 to 1, got "
+            f"{preference!r}",
+        )
+    return preference
+
+
+def _read_number(record: Mapping[str, Any], column: str, default: float) -> float:
+    value = record.get(column)
+    if value is None or value == "":
+        return default
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise _make_type_error(value, f"column {column!r} must be a number")
+    return number
+
+
+def _read_end(record: Mapping[str, Any], column: str) -> FinishReason:
+    value = record.get(column)
+    if value not in (None, "", "stop", "length"):
+        raise _make_type_error(value, f"column {column!r} must be 'stop' or 'length'")
+    return "length" if value == "length" else "stop"
 
 
 def is_verdict(labels: Iterable[Any]) -> bool:
@@ -557,30 +681,38 @@ def _read_tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _split_last_answer(
-    turns: Sequence[Message], is_trained: Sequence[bool], tools: tuple[dict[str, Any], ...]
+    read: Sequence[Turn], tools: tuple[dict[str, Any], ...], needs_real: bool = True, what: str = "real"
 ) -> tuple[Row, int]:
     """The row whose real response is the last assistant turn to train on, and how many turns after it were dropped."""
+    turns = [turn.message for turn in read]
     size = sum(len(turn["content"]) for turn in turns)
     if tools or any(len(turn) > 2 for turn in turns):
         size += len(json.dumps([tools, [{**turn, "content": ""} for turn in turns]], ensure_ascii=False, default=str))
     if size > MAX_ROW_CHARACTERS:
         raise BadRow("too long", f"has {size:,} characters, but a row may have {MAX_ROW_CHARACTERS:,}")
     answers = [position for position, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not needs_real and turns and turns[-1]["role"] != "assistant":
+        _refuse_blank_prompt(turns)
+        return Row(tuple(turns), "", {}, tools, has_real=False), 0
     if not answers:
         raise BadRow(
             "no answer", f"there is no assistant turn, got roles {_list_first(turn['role'] for turn in turns)}"
         )
-    last = next((position for position in reversed(answers) if is_trained[position]), None)
+    last = next((position for position in reversed(answers) if read[position].is_trained), None)
     if last is None:
         marks = ", ".join(TRAINED_KEYS)
         raise BadRow("untrained answer", f"every assistant turn is marked as not to be trained on ({marks} 0 or false)")
     prompt, real = turns[:last], turns[last]["content"]
     extras = {key: value for key, value in turns[last].items() if key not in ("role", "content")}
-    if not real.strip() and "tool_calls" not in extras:
+    if not real.strip() and "tool_calls" not in extras and what == "real":  # a worse response may be one that is empty
         raise BadRow("blank answer", "the real answer is blank, there is nothing to learn")
+    _refuse_blank_prompt(prompt)
+    return Row(tuple(prompt), real, extras, tools), len(turns) - last - 1
+
+
+def _refuse_blank_prompt(prompt: Sequence[Message]) -> None:
     if not any(turn["role"] == "user" and turn["content"].strip() for turn in prompt):
         raise BadRow("blank prompt", "the prompt is blank: no user turn with text comes before the real answer")
-    return Row(tuple(prompt), real, extras, tools), len(turns) - last - 1
 
 
 def prompt_key(row: Row) -> tuple[Any, ...]:
@@ -594,16 +726,20 @@ def prompt_key(row: Row) -> tuple[Any, ...]:
 
 
 def answer_key(row: Row) -> tuple[str, ...]:
-    """The row's real response, with all that decides it, as something to compare and to look up."""
-    return (row.real, json.dumps(row.real_extras, sort_keys=True, default=str)) if row.real_extras else (row.real,)
+    """The row's real response, with all that decides it, as something to compare and to look up; or both of a pair."""
+    key: tuple[str, ...] = (
+        (row.real, json.dumps(row.real_extras, sort_keys=True, default=str)) if row.real_extras else (row.real,)
+    )
+    if row.rejected is not None:
+        key += (row.rejected, json.dumps(row.rejected_extras, sort_keys=True, default=str))
+    return key
 
 
 # --- Which layout fits ----------------------------------------------------------------------------------------------
 
 
-def _find_readings(name: str, columns: Mapping[str, str], found: Sequence[str]) -> Iterator[Reading]:
+def _find_readings(name: str, layout: Format, columns: Mapping[str, str], found: Sequence[str]) -> Iterator[Reading]:
     """Every way to find the layout's columns among those of the data."""
-    layout = FORMATS[name]
     is_mapped = not columns.keys().isdisjoint(layout.required)  # then the user has said which column is which
 
     def names(ours: str, is_required: bool) -> list[str | None]:
@@ -631,65 +767,73 @@ def fits(columns: Sequence[str]) -> bool:
         >>> fits(["id", "question", "answer"]), fits(["version", "data"])
         (True, False)
     """
-    return any(True for name in FORMATS for _ in _find_readings(name, {}, columns))
+    return any(True for item in FORMATS.items() for _ in _find_readings(*item, {}, columns))
 
 
 def choose_format(
-    name: str, columns: Mapping[str, str], found: list[str], source: str, example: Mapping[str, Any]
+    name: str,
+    columns: Mapping[str, str],
+    found: list[str],
+    source: str,
+    example: Mapping[str, Any],
+    formats: Mapping[str, Format] = FORMATS,
 ) -> Reading:
     """The one format that fits the columns of the source and the column map.
 
     Args:
-        name: A key of :data:`FORMATS`, or ``"auto"``.
+        name: A key of ``formats``, or ``"auto"``.
         columns: From our column names to the user's; ``""`` leaves a column unread.
         found: The columns of the source.
         source: Its name, for messages.
         example: One of its records, from which a remedy is made.
+        formats: Those to choose from.
 
     Raises:
         UserError: No format fits, or more than one; with the setting that would read the source.
     """
-    known = {key: layout.known for key, layout in FORMATS.items()}
+    known = {key: layout.known for key, layout in formats.items()}
     allowed = set().union(*known.values()) if name == "auto" else known[name]
     for ours, theirs in columns.items():
         if ours not in allowed:
             raise UserError(f"data.columns maps {ours!r}, expected one of {near(ours, allowed)}. Rename that key.")
-        if theirs not in found and (theirs or ours in (set() if name == "auto" else set(FORMATS[name].required))):
+        if theirs not in found and (theirs or ours in (set() if name == "auto" else set(formats[name].required))):
             raise UserError(
                 f"data.columns maps {ours!r} to {theirs!r}, but {source} has the columns {near(theirs, found)}."
                 " Correct the name."
             )
-    names = [key for key in FORMATS if known[key] >= columns.keys()] if name == "auto" else [name]
+    names = [key for key in formats if known[key] >= columns.keys()] if name == "auto" else [name]
     fitting = [
         reading
         for key in names
-        for reading in _find_readings(key, columns, found)
-        if {*FORMATS[key].required} <= reading.origin.keys()
+        for reading in _find_readings(key, formats[key], columns, found)
+        if {*formats[key].required} <= reading.origin.keys()
     ]
-    plain = [r for r in fitting if all(r.origin[c] == columns.get(c, c) for c in FORMATS[r.format].required)]
+    plain = [r for r in fitting if all(r.origin[c] == columns.get(c, c) for c in formats[r.format].required)]
     best = _keep_most_specific(plain or fitting)
     if len(best) == 1:
         return best[0]
     has = f"It has {_list_columns(found)}."
-    formats = list(dict.fromkeys(reading.format for reading in best))
-    if len(formats) > 1:
+    several = list(dict.fromkeys(reading.format for reading in best))
+    if len(several) > 1 and {*found} >= _OF_GAMES:
+        return next(reading for reading in best if reading.format == "chosen_rejected")
+    if len(several) > 1:
         raise UserError(
-            f"the columns of {source} fit more than one format: {', '.join(formats)}. {has} Set data.format to the one "
-            f"to read: {' or '.join(f'--data.format {key}' for key in formats)}."
+            f"the columns of {source} fit more than one format: {', '.join(several)}. {has} Set data.format to the one "
+            f"to read: {' or '.join(f'--data.format {key}' for key in several)}."
         )
     if best:
         flags = [
-            _write_option({ours: reading.origin[ours] for ours in FORMATS[reading.format].required}) for reading in best
+            _write_option({ours: reading.origin[ours] for ours in formats[reading.format].required}) for reading in best
         ]
         raise UserError(
-            f"the columns of {source} fit {formats[0]!r} in more than one way. {has} Say which is which: "
+            f"the columns of {source} fit {several[0]!r} in more than one way. {has} Say which is which: "
             f"{' or '.join(flags[:4])}."
         )
-    listed = {name: FORMATS[name]} if name != "auto" else FORMATS
+    listed = {name: formats[name]} if name != "auto" else formats
     layouts = "".join(f"\n  {key}: {', '.join(layout.required)}" for key, layout in listed.items())
     raise UserError(
         f"the columns of {source} do not fit: it has {_list_columns(found)}, expected for{layouts}"
-        f"\n{_suggest_remedy(name, found, example)}"
+        f"\n{_suggest_remedy(name, formats, found, example)}"
     )
 
 
@@ -722,14 +866,20 @@ _ASKED = r"prompt|question|instruct|quer(y|ies)|problem|request|user|human|sourc
 _ANSWERED = r"complet|answer|respon|solution|reply|replies|assist|target|gpt|(^|_)(a|y|out|outputs?)(_|$)"
 
 
-def _suggest_remedy(name: str, found: Sequence[str], example: Mapping[str, Any]) -> str:
+def _suggest_remedy(name: str, formats: Mapping[str, Format], found: Sequence[str], example: Mapping[str, Any]) -> str:
     """What to set so that these columns are read, made from their names and from one record."""
+    if all(layout.rejected for layout in formats.values()):
+        flag = _write_option({"prompt": "question", "chosen": "better", "rejected": "worse"})
+        return (
+            "A row of preferences needs two answers to one prompt, the better and the worse one. If they are there "
+            f"under other names, say which is which: {flag}."
+        )
     for column, value in example.items():
         parsed = _parse_json(value)
         if isinstance(parsed, list) and parsed and is_turn(parsed[0]) and name in ("auto", "messages", "sharegpt"):
             return (
                 f"Column {column!r} holds turns. Set "
-                f"{_write_option({FORMATS[name if name != 'auto' else 'messages'].required[0]: column})}."
+                f"{_write_option({(formats[name] if name != 'auto' else FORMATS['messages']).required[0]: column})}."
             )
     texts = [column for column in found if isinstance(example.get(column), str)]
     if "text" in texts and not any(re.search(_ANSWERED, column, re.IGNORECASE) for column in texts):
@@ -748,6 +898,6 @@ def _suggest_remedy(name: str, found: Sequence[str], example: Mapping[str, Any])
         prompt, answer = (column for column in texts if column in longest[:2])
     prompt = prompt or next(column for column in longest if column != answer)
     answer = answer or next(column for column in longest if column != prompt)
-    ours = FORMATS[name].required if name != "auto" and len(FORMATS[name].required) == 2 else ("prompt", "completion")
+    ours = formats[name].required if name != "auto" and len(formats[name].required) == 2 else ("prompt", "completion")
     flag = _write_option(dict(zip(ours, (prompt, answer), strict=True)))
     return f"Say which of your columns is which: {flag}" + ("." if is_sure else ", if these are the right ones.")

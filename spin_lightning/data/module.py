@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import lightning as L
 from torch.utils.data import DataLoader, DistributedSampler
 
-from spin_lightning.data.encoding import Encoder
+from spin_lightning.data.encoding import Encoded, Encoder
 from spin_lightning.data.formats import Tally, prompt_key
 from spin_lightning.data.loader import ResumableLoader, ResumableSampler
 from spin_lightning.data.report import as_dicts, describe_source, refusal_of, say_noted, spread
@@ -73,6 +75,10 @@ class RowDataModule(L.LightningDataModule):
 
     #: The setting that caps the responses.
     cap_setting = "data.max_response_tokens"
+    #: Whether a row has to have two responses, a better and a worse one.
+    needs_rejected = False
+    #: What is counted of rows with two responses, beside what is of all.
+    also_counted: ClassVar[tuple[str, ...]] = ()
     #: What a prompt gives to train on.
     examples_per_prompt = 1
 
@@ -130,6 +136,10 @@ class RowDataModule(L.LightningDataModule):
         self.end_ids: Sequence[int] | None = None
         #: Encode no more rows than this, chosen by the seed. For a look at the data only.
         self.sample: int | None = None
+        #: Whether a row has to have a real response. False in a module (``needs_real = False``) says the same.
+        self.needs_real = True
+        #: Columns that ``Row.columns`` keeps, beside those that a ``reward`` of the module or of a callback names.
+        self.keep_columns: Sequence[str] = ()
         self._began: str | None = None  # when the first process began, if the template asks
         self.prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
@@ -167,6 +177,9 @@ class RowDataModule(L.LightningDataModule):
             max_rows=self.max_rows,
             on_bad_row=self.on_bad_row,
             seed=self.seed,
+            needs_rejected=self.needs_rejected,
+            needs_real=self.needs_real and getattr(self._module, "needs_real", True),
+            keep_columns=self._find_columns(),
         )
         train = read(self.train_data)
         self.report = {"train_data": describe_source("data", self.train_data, train), "val_data": None}
@@ -182,6 +195,14 @@ class RowDataModule(L.LightningDataModule):
         self.encoder = self._make_encoder(tokenizer)
         self.prompts = self._encode_rows(_repeat_rows(rows), "train")
         if not self.prompts:
+            left_out = {name: self.report["train"][name]["count"] for name in self.also_counted}
+            if any(left_out.values()):
+                counts = ", ".join(f"{name} {count}" for name, count in left_out.items())
+                raise UserError(
+                    f"all {self.report['train']['rows']} rows of {self.train_data} are left out ({counts}, "
+                    f"long_prompts {self.report['train']['long_prompts']['count']}), so nothing is left to train on. "
+                    "Give rows with two different answers, or raise data.max_prompt_tokens or max_response_tokens."
+                )
             raise UserError(
                 f"all {self.report['train']['rows']} prompts of {self.train_data} are longer than "
                 f"max_prompt_tokens={self.max_prompt_tokens}, so nothing is left to train on. Raise "
@@ -190,6 +211,17 @@ class RowDataModule(L.LightningDataModule):
         self.val_prompts = self._encode_rows(_repeat_rows(val_rows), "held_out")
         self.report["prompts_sha256"] = self.prompts_hash
         self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
+
+    @property
+    def _module(self) -> Any:
+        return self.trainer.lightning_module if self.trainer is not None else None
+
+    def _find_columns(self) -> list[str]:
+        """The columns that somebody needs: beside one's own those that a reward names, of the module or a callback."""
+        callbacks = self.trainer.callbacks if self.trainer is not None else []  # type: ignore[attr-defined]
+        rewards = [getattr(part, "reward", None) for part in (self._module, *callbacks)]
+        named = [column for reward in rewards for column in getattr(reward, "columns", ())]
+        return list(dict.fromkeys([*self.keep_columns, *named]))
 
     def _refuse_less_than_a_batch(self) -> None:
         num_prompts = self.report["train"].get("sample_of", len(self.prompts))
@@ -233,7 +265,7 @@ class RowDataModule(L.LightningDataModule):
     def _load_tokenizer(self) -> Any:
         if self.tokenizer_name_or_path is not None:
             return load_tokenizer(self.tokenizer_name_or_path)
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        module = self._module
         if module is None:
             raise UserError(
                 "data.tokenizer_name_or_path is needed outside of a Trainer. Give the model's name or folder."
@@ -249,7 +281,7 @@ class RowDataModule(L.LightningDataModule):
 
     def _make_encoder(self, tokenizer: Any) -> Encoder:
         """An encoder for the model's ends of responses. The date in its prompts stays that of the day the run began."""
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        module = self._module
         began = self._began
         for callback in self.trainer.callbacks if self.trainer is not None else []:  # type: ignore[attr-defined]
             if isinstance(folder := getattr(callback, "output_dir", None), str | Path):
@@ -290,29 +322,42 @@ class RowDataModule(L.LightningDataModule):
                 "tools_left_out",
                 "turns_left_out",
                 "text_left_out",
+                *self.also_counted,
             )
         }
         noted |= {"also_trained_on": Tally()} if part == "held_out" else {}
         trained_on = {prompt_key(prompt.row) for prompt in self.prompts} if rows and part == "held_out" else set()
         prompts: list[Prompt] = []
         encoded_rows = self.encoder.encode_rows((row for _, row in rows), self.max_response_tokens)
+        others: Iterable[Encoded | UserError | None] = repeat(None, len(rows))
+        if self.needs_rejected:
+            others = self.encoder.encode_rows((row.swapped for _, row in rows), self.max_response_tokens)
         counted_rows = track(rows, "encoding held-out rows" if part == "held_out" else "encoding rows", len(rows))
-        for (where, row), encoded in zip(counted_rows, encoded_rows, strict=True):
-            if isinstance(encoded, UserError):
-                noted["refused_rows"].add(f"{where}: {encoded}")
+        for (where, row), encoded, other in zip(counted_rows, encoded_rows, others, strict=True):
+            if isinstance(encoded, UserError) or isinstance(other, UserError):
+                noted["refused_rows"].add(f"{where}: {encoded if isinstance(encoded, UserError) else other}")
                 continue
             length = len(encoded.prompt_ids)
             if length > self.max_prompt_tokens:
                 noted["long_prompts"].add(f"{where}: {length} tokens")
                 continue
-            prompts.append(Prompt(len(prompts), row, encoded.prompt_ids, encoded.real_ids, encoded.finish_reason))
+            if other is not None and (reason := self.reason_to_leave_out(encoded, other)):
+                noted[reason].add(where)
+                continue
+            sides = [(row, encoded)] + ([(row.swapped, other)] if other is not None else [])
+            of_rejected = () if other is None else (other.real_ids, other.finish_reason)
+            prompt_id = len(prompts)
+            prompts.append(
+                Prompt(prompt_id, row, encoded.prompt_ids, encoded.real_ids, encoded.finish_reason, *of_rejected)
+            )
             for name, is_so in (
                 ("cut_answers", encoded.finish_reason == "length"),
                 ("empty_answers", len(encoded.real_ids) == 1 and encoded.real_ids[0] in self.encoder.end_ids),
-                ("control_tokens", self.encoder.has_control_tokens(row)),
-                ("template_text", self.encoder.has_template_text(row)),
+                ("control_tokens", any(self.encoder.has_control_tokens(side) for side, _ in sides)),
+                ("template_text", any(self.encoder.has_template_text(side) for side, _ in sides)),
                 ("also_trained_on", bool(trained_on) and prompt_key(row) in trained_on),
-                *((name, True) for name in encoded.noted),
+                ("cut_rejected", other is not None and other.finish_reason == "length"),
+                *((name, True) for name in frozenset().union(*(ids.noted for _, ids in sides))),
             ):
                 if is_so:
                     noted[name].add(where)
@@ -328,29 +373,38 @@ class RowDataModule(L.LightningDataModule):
             "prompt_tokens": spread([len(prompt.prompt_ids) for prompt in prompts]),
             "real_tokens": spread([len(prompt.real_ids) for prompt in prompts]),
         }
+        if self.needs_rejected:
+            self.report[part]["rejected_tokens"] = spread([len(prompt.rejected_ids or ()) for prompt in prompts])
         return prompts
+
+    def reason_to_leave_out(self, encoded: Encoded, other: Encoded) -> str | None:
+        """Under which name of ``also_counted`` a row with two responses is left out, if it is."""
+        return None
 
     @property
     def prompts_hash(self) -> str:
-        """Hash of all training prompts and real responses as token ids."""
+        """Hash of all training prompts and responses as token ids, and of what else of their rows is used."""
         return _hash_of(self.prompts)
 
     @property
     def held_out_hash(self) -> str:
-        """Hash of all held-out prompts and real responses as token ids."""
+        """The same of the held-out rows."""
         return _hash_of(self.val_prompts)
 
     def train_dataloader(self) -> ResumableLoader:
         """The real responses."""
         return self._make_loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
 
-    def val_dataloader(self) -> list[Any] | DataLoader[Prompt]:
-        if not self.val_prompts:
+    def val_dataloader(self) -> list[Any] | DataLoader[Any]:
+        return self._make_held_out_loader([prompt for prompt in self.val_prompts if prompt.real_ids], collate_prompts)
+
+    def _make_held_out_loader(self, rows: Any, collate: Callable[..., Any]) -> list[Any] | DataLoader[Any]:
+        if not len(rows):
             return []
         # every process has all batches, and takes its share of each: Lightning's own sampler would count rows twice
-        all_in_order: Any = DistributedSampler(self.val_prompts, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type]
-        collate = self._make_collate(collate_prompts)
-        return DataLoader(self.val_prompts, batch_size=self.batch_size, sampler=all_in_order, collate_fn=collate)  # type: ignore[arg-type]
+        all_in_order: Any = DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False)
+        collate = self._make_collate(collate)
+        return DataLoader(rows, batch_size=self.batch_size, sampler=all_in_order, collate_fn=collate)
 
     def _make_loader(
         self, rows: Any, prompt_ids: list[int], collate: Callable[..., Any], keeps_prompts_together: bool = False
@@ -395,4 +449,11 @@ def _parse_time(text: Any) -> datetime:
 
 
 def _hash_of(prompts: list[Prompt]) -> str:
-    return sha256_of([[prompt.prompt_ids, prompt.real_ids] for prompt in prompts])
+    return sha256_of([[prompt.prompt_ids, prompt.real_ids, *_further_data_of(prompt)] for prompt in prompts])
+
+
+def _further_data_of(prompt: Prompt) -> list[Any]:
+    """What a row has beside prompt and real response; nothing, in most."""
+    row = prompt.row
+    of_pair = [] if prompt.rejected_ids is None else [prompt.rejected_ids, row.preference, row.margin]
+    return [*of_pair, *([json.dumps(row.columns, sort_keys=True, default=str)] if row.columns else [])]

@@ -31,6 +31,10 @@ COUNTED = {
     "tools_left_out": "rows with tools that the chat template does not write; they are left out",
     "turns_left_out": "prompts of which the chat template leaves out a turn's text or tool calls",
     "text_left_out": "real answers whose text beside tool calls the chat template does not write; it is left out",
+    "cut_rejected": "answers that are not preferred, longer than data.max_response_tokens; cut there, without a "
+    "terminator",
+    "same_answers": "rows whose two answers are the same tokens; left out",
+    "long_answers": "rows with an answer that is cut, or longer than data.max_response_tokens; left out",
     "also_trained_on": "held-out prompts that are also trained on; the held-out NLL is too good by them",
 }
 

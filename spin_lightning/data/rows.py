@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,13 +21,17 @@ from spin_lightning.data.formats import (
     FORMATS,
     NO_COLUMNS,
     NUM_EXAMPLES,
+    PREFERENCE_FORMATS,
+    PROMPT_FORMATS,
     BadRow,
+    Format,
     Reading,
     Tally,
     answer_key,
     choose_format,
     is_verdict,
     near,
+    preference_of,
     prompt_key,
     read_row,
     shown,
@@ -80,6 +84,9 @@ def load_rows(
     max_rows: int | None = None,
     on_bad_row: Literal["error", "drop"] = "error",
     seed: int = 0,
+    needs_rejected: bool = False,
+    needs_real: bool = True,
+    keep_columns: Collection[str] = (),
 ) -> LoadedRows:
     """Every row of a file, folder or hub data set, checked, or one error that shows what is wrong with them.
 
@@ -99,6 +106,9 @@ def load_rows(
         on_bad_row: ``error`` refuses a source with bad rows, and shows the first five; ``drop`` leaves them out, and
             counts them. A file that cannot be read on behind its mistake is refused in any case.
         seed: Of the rows that are drawn where a weight is not a whole number.
+        needs_rejected: Whether a row has to have two responses. If not, the one that is not preferred is not read.
+        needs_real: Whether a row has to have a real response. If not, a prompt alone is a row too.
+        keep_columns: Columns of the data that ``Row.columns`` keeps, by their names there.
 
     Returns:
         The rows in the order of the source, or of the sources. Turns after the real response are dropped, and counted
@@ -119,13 +129,14 @@ def load_rows(
         >>> load_rows({str(path): 3.0}).times
         [3]
     """
-    if format != "auto" and format not in FORMATS:
-        raise UserError(f"data.format must be 'auto' or one of {near(format, FORMATS)}, got {format!r}.")
+    formats = PREFERENCE_FORMATS if needs_rejected else FORMATS if needs_real else PROMPT_FORMATS
+    if format != "auto" and format not in formats:
+        raise UserError(f"data.format must be 'auto' or one of {near(format, formats)}, got {format!r}.")
     if max_rows is not None and max_rows < 1:
         raise UserError(f"data.max_rows must be at least 1, or absent to read all rows, got {max_rows}.")
     if on_bad_row not in ("error", "drop"):
         raise UserError(f"data.on_bad_row must be 'error' or 'drop', got {on_bad_row!r}.")
-    settings = (split, format, columns or {}, revision, max_rows, on_bad_row)
+    settings = (split, format, columns or {}, revision, max_rows, on_bad_row, formats, needs_real, keep_columns)
     with _pause_collector():
         if isinstance(source, str | Path) and not re.fullmatch(r"\{.*\}|\[.*\]", str(source)):
             loaded = _load_source(str(source), *settings)
@@ -160,6 +171,9 @@ def _load_source(
     revision: str | None,
     max_rows: int | None,
     on_bad_row: str,
+    formats: Mapping[str, Format],
+    needs_real: bool,
+    keep_columns: Collection[str],
 ) -> LoadedRows:
     source = open_source(name, split, revision)
     taken = list(track(islice(source.records, max_rows), "reading rows"))
@@ -169,11 +183,16 @@ def _load_source(
     found = list(dict.fromkeys(column for record in objects for column in record))
     layout, reading = NO_COLUMNS, Reading(format, {})
     if found:
-        reading = choose_format(format, columns, found, name, objects[0])
-        layout = FORMATS[reading.format]
+        reading = choose_format(format, columns, found, name, objects[0], formats)
+        layout = formats[reading.format]
         label = reading.origin.get("label")
         if label is not None and not is_verdict(record.get(label) for record in objects):
             del reading.origin["label"]
+    if missing := [column for column in keep_columns if column not in found]:
+        raise UserError(
+            f"the reward needs the columns {', '.join(map(repr, missing))}, but {name} has "
+            f"{near(missing[0], found) or 'none'}. Add them to the data, or give the reward other names."
+        )
     read_as = _describe_reading(reading, found)
 
     rows: list[Row] = []
@@ -182,6 +201,7 @@ def _load_source(
     dropped: dict[str, Tally] = {}
     unused_keys: dict[str, Tally] = {}
     shortened = Tally()
+    swapped = 0
     absent = dict.fromkeys((*layout.required, *layout.optional))
     for where, record in track(taken, "checking rows", len(taken)):
         try:
@@ -193,7 +213,7 @@ def _load_source(
             for ours, value in named.items():
                 if isinstance(value, float) and value != value:  # how pandas writes that there is nothing
                     named[ours] = None
-            row, num_dropped_turns, unused = read_row(layout, {**absent, **named})
+            row, num_dropped_turns, unused = read_row(layout, {**absent, **named}, needs_real)
         except (BadRow, RecursionError) as error:
             reason = error if isinstance(error, BadRow) else BadRow("too deep", "holds lists in lists without end")
             bad.add(f"{where}: {reason}")
@@ -203,6 +223,9 @@ def _load_source(
             shortened.add(where)
         for key in unused:
             unused_keys.setdefault(key, Tally()).add(where)
+        if keep_columns:
+            row = replace(row, columns={column: record.get(column) for column in keep_columns})
+        swapped += layout.rejected is not None and preference_of(named) < 0.5
         rows.append(row)
         places.append(where)
     if bad.count and (on_bad_row == "error" or not rows):
@@ -213,9 +236,12 @@ def _load_source(
         )
 
     ignored = [columns.get(ours, ours) for ours in layout.ignored]
-    unused_columns = [column for column in found if column not in (*reading.origin.values(), *ignored)]
+    used_columns = {*reading.origin.values(), *ignored, *keep_columns}
+    unused_columns = [column for column in found if column not in used_columns]
     parts = [f"read {len(rows)} row{'s' * (len(rows) > 1)} of {name} as {read_as}"]
     parts += [f"column {c!r} is ignored: the opponent answers afresh" for c in ignored if c in found]
+    parts += [f"kept for the reward: {', '.join(map(repr, keep_columns))}"] if keep_columns else []
+    parts += [f"{swapped} prefer the second answer, which was made the first"] if swapped else []
     parts += [f"not used: {', '.join(map(repr, unused_columns))}"] if unused_columns else []
     parts += [f"{shortened.count} had turns after the real answer, which were dropped"] if shortened.count else []
     parts += [f"{bad.count} of {len(taken)} rows are bad and were dropped"] if bad.count else []

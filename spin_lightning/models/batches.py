@@ -178,7 +178,7 @@ def collate_prompts(prompts: Sequence[Prompt], max_tokens: int, multiple_of: int
 
 def collate_pairs(pairs: Sequence[Mapping[str, Any]], max_tokens: int, multiple_of: int = 1) -> list[PairBatch]:
     """Pairs, as the pair store's columns name them, in as many passes as ``max_tokens`` and ``multiple_of`` ask for."""
-    sides = ["real_ids", "generated_ids"] + (["initial_ids"] if pairs[0]["initial_ids"] is not None else [])
+    sides = ["real_ids", "generated_ids"] + (["initial_ids"] if pairs[0].get("initial_ids") is not None else [])
     return [
         _make_pair_batch([pairs[row] for row in rows], batch, *indices.unbind(1))
         for rows, batch, indices in pack_rows(pairs, sides, max_tokens, multiple_of)
@@ -194,12 +194,19 @@ def _make_pair_batch(
 ) -> PairBatch:
     def stored(player: str) -> PairLogProbs:
         of_real, of_generated = (
-            torch.tensor([pair[f"{player}_{side}_log_prob"] for pair in pairs], dtype=torch.float32)
+            torch.tensor([pair.get(f"{player}_{side}_log_prob", math.nan) for pair in pairs], dtype=torch.float32)
             for side in ("real", "generated")
         )
         lengths = responses.response_lengths
         return PairLogProbs(of_real, of_generated, lengths[real], lengths[generated])
 
-    initial = stored("initial") if pairs[0]["initial_real_log_prob"] is not None else None
+    initial = stored("initial") if pairs[0].get("initial_real_log_prob") is not None else None
     pair_ids = torch.tensor([pair["pair_id"] for pair in pairs])
-    return PairBatch(responses, real, generated, initial_response, stored("opponent"), initial, pair_ids)
+    preference, margin = (
+        torch.tensor([pair[name] for pair in pairs], dtype=torch.float32) if pairs[0].get(name) is not None else None
+        for name in ("preference", "margin")
+    )
+    stored_log_probs = stored("opponent")
+    return PairBatch(
+        responses, real, generated, initial_response, stored_log_probs, initial, pair_ids, preference, margin
+    )
