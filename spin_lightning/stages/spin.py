@@ -194,6 +194,10 @@ def _last_policy(folder: Path) -> Path:
     return iteration_folder(folder, played - 1) / "policy"
 
 
+def _refuse_other_number(settings: Any) -> None:
+    check_schedule("data.train_data", settings.data.train_data, settings.self_play.iterations)
+
+
 def _check_schedules(module: SpinLightningModule, callbacks: Mapping[str, Any]) -> None:
     module.check_schedules(callbacks["self_play"].iterations)
 
@@ -216,6 +220,7 @@ STAGE = Stage(
     },
     links={"trainer.max_epochs": (("self_play.iterations", "self_play.epochs"), _count_epochs)},
     is_over=_is_over,
+    refuse=_refuse_other_number,
     check=_check_schedules,
     exported=_last_policy,
 )
