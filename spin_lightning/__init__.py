@@ -9,6 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spin_lightning.advantages import Advantage as Advantage
+    from spin_lightning.advantages import BestOfGroup as BestOfGroup
+    from spin_lightning.advantages import Gae as Gae
+    from spin_lightning.advantages import GroupNormalized as GroupNormalized
+    from spin_lightning.advantages import LeaveOneOut as LeaveOneOut
     from spin_lightning.data.module import RowDataModule as RowDataModule
     from spin_lightning.data.preferences import PreferenceDataModule as PreferenceDataModule
     from spin_lightning.generation import ContinuousGenerator as ContinuousGenerator
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
+    from spin_lightning.rewards import ModelReward as ModelReward
     from spin_lightning.rewards import NumberMatch as NumberMatch
     from spin_lightning.rewards import Reward as Reward
     from spin_lightning.rewards import SumOfRewards as SumOfRewards
@@ -38,12 +44,18 @@ if TYPE_CHECKING:
     from spin_lightning.runs.sharding import ShardedStrategy as ShardedStrategy
     from spin_lightning.stages.best_as_real import BestAsReal as BestAsReal
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
+    from spin_lightning.stages.dpo import DpoLightningModule as DpoLightningModule
+    from spin_lightning.stages.dpo import RecordedPairs as RecordedPairs
     from spin_lightning.stages.export import ExportPolicy as ExportPolicy
     from spin_lightning.stages.health import Health as Health
     from spin_lightning.stages.opponent import Opponent as Opponent
     from spin_lightning.stages.opponent import ResidentOpponent as ResidentOpponent
     from spin_lightning.stages.opponent import StoredOpponent as StoredOpponent
+    from spin_lightning.stages.ppo import PpoLightningModule as PpoLightningModule
     from spin_lightning.stages.progress import ShowProgress as ShowProgress
+    from spin_lightning.stages.reward import ExportRewardModel as ExportRewardModel
+    from spin_lightning.stages.reward import RewardLightningModule as RewardLightningModule
+    from spin_lightning.stages.rollouts import Rollouts as Rollouts
     from spin_lightning.stages.samples import ShowAnswers as ShowAnswers
     from spin_lightning.stages.sft import SftLightningModule as SftLightningModule
     from spin_lightning.stages.spin import SpinLightningModule as SpinLightningModule
@@ -58,6 +70,7 @@ __version__ = "0.1.0"
 #: Every public name, by the module it is in. The imports above tell editors and type checkers the same; a test compares
 #: them.
 _HOMES = {
+    "advantages": ("Advantage", "BestOfGroup", "Gae", "GroupNormalized", "LeaveOneOut"),
     "data.module": ("RowDataModule",),
     "data.preferences": ("PreferenceDataModule",),
     "generation": (
@@ -79,16 +92,20 @@ _HOMES = {
         "TSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
-    "rewards": ("Answer", "FunctionReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
+    "rewards": ("Answer", "FunctionReward", "ModelReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
     "stages.best_as_real": ("BestAsReal",),
     "stages.clock": ("SelfPlay",),
+    "stages.dpo": ("DpoLightningModule", "RecordedPairs"),
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),
+    "stages.ppo": ("PpoLightningModule",),
     "stages.progress": ("ShowProgress",),
+    "stages.rollouts": ("Rollouts",),
+    "stages.reward": ("ExportRewardModel", "RewardLightningModule"),
     "stages.samples": ("ShowAnswers",),
     "stages.sft": ("SftLightningModule",),
     "stages.spin": ("SpinLightningModule",),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -147,6 +148,56 @@ class PairLoss(nn.Module, ABC):
             beta: Positive scale of the rewards, in this iteration.
             initial: Log-probs under the opponent of iteration 0, if ``needs_initial_log_probs``.
         """
+
+
+def with_preference(
+    loss: PairLoss,
+    preference: Tensor | None,
+    policy: PairLogProbs,
+    opponent: PairLogProbs,
+    beta: float,
+    initial: PairLogProbs | None = None,
+) -> PairLossOutput:
+    """A loss where the real response is the better one with a probability p: ``p loss(y, y') + (1 - p) loss(y', y)``.
+
+    With the margin m the logistic loss is then ``p l(m) + (1 - p) l(-m)``, least at ``m = logit p`` instead of at
+    infinity. The expected loss of labels that are drawn so.
+
+    Args:
+        loss: Of a pair whose real response is the better one.
+        preference: p, shape ``(B,)``. None: 1 in every pair.
+        policy: As the loss takes it.
+        opponent: As the loss takes it.
+        beta: As the loss takes it.
+        initial: As the loss takes it.
+
+    Example:
+        >>> same = PairLogProbs(torch.tensor([-7.0]), torch.tensor([-9.0]), torch.tensor([4]), torch.tensor([4]))
+        >>> better = replace(same, real=torch.tensor([-6.0]))
+        >>> with_preference(SpinLoss(), torch.tensor([0.7]), better, same, beta=1.0).losses  # 0.7 l(1) + 0.3 l(-1)
+        tensor([0.6133])
+    """
+    output = loss(policy, opponent, beta, initial)
+    if preference is None or not (is_soft := preference < 1).any():
+        return output
+    p = preference[is_soft].to(output.losses.dtype)  # of those alone: zero times an infinite loss is NaN
+    swapped = [None if of is None else _swapped(of, is_soft) for of in (policy, opponent, initial)]
+    assert swapped[0] is not None and swapped[1] is not None
+    other = loss(swapped[0], swapped[1], beta, swapped[2]).losses
+    losses = output.losses.index_put((is_soft,), p * output.losses[is_soft] + (1 - p) * other)
+    return replace(output, losses=losses)
+
+
+def _swapped(log_probs: PairLogProbs, chosen: Tensor) -> PairLogProbs:
+    """Of the chosen pairs, with both responses in each other's place."""
+    initial = log_probs.initial_response
+    return PairLogProbs(
+        log_probs.generated[chosen],
+        log_probs.real[chosen],
+        log_probs.generated_lengths[chosen],
+        log_probs.real_lengths[chosen],
+        None if initial is None else initial[chosen],
+    )
 
 
 class SpinLoss(PairLoss):
@@ -468,3 +519,39 @@ class LengthNormalizedLoss(PairLoss):
         real = beta * real / policy.real_lengths
         generated = beta * generated / policy.generated_lengths
         return _make_output(-F.logsigmoid(real - generated), real, generated)
+
+
+def bradley_terry(
+    real_scores: Tensor,
+    generated_scores: Tensor,
+    preference: Tensor | None = None,
+    margin: Tensor | None = None,
+    centring: float = 0.0,
+) -> Tensor:
+    """The loss of a reward model on pairs of scores (Bradley and Terry 1952), one a pair.
+
+    ``-[p log sigmoid(d) + (1 - p) log sigmoid(-d)] + c (s + s')^2`` with ``d = s - s' - margin``. Only differences of
+    scores decide it, unless ``c`` holds their sum at 0 (arXiv:2312.09244).
+
+    Args:
+        real_scores: s of the better responses, shape ``(B,)``.
+        generated_scores: s' of the others, shape ``(B,)``.
+        preference: p, the probability that the first is the better one, shape ``(B,)``. None: 1. With p the loss is
+            least at ``d = logit p``.
+        margin: By how much the better one should lead (Llama 2, arXiv:2307.09288), shape ``(B,)``. None: 0.
+        centring: c.
+
+    Returns:
+        Shape ``(B,)``. ``ln 2`` where both scores are 0 and there is no margin.
+
+    Example:
+        >>> bradley_terry(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.5]), centring=0.01)
+        tensor([0.6931, 0.2639])
+    """
+    lead = real_scores - generated_scores
+    if margin is not None:
+        lead = lead - margin
+    losses = -F.logsigmoid(lead)
+    if preference is not None:
+        losses = losses + (1 - preference) * lead  # log sigmoid(d) - log sigmoid(-d) is d
+    return losses + centring * (real_scores + generated_scores) ** 2 if centring else losses

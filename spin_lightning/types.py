@@ -172,12 +172,14 @@ class Response:
     """What a generator answered: the sampled ids, why it stopped, and the sampler's log-probs.
 
     ``ids`` end with one of the end ids if and only if ``finish_reason`` is ``"stop"``, and have none before.
-    ``log_prob`` is the sum, in nats, of the log-probabilities of ``ids`` under the untouched distribution of the model.
+    ``log_prob`` is the sum, in nats, of the log-probabilities of ``ids`` under the untouched distribution of the model;
+    ``log_probs`` are its terms, where the generator gives them.
     """
 
     ids: list[int]
     finish_reason: FinishReason
     log_prob: float
+    log_probs: list[float] | None = None
 
 
 @dataclass
@@ -235,6 +237,41 @@ class ResponseBatch:
 
     def __len__(self) -> int:
         return len(self.response_lengths)
+
+
+@dataclass
+class RolloutBatch:
+    """Sampled responses that are computed in one pass, with what was found out about them before training.
+
+    Equal responses to a prompt are computed once; each keeps its own numbers here. B responses have M tokens.
+
+    Attributes:
+        responses: All distinct responses, each prompt once.
+        tokens: Which of the N scored tokens of ``responses`` each token is, the B responses end to end, shape ``(M,)``.
+        lengths: Tokens of each response, shape ``(B,)``.
+        log_probs: By the policy that sampled them, shape ``(M,)``.
+        advantages: Shape ``(M,)``.
+        values: What a critic said of them, shape ``(M,)``; None without one.
+        returns: What it should have said, shape ``(M,)``; None without one.
+        sampler_log_probs: By the generator that sampled them, shape ``(M,)``; None where it does not say.
+        num_responses: Responses that an update counts for this pass, also those that are not computed, as nothing is to
+            be learned from them.
+        num_tokens: Their tokens.
+    """
+
+    responses: ResponseBatch
+    tokens: Tensor
+    lengths: Tensor
+    log_probs: Tensor
+    advantages: Tensor
+    values: Tensor | None
+    returns: Tensor | None
+    sampler_log_probs: Tensor | None
+    num_responses: int
+    num_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
 @dataclass

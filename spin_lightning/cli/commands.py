@@ -68,6 +68,15 @@ def _run_play(args: list[str]) -> None:
     main(args)
 
 
+def _run_score(args: list[str]) -> None:
+    from spin_lightning.cli.config_files import check_configs
+
+    check_configs(args)
+    from spin_lightning.cli.score import main
+
+    main(args)
+
+
 def _run_slurm(args: list[str]) -> None:
     from spin_lightning.cli.slurm import main
 
@@ -167,6 +176,45 @@ One stage alone: spin-lightning fit --self_play.stage generate, or train.
 A stage that fails ends it with its exit code. SIGTERM, SIGINT and SIGUSR1 go to
 the stage, and end both where the run can be continued."""
 
+_OF_SCORE = """A reward says what each response is worth; everything is kept in a folder, and
+the same command continues where it was killed: no judge is asked twice.
+
+  spin-lightning score \\
+    --model.model_name_or_path runs/mine/policy \\
+    --data.train_data held_out.jsonl \\
+    --data.answers_per_prompt 4 \\
+    --score.reward NumberMatch \\
+    --score.output_dir runs/mine_scored
+
+The sections model and data are those of `spin-lightning fit`, and a config of
+it can be given; all rows of data.train_data are scored (data.val_fraction 0).
+
+  --score.reward NumberMatch           1 for the right final number, 0.1 for
+                                       another, 0 for none; also TextMatch,
+                                       FunctionReward, ModelReward, JudgeReward,
+                                       SumOfRewards, or a class path of yours
+  --score.reward.pattern equals        a setting of that reward
+  --score.output_dir runs/score        where everything is kept
+  --score.against MODEL                the win rate against another model
+  --score.part held_out                the rows that fit sets aside for its NLL
+  --score.right_from 1.0               the reward of a right response: pass@k
+  --score.best_from 1.0                leave worse ones out of best.jsonl
+  --score.shard_size 64                prompts that a kill asks about again
+  --data.answers_per_prompt 4          responses to each prompt; 0 scores the
+                                       responses of the data instead
+  --data.generator.temperature 0       the most likely response, and no sample
+  --data.generator.max_new_tokens 256  cap on the responses
+  --trainer.accelerator gpu            and --trainer.precision bf16-true
+
+Results:
+  summary.json   mean and its error, pass@k, best of n, win rate
+  best.jsonl     the best response to each prompt: rows for `spin-lightning sft`
+  pairs.jsonl    chosen, rejected, preference, margin: for `dpo` and `reward`
+  responses/ rewards/ against/ comparisons/
+                 tables in Parquet, with what made them in *_manifest.json
+
+docs/score.md and docs/rewards.md have more."""
+
 _OF_SLURM = """Prints a batch script for a SLURM cluster:
 
   spin-lightning slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- \\
@@ -220,6 +268,9 @@ both where they can be continued."""
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
+    "ppo": Command("reinforcement learning from a reward (PPO, RLOO, GRPO)", "spin_lightning.stages.ppo.STAGE"),
+    "dpo": Command("direct preference optimisation on recorded pairs", "spin_lightning.stages.dpo.STAGE"),
+    "reward": Command("a reward model of pairs of responses", "spin_lightning.stages.reward.STAGE"),
     "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
     "check": Command(
         "what the data looks like to the game, without loading the model", function=_run_check, help=_OF_CHECK
@@ -230,6 +281,12 @@ COMMANDS = {
         function=_run_play,
         usage="[--launcher COMMAND] --config FILE [--KEY VALUE ...]",
         help=_OF_PLAY,
+    ),
+    "score": Command(
+        "what a reward says of a model's responses, or of the data's",
+        function=_run_score,
+        usage="[--config FILE] [--KEY VALUE ...]",
+        help=_OF_SCORE,
     ),
     "slurm": Command(
         "a batch script for fit, play or sft on a cluster",

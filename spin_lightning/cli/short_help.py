@@ -128,7 +128,10 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
             default = defaults.get(name, _write_yaml(value))
             named = default["class_path"] if isinstance(default, dict) else ""
             choices = [choice for choice in _choices_of(argument.annotation) if choice != default]
-            shown = [named.rpartition(".")[2] or str(default), *([f"or {', '.join(choices)}"] if choices else [])]
+            shown = [
+                named.rpartition(".")[2] or (default if isinstance(default, str) else json.dumps(default)),
+                *([f"or {', '.join(choices)}"] if choices else []),
+            ]
             yield Setting(name, "; ".join(shown), texts.get(argument.arg, ""))
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)

@@ -23,6 +23,7 @@ from spin_lightning.data.formats import Tally, prompt_key
 from spin_lightning.data.loader import ResumableLoader, ResumableSampler
 from spin_lightning.data.report import as_dicts, describe_source, refusal_of, say_noted, spread
 from spin_lightning.data.rows import LoadedRows, load_rows
+from spin_lightning.data.training_set import PairDataset, TrainingSet
 from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import end_ids, end_ids_of, load_tokenizer
 from spin_lightning.progress import track
@@ -480,6 +481,12 @@ class RowDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """The real responses."""
         return self._make_loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
+
+    def _serve(self, training_set: TrainingSet, keeps_prompts_together: bool = False) -> ResumableLoader:
+        """What the clock of a run has made."""
+        rows = training_set.rows
+        prompt_ids = rows["prompt_id"].to_pylist() if rows.num_rows else []
+        return self._make_loader(PairDataset(rows), prompt_ids, training_set.collate, keeps_prompts_together)
 
     def val_dataloader(self) -> list[Any] | DataLoader[Any]:
         return self._make_held_out_loader([prompt for prompt in self.val_prompts if prompt.real_ids], collate_prompts)

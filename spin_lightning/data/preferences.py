@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from spin_lightning.data.encoding import Encoded
 from spin_lightning.data.loader import ResumableLoader
 from spin_lightning.data.module import RowDataModule
+from spin_lightning.data.training_set import Game
 from spin_lightning.models.batches import collate_pairs
 from spin_lightning.types import Prompt, UserError
 
@@ -58,6 +59,8 @@ class PreferenceDataModule(RowDataModule):
         if too_long not in ("cut", "drop"):
             raise UserError(f"data.too_long must be 'cut' or 'drop', got {too_long!r}.")
         self.too_long = too_long
+        #: The clock of a run that stores its pairs with their log-probs. None: they are served as they are read.
+        self.game: Game | None = None
 
     def reason_to_leave_out(self, encoded: Encoded, other: Encoded) -> str | None:
         if self.too_long == "drop" and "length" in (encoded.finish_reason, other.finish_reason):
@@ -65,7 +68,9 @@ class PreferenceDataModule(RowDataModule):
         return "same_answers" if encoded.real_ids == other.real_ids else None
 
     def train_dataloader(self) -> ResumableLoader:
-        """The pairs, as they are: nobody has scored them."""
+        """The pairs of the iteration that begins; without a clock as they are: nobody has scored them."""
+        if self.game is not None:
+            return self._serve(self.game.ensure_iteration())
         pairs = Pairs(self.prompts)
         return self._make_loader(pairs, pairs.prompt_ids, collate_pairs)
 

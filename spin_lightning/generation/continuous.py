@@ -24,7 +24,7 @@ from spin_lightning.generation.transformers import TransformersGenerator
 from spin_lightning.models import rope
 from spin_lightning.models.cache import cache_argument, cache_of
 from spin_lightning.terminal import name_error, say
-from spin_lightning.types import Response
+from spin_lightning.types import FinishReason, Response
 
 #: Tokens that all prompts must have in common for these to be read in a pass of their own.
 LEAST_PREFIX = 16
@@ -39,6 +39,10 @@ class _Answer:
     uniforms: list[float]
     ids: list[int] = field(default_factory=list)
     log_prob: float = 0.0
+    log_probs: list[float] = field(default_factory=list)
+
+    def end(self, reason: FinishReason) -> Response:
+        return Response(self.ids, reason, self.log_prob, self.log_probs)
 
 
 class ContinuousGenerator(TransformersGenerator):
@@ -110,10 +114,11 @@ class ContinuousGenerator(TransformersGenerator):
                 answer.last_id = int(token)
                 answer.ids.append(answer.last_id)
                 answer.log_prob += log_prob
+                answer.log_probs.append(log_prob)
                 if answer.last_id in ends:
-                    yield answer.index, Response(answer.ids, "stop", answer.log_prob)
+                    yield answer.index, answer.end("stop")
                 elif len(answer.ids) == self.max_new_tokens:
-                    yield answer.index, Response(answer.ids, "length", answer.log_prob)
+                    yield answer.index, answer.end("length")
                 else:
                     kept.append(place)
 

@@ -80,10 +80,8 @@ class TransformersGenerator(ResponseGenerator):
             for row, index in enumerate(indices):
                 end = next((place for place, token in enumerate(tokens[row]) if token in ends), None)
                 stopped, length = end is not None, len(tokens[row]) if end is None else end + 1
-                yield (
-                    index,
-                    Response(tokens[row][:length], "stop" if stopped else "length", sum(log_probs[row][:length])),
-                )
+                own = log_probs[row][:length]
+                yield index, Response(tokens[row][:length], "stop" if stopped else "length", sum(own), own)
 
     def _plan_batches(self, model: Any, prompts: Sequence[list[int]], manner: Manner) -> Iterator[list[int]]:
         """The numbers of the prompts that are answered together."""

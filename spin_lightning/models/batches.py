@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spin_lightning.types import PairBatch, PairLogProbs, Prompt, ResponseBatch
+from spin_lightning.types import PairBatch, PairLogProbs, Prompt, ResponseBatch, RolloutBatch
 
 Ids = Sequence[int]
 
@@ -183,6 +183,43 @@ def collate_pairs(pairs: Sequence[Mapping[str, Any]], max_tokens: int, multiple_
         _make_pair_batch([pairs[row] for row in rows], batch, *indices.unbind(1))
         for rows, batch, indices in pack_rows(pairs, sides, max_tokens, multiple_of)
     ]
+
+
+def collate_rollouts(rows: Sequence[Mapping[str, Any]], max_tokens: int, multiple_of: int = 1) -> list[RolloutBatch]:
+    """Sampled responses in as many passes as ``max_tokens`` and ``multiple_of`` ask for.
+
+    Those whose advantages are all 0 are not computed, unless a critic learns from them; they are counted.
+
+    Args:
+        rows: Each with ``prompt_id``, ``prompt_ids``, ``response_ids`` and a list with one number a token, or None, of
+            ``log_probs``, ``advantages``, ``values``, ``returns`` and ``sampler_log_probs``.
+        max_tokens: Tokens in one pass.
+        multiple_of: As in :func:`pack_rows`.
+    """
+    taught = [row for row in rows if row["returns"] is not None or any(row["advantages"])] or rows[:1]
+    batches = []
+    for indices, responses, places in pack_rows(taught, ["response_ids"], max_tokens, multiple_of):
+        starts = responses.response_lengths.cumsum(0) - responses.response_lengths
+        own = places[:, 0]
+        spans = zip(starts[own].tolist(), responses.response_lengths[own].tolist(), strict=True)
+        tokens = torch.cat([torch.arange(start, start + length) for start, length in spans])
+        lengths = responses.response_lengths[own]
+
+        def flat(name: str, rows: Sequence[Mapping[str, Any]] = [taught[index] for index in indices]) -> Any:
+            if any(row[name] is None for row in rows):
+                return None
+            return torch.tensor([value for row in rows for value in row[name]], dtype=torch.float32)
+
+        columns = {name: flat(name) for name in ("log_probs", "advantages", "values", "returns", "sampler_log_probs")}
+        counts = len(indices), int(lengths.sum())
+        batches.append(
+            RolloutBatch(responses, tokens, lengths, **columns, num_responses=counts[0], num_tokens=counts[1])
+        )
+    batches[0].num_responses += len(rows) - len(taught)
+    batches[0].num_tokens += sum(len(row["response_ids"]) for row in rows) - sum(
+        len(row["response_ids"]) for row in taught
+    )
+    return batches
 
 
 def _make_pair_batch(

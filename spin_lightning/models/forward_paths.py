@@ -12,11 +12,13 @@ each has the number that it has alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
@@ -41,9 +43,67 @@ AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torc
 PROBE_TOKENS = 128
 #: The kinds of layers that are computed in another way where prompts are shared.
 FUSED = (find_rms_norm, find_gated_mlp)
+T = TypeVar("T")
 
 
-ForwardPath = Callable[[nn.Module, ResponseBatch], Tensor]
+#: Which places of a sequence are asked about: from the length of its prompt and the places of all its tokens.
+Pick = Callable[[int, Sequence[int]], Sequence[int]]
+
+
+def predicting(prompt_length: int, places: Sequence[int]) -> Sequence[int]:
+    """The places at which the tokens of a response are predicted."""
+    return shifted(prompt_length, places)[0]
+
+
+def last(prompt_length: int, places: Sequence[int]) -> Sequence[int]:
+    """The place of a response's last token; of its prompt's, if it has none."""
+    return places[-1:]
+
+
+class States(NamedTuple):
+    """What a forward path computes at the places that are asked about, in the order of the responses.
+
+    Attributes:
+        hidden: Last hidden states, shape ``(M, H)``, with rows of no meaning behind them on some paths. None: the model
+            does not show them.
+        logits: Where a path asks the whole model the logits there, in pieces that make ``(M, V)`` together.
+    """
+
+    hidden: Tensor | None
+    logits: tuple[Tensor, ...] = ()
+
+
+Read = Callable[[nn.Module, ResponseBatch, Pick], States]
+
+
+@dataclass(frozen=True)
+class ForwardPath:
+    """A way through a model. Called with model and batch, it gives the log-prob of each response token, ``(N,)``.
+
+    Attributes:
+        read: Computes the states at some places of a batch.
+        is_linear: Whether what comes after them is one matrix and nothing else.
+    """
+
+    read: Read
+    is_linear: bool = False
+
+    def __call__(self, model: nn.Module, batch: ResponseBatch) -> Tensor:
+        return self.with_hidden(model, batch)[0]
+
+    def with_hidden(self, model: nn.Module, batch: ResponseBatch) -> tuple[Tensor, Tensor | None]:
+        """The log-prob of each response token ``(N,)``, and the hidden states ``(N, H)`` that predict them."""
+        hidden, logits = self.read(model, batch, predicting)
+        targets = batch.input_ids[batch.scored]
+        if logits:
+            pieces = zip(logits, targets.split([len(piece) for piece in logits]), strict=True)
+            return torch.cat([_gather_log_probs(*piece) for piece in pieces]), hidden
+        assert hidden is not None
+        padded = F.pad(targets, (0, len(hidden) - len(targets)))
+        values = head.token_log_probs(model, hidden, padded, is_linear=self.is_linear)
+        return values[: len(targets)], hidden[: len(targets)]
+
+
 _chosen: WeakKeyDictionary[nn.Module, ForwardPath] = WeakKeyDictionary()
 
 
@@ -74,7 +134,7 @@ def keep_forward_path(model: nn.Module) -> None:
 
 def is_shared(path: ForwardPath) -> bool:
     """Whether a forward path computes each prompt once for all its responses."""
-    return isinstance(path, partial) and path.func is _score_shared
+    return path.read is _read_shared
 
 
 def token_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
@@ -86,116 +146,238 @@ def token_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
     Raises:
         UserError: The model is not a causal language model.
     """
-    path = forward_path_of(model)
+    forward_path_of(model)
     if not len(batch.scored):  # no token, and yet a gradient
         nothing = next(model.parameters()).flatten()[:0]
         return nothing.to(torch.promote_types(nothing.dtype, torch.float32))
+    return _on_its_path(model, lambda path: _token_log_probs(path, model, batch))
+
+
+def log_probs_and_hidden(model: nn.Module, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
+    """What :func:`token_log_probs` gives, and from the same pass the hidden states that predict the tokens.
+
+    A value head on the latter tells the value of the state in which each token is chosen. Gradients flow through both.
+
+    Returns:
+        Log-probs, shape ``(N,)``, with the bits of :func:`token_log_probs`; and the last hidden states at
+        ``batch.predictors``, shape ``(N, H)``, in the model's dtype.
+
+    Raises:
+        UserError: The model is not a causal language model, or does not show its hidden states.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from spin_lightning.models.batches import pack
+        >>> config = LlamaConfig(
+        ...     vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> log_probs, hidden = log_probs_and_hidden(LlamaForCausalLM(config), pack([([5, 6], [[7, 2], [8]])]))
+        >>> log_probs.shape, hidden.shape
+        (torch.Size([3]), torch.Size([3, 8]))
+    """
+    forward_path_of(model)
+    if not len(batch.scored):
+        nothing = token_log_probs(model, batch)
+        return nothing, nothing.new_zeros(0, _width_of(model)).to(next(model.parameters()).dtype)
+
+    def both(path: ForwardPath) -> tuple[Tensor, Tensor]:
+        parts = [
+            (places, *path.with_hidden(model, part)) for places, part in _split_at_boundary(model, batch, predicting)
+        ]
+        log_probs = _reorder([(places, values) for places, values, _ in parts])
+        return log_probs, _reorder([(places, _shown(model, hidden)) for places, _, hidden in parts])
+
+    return _on_its_path(model, both)
+
+
+def last_hidden(model: nn.Module, batch: ResponseBatch) -> Tensor:
+    """The last hidden state at each response's last token, by the model's forward path, with gradients.
+
+    No logits are computed on the paths that can do without. A response without tokens has that of its prompt's last.
+
+    Returns:
+        Shape ``(R, H)``, in the model's dtype.
+
+    Raises:
+        UserError: The model is not a causal language model, or does not show its hidden states.
+    """
+    forward_path_of(model)
+
+    def at_last(path: ForwardPath) -> Tensor:
+        pieces = []
+        for places, part in _split_at_boundary(model, batch, last):
+            pieces.append((places, _shown(model, path.read(model, part, last).hidden)[: len(part)]))
+        return _reorder(pieces)
+
+    return _on_its_path(model, at_last)
+
+
+def in_one_pass(model: nn.Module, function: Callable[[nn.Module, ResponseBatch], T], batch: ResponseBatch) -> T:
+    """``function(model, batch)``, as a pass in which a model whose weights are sharded has all of them.
+
+    Args:
+        model: Sharded, or as it comes.
+        function: One of those above, or one that calls them, and uses parameters that are the model's own.
+        batch: Its second argument.
+    """
+    sharded = getattr(model, "sharded_pass", None)
+    return function(model, batch) if sharded is None else cast("T", sharded(function, batch))
+
+
+def _on_its_path(model: nn.Module, compute: Callable[[ForwardPath], T]) -> T:
+    """What a model's forward path makes; where it fails on a pass, the model has a longer one from then on."""
+    path = forward_path_of(model)
     try:
-        return _token_log_probs(path, model, batch)
+        return compute(path)
     except NotImplementedError:  # a mask that only passes longer than those it was tried on have
         if not is_shared(path):
             raise
     failed = "share a prompt in passes as long as this one"
     _chosen[model] = path = _choose_forward_path(model, FORWARD_PATHS[1:], failed)
-    return _token_log_probs(path, model, batch)
+    return compute(path)
 
 
 def _token_log_probs(path: ForwardPath, model: nn.Module, batch: ResponseBatch) -> Tensor:
     """The log-prob of each scored token, shape ``(N,)``, by passes that cross no boundary of the RoPE."""
-    boundary = rope.boundary_of(model)
-    if boundary is None:
-        return path(model, batch)
-    places: list[int] = []
-    values: list[Tensor] = []
-    for some, part in _split_at_boundary(batch, boundary):
-        boundary.settle()
-        places += some
-        values.append(path(model, part))
-    return torch.cat(values)[torch.tensor(places, device=batch.input_ids.device).argsort()]
+    return _reorder([(places, path(model, part)) for places, part in _split_at_boundary(model, batch, predicting)])
 
 
-def _score_shared(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
+def _reorder(parts: list[tuple[list[int] | None, Tensor]]) -> Tensor:
+    """Numbers of the parts of a batch in the order of the batch."""
+    places = [place for some, _ in parts for place in some or ()]
+    values = [value for _, value in parts]
+    if parts[0][0] is None:  # the whole
+        return values[0]
+    return torch.cat(values)[torch.tensor(places, device=values[0].device).argsort()]
+
+
+def _shown(model: nn.Module, hidden: Tensor | None) -> Tensor:
+    if hidden is None:
+        raise UserError(
+            f"{type(model).__name__} does not show its hidden states, on which a head for values or rewards stands: "
+            "none go into an output embedding. Use another model."
+        )
+    return hidden
+
+
+def _width_of(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def _read_shared(model: nn.Module, batch: ResponseBatch, pick: Pick) -> States:
     """Each prompt once, responses side by side."""
     hidden = shared_prompt.hidden_states(head.decoder_of(model), batch)
-    predictors, targets = round_up(batch.predictors), round_up(batch.input_ids[batch.scored])
+    places = batch.predictors if pick is predicting else torch.tensor(_picked(batch, pick), device=hidden.device)
+    places = round_up(places)
     # several responses to a prompt share a predictor; on a GPU indexing adds their gradients in a fixed order
-    predicting = hidden.index_select(0, predictors) if hidden.device.type == "cpu" else hidden[predictors]
-    values = head.token_log_probs(model, predicting, targets, is_linear=is_linear)
-    return values[: len(batch.scored)]
+    return States(hidden.index_select(0, places) if hidden.device.type == "cpu" else hidden[places])
 
 
-def _score_separate(model: nn.Module, batch: ResponseBatch, is_linear: bool) -> Tensor:
+def _picked(batch: ResponseBatch, pick: Pick) -> list[int]:
+    return [place for prompt_length, places in sequences(batch.lengths) for place in pick(prompt_length, places)]
+
+
+def _read_separate(model: nn.Module, batch: ResponseBatch, pick: Pick) -> States:
     """Each response behind a prompt of its own: in padded rows; for FlashAttention, which wants none, end to end."""
-    decoder, targets = head.decoder_of(model), batch.input_ids[batch.scored]
+    decoder = head.decoder_of(model)
     if attention_of(decoder.config).startswith("flash_attention"):
-        places, predictors = _lay_end_to_end(batch)
+        places, picked = _lay_end_to_end(batch, pick)
         ids, positions = batch.input_ids[places], batch.position_ids[places]
         hidden = decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state[0]
     else:
-        places, mask, predictors = _pad_in_rows(batch)
+        places, mask, picked = _pad_in_rows(batch, pick)
         output = decoder(input_ids=batch.input_ids[places], attention_mask=mask, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)
-    return head.token_log_probs(model, hidden.index_select(0, predictors), targets, is_linear=is_linear)
+    return States(hidden.index_select(0, picked))
 
 
-def _score_plain(model: nn.Module, batch: ResponseBatch) -> Tensor:
+def _read_plain(model: nn.Module, batch: ResponseBatch, pick: Pick) -> States:
     """Rows, and the whole model as it comes: what the other paths are compared with."""
-    places, mask, predictors = _pad_in_rows(batch)
-    output = model(input_ids=batch.input_ids[places], attention_mask=mask, use_cache=False)
-    logits = output.logits.flatten(0, 1)[predictors]
+    places, mask, picked = _pad_in_rows(batch, pick)
+    with _watching_hidden(model) as seen:
+        output = model(input_ids=batch.input_ids[places], attention_mask=mask, use_cache=False)
+    hidden = seen[0].flatten(0, 1)[picked] if seen and seen[0].shape[:2] == places.shape else None
+    return States(hidden, (output.logits.flatten(0, 1)[picked],))
+
+
+@contextmanager
+def _watching_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What goes into a model's head while this lasts; nothing where no head is known."""
+    seen: list[Tensor] = []
+    lm_head = head.head_of(model)
+    if lm_head is None:
+        yield seen
+        return
+    hook = lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _gather_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(1, batch.input_ids[batch.scored][:, None]).squeeze(1) - logits.logsumexp(1)
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
-def _lay_end_to_end(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-    """Places in the batch of all sequences one after the other, and where in these each scored token is predicted."""
+def _lay_end_to_end(batch: ResponseBatch, pick: Pick = predicting) -> tuple[Tensor, Tensor]:
+    """Places in the batch of all sequences one after the other, and which of these are asked about."""
     places: list[int] = []
-    predictors: list[int] = []
+    picked: list[int] = []
     for prompt_length, sequence in sequences(batch.lengths):
-        predictors += shifted(prompt_length, range(len(places), len(places) + len(sequence)))[0]
+        picked += pick(prompt_length, range(len(places), len(places) + len(sequence)))
         places += sequence
     device = batch.input_ids.device
-    return torch.tensor(places, device=device), torch.tensor(predictors, dtype=torch.long, device=device)
+    return torch.tensor(places, device=device), torch.tensor(picked, dtype=torch.long, device=device)
 
 
-def _pad_in_rows(batch: ResponseBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of all sequences in right padded rows ``(R, L)``, and their mask; predictors count in the flat rows."""
-    # a row in which nothing is predicted could have no token at all, and attention over nothing is NaN
-    rows = [(length, places) for length, places in sequences(batch.lengths) if shifted(length, places)[1]]
+def _pad_in_rows(batch: ResponseBatch, pick: Pick = predicting) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of all sequences in right padded rows ``(R, L)``, and their mask; those asked about in the flat rows."""
+    # a row in which nothing is asked about could have no token at all, and attention over nothing is NaN
+    rows = [(length, places) for length, places in sequences(batch.lengths) if pick(length, places)]
     longest = max(len(sequence) for _, sequence in rows)
     places, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
-    predictors: list[int] = []
+    picked: list[int] = []
     for row, (prompt_length, sequence) in enumerate(rows):
         places[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
-        predictors += shifted(prompt_length, range(row * longest, row * longest + len(sequence)))[0]
+        picked += pick(prompt_length, range(row * longest, row * longest + len(sequence)))
     device = batch.input_ids.device
-    return places.to(device), mask.to(device), torch.tensor(predictors, dtype=torch.long, device=device)
+    return places.to(device), mask.to(device), torch.tensor(picked, dtype=torch.long, device=device)
 
 
-def _score_alone(model: nn.Module, batch: ResponseBatch) -> Tensor:
+def _read_alone(model: nn.Module, batch: ResponseBatch, pick: Pick) -> States:
     """Each response in a pass of its own, without padding or a mask: right by definition, and slow."""
-    boundary, pieces = rope.boundary_of(model), []
+    boundary, hidden, logits = rope.boundary_of(model), [], []
     for prompt_length, sequence in sequences(batch.lengths):
-        predictors, scored = shifted(prompt_length, range(len(sequence)))
-        if scored:
+        picked = list(pick(prompt_length, range(len(sequence))))
+        if picked:
             if boundary is not None:
                 boundary.settle()
-            ids = batch.input_ids[sequence]
-            scores = model(input_ids=ids[None], use_cache=False).logits[0, list(predictors)]
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            pieces.append(scores.gather(1, ids[list(scored), None]).squeeze(1) - scores.logsumexp(1))
-    return torch.cat(pieces)
+            with _watching_hidden(model) as seen:
+                output = model(input_ids=batch.input_ids[sequence][None], use_cache=False)
+            logits.append(output.logits[0, picked])
+            hidden += [states[0, picked] for states in seen if states.shape[:2] == (1, len(sequence))]
+    return States(torch.cat(hidden) if len(hidden) == len(logits) else None, tuple(logits))
 
 
-def _split_at_boundary(batch: ResponseBatch, boundary: rope.Boundary) -> Iterator[tuple[list[int], ResponseBatch]]:
-    """The batch in parts whose sequences may share a pass, and which of its scored tokens each part has."""
-    ids, responses, scored = batch.input_ids.tolist(), [], 0
+def _split_at_boundary(
+    model: nn.Module, batch: ResponseBatch, pick: Pick
+) -> Iterator[tuple[list[int] | None, ResponseBatch]]:
+    """The batch in parts whose sequences may share a pass, and which of the places asked about each part has.
+
+    Where all may, the batch itself, with None. What an earlier pass left behind in the model is taken back.
+    """
+    boundary = rope.boundary_of(model)
+    if boundary is None:
+        yield None, batch
+        return
+    ids, responses, asked = batch.input_ids.tolist(), [], 0
     for prompt_length, sequence_places in sequences(batch.lengths):
         sequence = [ids[place] for place in sequence_places]
-        count = len(shifted(prompt_length, sequence)[1])
-        responses.append((sequence[:prompt_length], sequence[prompt_length:], range(scored, scored + count)))
-        scored += count
+        count = len(pick(prompt_length, sequence))
+        responses.append((sequence[:prompt_length], sequence[prompt_length:], range(asked, asked + count)))
+        asked += count
     sides: dict[int, dict[int, list[int]]] = {}
     groups = (group for group, (_, *lengths) in enumerate(batch.lengths) for _ in lengths)
     for number, group in enumerate(groups):
@@ -206,29 +388,28 @@ def _split_at_boundary(batch: ResponseBatch, boundary: rope.Boundary) -> Iterato
     for part in sides.values():
         packed = pack([(responses[own[0]][0], [responses[number][1] for number in own]) for own in part.values()])
         own_places = [place for own in part.values() for number in own for place in responses[number][2]]
+        boundary.settle()
         yield own_places, move_data_to_device(packed, batch.input_ids.device)
 
 
 #: Forward paths, fastest first. With each what a model that is not up to it cannot do, and how log-probs are computed.
-FORWARD_PATHS: tuple[tuple[Callable[..., Tensor], str, str], ...] = (
-    (_score_shared, "share a prompt between its responses", "each prompt once, with its layers as they come"),
-    (_score_separate, "hand over its hidden states", "each response behind a prompt of its own"),
+FORWARD_PATHS: tuple[tuple[Read, str, str], ...] = (
+    (_read_shared, "share a prompt between its responses", "each prompt once, with its layers as they come"),
+    (_read_separate, "hand over its hidden states", "each response behind a prompt of its own"),
     (
-        _score_plain,
+        _read_plain,
         "be computed in padded rows",
         "the logits of all tokens of each response behind a prompt of its own",
     ),
-    (_score_alone, "be computed at all", "each response in a forward pass of its own"),
+    (_read_alone, "be computed at all", "each response in a forward pass of its own"),
 )
 
 
 @torch.no_grad()
-def _choose_forward_path(
-    model: nn.Module, paths: Sequence[tuple[Callable[..., Tensor], str, str]], failed: str = ""
-) -> ForwardPath:
+def _choose_forward_path(model: nn.Module, paths: Sequence[tuple[Read, str, str]], failed: str = "") -> ForwardPath:
     """The first of some paths that gives the log-probs of plain passes. A note says why it is not the fastest."""
     if not hasattr(model, "get_output_embeddings"):  # not a model of transformers: nothing is known about its parts
-        return _score_plain
+        return ForwardPath(_read_plain)
     config: Any = model.config
     own = shared_prompt.own_attention_of(config)
     failures, taken = [f"cannot {failed}"] if failed else [], ""
@@ -237,15 +418,13 @@ def _choose_forward_path(
     with evaluating(model):
         probe, expected, allowed = _make_reference(model)
         is_linear = head.is_linear(model)
-        tried: list[tuple[Callable[..., Tensor], str, str, Sequence[FindFused]]] = [(*path, FUSED) for path in paths]
-        if paths[0][0] is _score_shared and kernel_of(model, "layers") == "compiled":
-            tried.insert(0, (_score_shared, "have its layers compiled", "", (*FUSED, find_compiled_layer)))
+        tried: list[tuple[Read, str, str, Sequence[FindFused]]] = [(*path, FUSED) for path in paths]
+        if paths[0][0] is _read_shared and kernel_of(model, "layers") == "compiled":
+            tried.insert(0, (_read_shared, "have its layers compiled", "", (*FUSED, find_compiled_layer)))
         for path, ability, description, fused in tried:
-            chosen: ForwardPath = (
-                partial(path, is_linear=is_linear) if path in (_score_shared, _score_separate) else path
-            )
+            chosen = ForwardPath(path, is_linear)
             try:
-                if path is _score_shared:
+                if path is _read_shared:
                     shared_prompt.share_prompts(model, kernel_of(model, "prompt_attention"))
                     fuse_layers(model, fused)
                 differences = (_token_log_probs(chosen, model, probe) - expected).abs()
@@ -254,7 +433,7 @@ def _choose_forward_path(
             except Exception as error:  # whatever a model's code does when it is used otherwise than it expects
                 reason = name_error(error)
             else:
-                if path is _score_alone or difference <= allowed:
+                if path is _read_alone or difference <= allowed:
                     taken = description
                     break
                 reason = f"log-probs would differ by {difference:.1g} nats a token"
@@ -289,7 +468,7 @@ def rounding_of(model: nn.Module, batch: ResponseBatch) -> float:
             *([(sequence[:length], [sequence[length:]])] for sequence, length in rows),
         )
     )
-    other: ForwardPath = partial(_score_separate, **path.keywords) if is_shared(path) else _score_alone  # type: ignore[attr-defined]
+    other = ForwardPath(_read_separate if is_shared(path) else _read_alone, path.is_linear)
     with evaluating(model):
         one_by_one = torch.cat([_token_log_probs(path, model, part) for part in alone if len(part.scored)])
         with shared_prompt.in_kernel():  # what two ways to compute attention differ by is in no log-ratio
@@ -312,7 +491,7 @@ def _make_reference(model: nn.Module) -> tuple[ResponseBatch, Tensor, float]:
     name = type(model).__name__
     try:
         probe = _make_probe(model)
-        expected = _score_alone(model, probe)
+        expected = ForwardPath(_read_alone)(model, probe)
         *_, (_, longest) = sequences(probe.lengths)
         length = int(min(len(longest), rope.limit_of(model)))
         future, beyond, past, spread = _measure_influences(model, probe.input_ids[longest[:length]])

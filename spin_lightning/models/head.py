@@ -27,6 +27,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The layer of a causal language model that makes logits of its last hidden states; None if it names none."""
+    ask = getattr(_unwrap_adapter(model), "get_output_embeddings", None)
+    head: nn.Module | None = ask() if ask is not None else None
+    return head
+
+
 def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """What a model's own forward pass does after its decoder: hidden states ``(N, H)`` to logits ``(N, V)``.
 

@@ -5,11 +5,9 @@ No tokenizer, no loading, no Lightning. Which forward path the model takes is de
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor, nn
 
-from spin_lightning.models.forward_paths import token_log_probs
+from spin_lightning.models.forward_paths import in_one_pass, token_log_probs
 from spin_lightning.types import PairBatch, PairLogProbs, ResponseBatch
 
 
@@ -25,8 +23,7 @@ def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
 
     Source: log p(y|x) = sum_j log p(y_j | x, y_<j), Chen et al. 2024 (arXiv:2401.01335), section 3.
     """
-    token_log_probs_of = getattr(model, "sharded_log_probs", None) or partial(token_log_probs, model)
-    values = token_log_probs_of(batch)
+    values = in_one_pass(model, token_log_probs, batch)
     # on a GPU this adds in a fixed order, which index_add does not
     return values.new_zeros(len(batch)).index_put((batch.response_index,), values, accumulate=True)
 

@@ -7,11 +7,12 @@ in training. Generation, scoring, the held-out NLL, hashes and exports see the w
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spin_lightning.models import forward_paths, rope
 from spin_lightning.models.head import decoder_of
@@ -68,9 +69,10 @@ def shard(model: Any, num_processes: int) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     # the weights outside of the layers are gathered by a forward pass of the whole model only, or of what is named one
-    model.sharded_log_probs = MethodType(_log_probs, model)
-    register_fsdp_forward_method(model, "sharded_log_probs")
+    model.sharded_pass = MethodType(_pass, model)
+    register_fsdp_forward_method(model, "sharded_pass")
 
 
-def _log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
-    return forward_paths.token_log_probs(model, batch).clone()  # no view, which a hook behind it would not survive
+def _pass(model: nn.Module, function: Callable[[nn.Module, ResponseBatch], Any], batch: ResponseBatch) -> Any:
+    found = function(model, batch)  # no view, which a hook behind it would not survive
+    return tuple(part.clone() for part in found) if isinstance(found, tuple) else found.clone()

@@ -1,11 +1,13 @@
 """What responses are worth: an abstract reward, and one file for each kind."""
 
 from spin_lightning.rewards.base import Answer, Reward, SumOfRewards, check_reward, make_answer, preferred, scored
+from spin_lightning.rewards.model import ModelReward
 from spin_lightning.rewards.program import FunctionReward, NumberMatch, TextMatch
 
 __all__ = [
     "Answer",
     "FunctionReward",
+    "ModelReward",
     "NumberMatch",
     "Reward",
     "SumOfRewards",

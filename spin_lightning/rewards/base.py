@@ -78,8 +78,8 @@ def make_answer(prompt: Prompt, ids: Sequence[int] | None, text: str, finish_rea
         finish_reason: How it ended.
     """
     row = prompt.row
-    real = row.real or None
-    return Answer(row.prompt, text, real, getattr(row, "columns", {}), finish_reason, ids, prompt.prompt_ids)
+    real = row.real if row.has_real else None
+    return Answer(row.prompt, text, real, row.columns, finish_reason, ids, prompt.prompt_ids)
 
 
 class Reward(ABC):
@@ -111,13 +111,20 @@ class Reward(ABC):
     def prefer(self, first: Sequence[Answer], second: Sequence[Answer]) -> Sequence[float | None]:
         """The probability that the first of two answers to a prompt is the better one, for each pair.
 
-        By score that is 1, 1/2 for a tie, or 0; a reward that compares says more. None: cannot be judged.
+        By score that is 1, 1/2 for a tie, or 0; a reward that compares says more, of answers shown in this order.
+        None: cannot be judged. Stages ask by ``preferred``, which asks in both orders where ``prefer`` is overridden.
+        The score of a reward that compares is the probability that an answer beats the real one.
         """
         scores = scored(self, [*first, *second])
         return [
             None if a is None or b is None else 0.5 if a == b else float(a > b)
             for a, b in zip(scores[: len(first)], scores[len(first) :], strict=True)
         ]
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares two answers otherwise than by their scores, so that their order may matter to it."""
+        return type(self).prefer is not Reward.prefer
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -280,10 +287,37 @@ def scored_with_parts(
 def preferred(reward: Reward, first: Sequence[Answer], second: Sequence[Answer]) -> list[float | None]:
     """The probabilities that the first of two answers is the better one, as a reward says, checked.
 
+    One that compares is asked in both orders, and what it says of them is averaged.
+
     Raises:
         UserError: It did not give one number from 0 to 1, or None, for each pair.
         RewardUnavailable: More than a tenth of the pairs have none, as whatever it asks does not reply.
     """
+    return [None if pair is None else (pair[0] + pair[1]) / 2 for pair in preferred_by_order(reward, first, second)]
+
+
+def preferred_by_order(
+    reward: Reward, first: Sequence[Answer], second: Sequence[Answer]
+) -> list[tuple[float, float] | None]:
+    """The same, with what it says where the first is shown first, and where it is shown second.
+
+    Equal answers are a tie, about which nobody is asked. None where one of both cannot be judged.
+    """
+    keys = [(a.key, b.key) for a, b in zip(first, second, strict=True)]
+    pairs = {key: (a, b) for key, a, b in zip(keys, first, second, strict=True) if key[0] != key[1]}
+    ours, theirs = [a for a, _ in pairs.values()], [b for _, b in pairs.values()]
+    forward = _probabilities(reward, ours, theirs)
+    # of scores, the other order says the same
+    backward = (
+        _probabilities(reward, theirs, ours) if reward.compares else [None if p is None else 1 - p for p in forward]
+    )
+    known = {
+        key: None if p is None or q is None else (p, 1 - q) for key, p, q in zip(pairs, forward, backward, strict=True)
+    }
+    return [known.get(key, (0.5, 0.5)) for key in keys]
+
+
+def _probabilities(reward: Reward, first: Sequence[Answer], second: Sequence[Answer]) -> list[float | None]:
     values = _checked(reward, "prefer", reward.prefer(first, second) if first else [], len(first))
     if wrong := [value for value in values if value is not None and not 0 <= value <= 1]:
         raise UserError(

@@ -74,16 +74,25 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
         every_n_steps: Also save after this many optimiser steps. None: only at the end of each epoch.
         allow_changes: Settings that may differ from those the run began with, such as ``[model.beta]``. Each is
             recorded.
+        every_n_iterations: In a stage of many short iterations: save at the end of every so many of them, of the last
+            one, and where a signal ends the run. None: at the end of each epoch.
     """
 
     def __init__(
-        self, dirpath: str | None = None, every_n_steps: int | None = None, allow_changes: list[str] | None = None
+        self,
+        dirpath: str | None = None,
+        every_n_steps: int | None = None,
+        allow_changes: list[str] | None = None,
+        every_n_iterations: int | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(
                 f"checkpoint.every_n_steps must be at least 1, got {every_n_steps!r}. Leave it out to save at epoch "
                 "ends only."
             )
+        if every_n_iterations is not None and every_n_iterations < 1:
+            raise UserError(f"checkpoint.every_n_iterations must be at least 1, got {every_n_iterations!r}.")
+        self.every_n_iterations = every_n_iterations
         self.dirpath = None if dirpath is None else str(run_folder(dirpath, "checkpoint.dirpath"))
         self.every_n_steps = every_n_steps
         self.allow_changes = allow_changes or []
@@ -168,8 +177,19 @@ class RunCheckpoint(HoldsFolder, Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if was_cut_short(trainer):  # the epoch is not over: the last checkpoint in it stays
             return
-        self._save(trainer)
+        if self._is_due(trainer):
+            self._save(trainer)
         signals.end_together()
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        """Whether an epoch that is over is to be saved."""
+        if self.every_n_iterations is None:
+            return True
+        game: Any = trainer.datamodule.game  # type: ignore[attr-defined]
+        number = game.ends_iteration(trainer.current_epoch)
+        is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        is_number = number is not None and (number + 1) % self.every_n_iterations == 0
+        return bool(signals.received_by_any() or is_last or is_number)
 
     def let_go(self) -> None:
         """Give the folder and the signals back."""

@@ -28,8 +28,13 @@ SETTINGS = "run.json"
 #: What may change freely: where things are, how they are shown, and how much is done at once.
 HARMLESS = {
     "self_play.output_dir",
+    "export.output_dir",
     "self_play.iterations",  # a game may be made longer; the settings of the iterations played are compared
     "self_play.stage",
+    "rollouts.output_dir",
+    "rollouts.iterations",
+    "rollouts.eval_every",
+    "rollouts.export_every",
     "data.train_data",  # what was read is compared, not where it lay
     "data.val_data",
     "data.tokenizer_name_or_path",
@@ -76,7 +81,7 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
         found |= _arguments_of(part, prefix)
     if generator is not None:
         found.pop("data.max_response_tokens", None)  # the generator's max_new_tokens
-    if "self_play" not in parts:
+    if not any(hasattr(part, "total_epochs") for part in parts.values()):  # a clock has what they follow from
         found["trainer.max_epochs"] = trainer.max_epochs
     return redacted({key: value for key, value in sorted(found.items()) if key not in HARMLESS})
 

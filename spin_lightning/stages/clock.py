@@ -116,16 +116,9 @@ class IterationClock(HoldsFolder):
             raise UserError(f"{section}.iterations must be at least 1, got {iterations!r}.")
         if shard_size < 1:
             raise UserError(f"{section}.shard_size must be at least 1, got {shard_size!r}.")
-        check_schedule(f"{section}.epochs", epochs, iterations)
-        self.epochs = epochs if isinstance(epochs, list) else [epochs] * iterations
-        if min(self.epochs) < 1:
-            raise UserError(f"{section}.epochs must be at least 1 in every iteration, got {epochs!r}.")
-        #: What ``Trainer(max_epochs=...)`` has to be.
-        self.total_epochs = sum(self.epochs)
-        # epochs that begin an iteration; the epoch after the last one too
-        self._boundaries = {0, *accumulate(self.epochs)}
-        self.output_dir = run_folder(output_dir, f"{section}.output_dir")
         self.iterations = iterations
+        self.set_epochs(epochs)
+        self.output_dir = run_folder(output_dir, f"{section}.output_dir")
         self.reset_optimizer = reset_optimizer
         self.shard_size = shard_size
         self.stopped_because: str | None = None
@@ -136,6 +129,21 @@ class IterationClock(HoldsFolder):
         self._training_set = NOTHING
         self._stage_is_over = False
         self._report: dict[str, Any] = {}  # of the training set; a checkpoint's until one is loaded
+
+    def set_epochs(self, epochs: int | list[int]) -> None:
+        """How often an iteration's training set is passed over: one number, or a list with one number an iteration.
+
+        Raises:
+            UserError: A number is below 1, or the list has another length.
+        """
+        check_schedule(f"{self.settings_section}.epochs", epochs, self.iterations)
+        self.epochs = epochs if isinstance(epochs, list) else [epochs] * self.iterations
+        if min(self.epochs) < 1:
+            raise UserError(f"{self.settings_section}.epochs must be at least 1 in every iteration, got {epochs!r}.")
+        #: What ``Trainer(max_epochs=...)`` has to be.
+        self.total_epochs = sum(self.epochs)
+        # epochs that begin an iteration; the epoch after the last one too
+        self._boundaries = {0, *accumulate(self.epochs)}
 
     # --- what a stage may say of its own ----------------------------------------------------------------------------
 
@@ -155,10 +163,26 @@ class IterationClock(HoldsFolder):
         """
         refuse_unplayable(self, trainer, module)
 
+    def finish(self, summaries: list[dict[str, Any]]) -> None:
+        """Make what a run that is over leaves beside its iterations, before it is said to be over. Together.
+
+        Args:
+            summaries: Of the iterations, in their order.
+        """
+
+    def write_over(self, reason: str, iterations: list[dict[str, Any]]) -> None:
+        """Write how the run ended, with a summary of each iteration that was played."""
+        write_json(self.output_dir / self.over_file, {"ended_because": reason, "iterations": iterations})
+
     def say_over(self, reason: str) -> None:
         """Say how the run ended, and where its models are."""
         kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
         say(f"{self.run_is} is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
+
+    def ends_iteration(self, epoch: int) -> int | None:
+        """The iteration that is over with an epoch. None: it goes on."""
+        ends = list(accumulate(self.epochs))
+        return ends.index(epoch + 1) if epoch + 1 in ends else None
 
     @property
     def last_checkpoint(self) -> str | None:
@@ -315,10 +339,13 @@ class IterationClock(HoldsFolder):
         if internals.epoch_to_begin(trainer) >= self.total_epochs:
             self._end_if_missed(self.iterations - 1)
         played = [read_json(self.folder(k) / "summary.json") for k in range(self.iterations)]
-        if processes.is_first() and (self.stopped_because or played[-1] is not None):
-            reason = self.stopped_because or f"all {self.iterations} iterations were played"
-            iterations = [summary for summary in played if summary]
-            write_json(self.output_dir / self.over_file, {"ended_because": reason, "iterations": iterations})
+        if not self.stopped_because and played[-1] is None:
+            return
+        reason = self.stopped_because or f"all {self.iterations} iterations were played"
+        iterations = [summary for summary in played if summary]
+        self.finish(iterations)
+        if processes.is_first():
+            self.write_over(reason, iterations)
             self.say_over(reason)
 
     # --- Lightning's other hooks ----------------------------------------------------------------------------------

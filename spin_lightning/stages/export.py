@@ -45,6 +45,16 @@ def export_policy(
     write_json(folder / "summary.json", summary)
 
 
+def plain_card(tag: str, title: str, summary: Mapping[str, Any]) -> str:
+    """The README of an exported policy: what its summary says."""
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tag}, spin-lightning]\n---\n\n# "
+        f"{title}\n\n"
+        + "\n".join(f"- {name}: {value}" for name, value in summary.items())
+        + f"\n\n{how_to_cast(summary)}"
+    )
+
+
 class ExportPolicy(L.Callback):
     """Writes ``policy/`` (a Hugging Face folder, verified by reloading it) and ``summary.json`` when training ends.
 
@@ -86,8 +96,12 @@ class ExportPolicy(L.Callback):
             self._state.setdefault("first_loss", self._state["last_loss"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if "val/nll" in trainer.callback_metrics:
-            self._state["val_nll"] = float(trainer.callback_metrics["val/nll"])
+        self._state |= self.read_held_out(trainer)
+
+    def read_held_out(self, trainer: L.Trainer) -> dict[str, Any]:
+        """What the summary says of the held-out rows, after they were measured."""
+        nll = trainer.callback_metrics.get("val/nll")
+        return {} if nll is None else {"val_nll": float(nll)}
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A hook that Lightning also calls when it resumes and finds nothing left to train on."""
@@ -95,7 +109,6 @@ class ExportPolicy(L.Callback):
             return
         if was_cut_short(trainer) and trainer.global_step != getattr(trainer.lightning_module, "max_updates", None):
             return  # by max_time, say: the same command continues
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = trainer.lightning_module
         summary = {
             "val_nll": None,
@@ -105,17 +118,22 @@ class ExportPolicy(L.Callback):
             "dtype": dtype_name(module.policy.dtype),
             "stored_dtype": module.stored_dtype,
         }
-        card = (
-            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [sft, spin-lightning]\n---\n\n# "
-            "Supervised fine-tuned policy\n\n"
-            + "\n".join(f"- {name}: {value}" for name, value in summary.items())
-            + f"\n\n{how_to_cast(summary)}"
-        )
         policy = module.gather_policy()
         if processes.is_first():
-            export_policy(policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
+            self.write(policy, trainer, summary)
         processes.wait()
-        say(f"the model is in {self.output_dir}/{'policy' if (self.output_dir / 'policy').exists() else 'adapter'}")
+        say(f"the model is in {self.find_model()}")
+
+    def write(self, policy: Any, trainer: L.Trainer, summary: dict[str, Any]) -> None:
+        """Write the model, and then the summary. In the first process."""
+        module: Any = trainer.lightning_module
+        card = plain_card("sft", "Supervised fine-tuned policy", summary)
+        encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
+        export_policy(policy, encoder, self.output_dir, card, summary, module.trust_remote_code)
+
+    def find_model(self) -> Path:
+        """Where the model is."""
+        return self.output_dir / ("policy" if (self.output_dir / "policy").exists() else "adapter")
 
     def _count_seconds(self) -> float:
         return self._state["seconds"] + (time.monotonic() - self._started if self._started else 0.0)

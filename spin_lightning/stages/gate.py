@@ -60,19 +60,14 @@ def check_gate(
     ratios, lengths = _measure_log_ratios(policy, batch.opponent)
     root = lengths.clamp_min(1).sqrt()
 
-    def agrees(ratios: Tensor, limit: float) -> bool:
-        scaled = ratios / root  # NaN must not pass, so the conditions ask for what is right
-        typical = limit * min(1.0, 0.5 + len(scaled) ** -0.5)
-        return bool(scaled.max() <= limit and scaled.square().mean().sqrt() <= typical)
-
     def loss_agrees(limit: float) -> bool:
         allowed = limit * (4 * max(beta, 1.0) * float(root.mean()) + 1)
         return bool((found - expected).mean().abs() <= allowed * max(1.0, float(expected.abs().mean())))
 
     limit = FLOOR[dtype]
-    if not (agrees(ratios, limit) and loss_agrees(limit)) and rounding is not None:
+    if not (_agree(ratios, root, limit) and loss_agrees(limit)) and rounding is not None:
         limit += TIMES_ROUNDING * rounding()
-    if agrees(ratios, limit) and loss_agrees(limit):
+    if _agree(ratios, root, limit) and loss_agrees(limit):
         return
     with torch.no_grad():
         again, evaluated = recompute(False), recompute(True)
@@ -81,29 +76,13 @@ def check_gate(
             f"the loss: {type(loss).__name__} gives NaN or infinity for a model against itself. Mend it, or its "
             "settings"
         )
-    elif not (policy.real.isfinite().all() and policy.generated.isfinite().all()):
-        cause = (
-            "log-probs of the policy that are NaN or infinite. Its weights are damaged, or the dtype overflows: try "
-            "float32, or another model"
-        )
-    elif not torch.equal(again.real, policy.real):
-        cause = (
-            "the policy is random: two passes over one batch differ, so dropout is on. Set model.dropout: false "
-            "(and in the model's config whatever else is random, as the noise of a router)"
-        )
-    elif agrees(_measure_log_ratios(evaluated, batch.opponent)[0], limit):
-        cause = (
-            "the policy computes otherwise in training mode than in evaluation mode (dropout, or a layer of its own)"
-        )
-    elif dtype in (torch.bfloat16, torch.float16) and agrees(ratios, 3 * limit):
-        cause = (
-            f"the dtype: {dtype} rounds more on this model than was measured. Score and train in float32, or in the "
-            "same precision. Or else the stored log-probs are of slightly other weights"
-        )
     else:
-        cause = otherwise or (
-            "the stored log-probs are of other weights, another chat template or another dtype: stale pairs. "
-            "Remove this iteration's folder, and run the same command again"
+        cause = _find_cause(
+            is_finite=bool(policy.real.isfinite().all() and policy.generated.isfinite().all()),
+            is_random=not torch.equal(again.real, policy.real),
+            evaluates_alike=_agree(_measure_log_ratios(evaluated, batch.opponent)[0], root, limit),
+            rounds=dtype if _agree(ratios, root, 3 * limit) else None,
+            otherwise=otherwise or _STALE.format("pairs"),
         )
     worst = int((ratios / root).argmax())
     raise UserError(
@@ -115,8 +94,94 @@ def check_gate(
     )
 
 
+def check_start(
+    stored: Tensor,
+    found: Tensor,
+    lengths: Tensor,
+    dtype: torch.dtype,
+    iteration: int,
+    recompute: Callable[[bool], Tensor],
+    rounding: Callable[[], float],
+) -> None:
+    """Stop the run unless a policy still says of responses what it said when it sampled them, before any update.
+
+    Args:
+        stored: Their log-probs as they were stored, shape ``(R,)``.
+        found: As they are now, shape ``(R,)``.
+        lengths: Their tokens, shape ``(R,)``.
+        dtype: The dtype of the computation, which sets the floor of what is allowed.
+        iteration: For the message.
+        recompute: Gives them again, as in training (False) or in evaluation mode (True).
+        rounding: Measures how far rounding moves the log-prob of one token, in nats. Asked only if it matters.
+
+    Raises:
+        UserError: They differ; the message gives the numbers and the likely cause.
+    """
+    root, ratios = lengths.clamp_min(1).sqrt(), _sizes(found - stored)
+    limit = FLOOR[dtype]
+    if not _agree(ratios, root, limit):
+        limit += TIMES_ROUNDING * rounding()
+    if _agree(ratios, root, limit):
+        return
+    with torch.no_grad():
+        again, evaluated = recompute(False), recompute(True)
+    cause = _find_cause(
+        is_finite=bool(found.isfinite().all()),
+        is_random=not torch.equal(again, found),
+        evaluates_alike=_agree(_sizes(evaluated - stored), root, limit),
+        rounds=dtype if _agree(ratios, root, 3 * limit) else None,
+        otherwise=_STALE.format("responses"),
+    )
+    worst = int((ratios / root).argmax())
+    raise UserError(
+        f"iteration {iteration} does not start where it should: the policy that trains is the one that sampled at its "
+        f"first step, so every ratio must be 1 (within {limit * float(root[worst]):.3g} nats for a response of "
+        f"{int(lengths[worst])} tokens), but such a response is {float(ratios[worst]):.3g} nats away. Likely cause: "
+        f"{cause}."
+    )
+
+
+_STALE = (
+    "the stored log-probs are of other weights, another chat template or another dtype: stale {}. "
+    "Remove this iteration's folder, and run the same command again"
+)
+
+
+def _agree(ratios: Tensor, root: Tensor, limit: float) -> bool:
+    scaled = ratios / root  # NaN must not pass, so the conditions ask for what is right
+    typical = limit * min(1.0, 0.5 + len(scaled) ** -0.5)
+    return bool(scaled.max() <= limit and scaled.square().mean().sqrt() <= typical)
+
+
+def _find_cause(
+    *, is_finite: bool, is_random: bool, evaluates_alike: bool, rounds: torch.dtype | None, otherwise: str
+) -> str:
+    if not is_finite:
+        return (
+            "log-probs of the policy that are NaN or infinite. Its weights are damaged, or the dtype overflows: try "
+            "float32, or another model"
+        )
+    if is_random:
+        return (
+            "the policy is random: two passes over one batch differ, so dropout is on. Set model.dropout: false "
+            "(and in the model's config whatever else is random, as the noise of a router)"
+        )
+    if evaluates_alike:
+        return "the policy computes otherwise in training mode than in evaluation mode (dropout, or a layer of its own)"
+    if rounds in (torch.bfloat16, torch.float16):
+        return (
+            f"the dtype: {rounds} rounds more on this model than was measured. Score and train in float32, or in the "
+            "same precision. Or else the stored log-probs are of slightly other weights"
+        )
+    return otherwise
+
+
+def _sizes(ratios: Tensor) -> Tensor:
+    return ratios.detach().abs().nan_to_num(nan=torch.inf)
+
+
 def _measure_log_ratios(policy: PairLogProbs, opponent: PairLogProbs) -> tuple[Tensor, Tensor]:
     """Sizes of the log-ratios of a batch's responses, real and generated ones, infinite for NaN; and their lengths."""
-    ratios = torch.cat([policy.real - opponent.real, policy.generated - opponent.generated]).detach().abs()
+    ratios = torch.cat([policy.real - opponent.real, policy.generated - opponent.generated])
     lengths = torch.cat([opponent.real_lengths, opponent.generated_lengths])
-    return ratios.nan_to_num(nan=torch.inf), lengths
+    return _sizes(ratios), lengths

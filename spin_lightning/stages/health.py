@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
 
-from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.losses import PairLoss, SpinLoss
+from spin_lightning.runs.shards import ShardStore
 from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -17,15 +18,42 @@ from spin_lightning.types import UserError
 EQUILIBRIUM_SHARE = 0.95
 #: Held-out NLL may rise by this share over that of the model the game started from before it counts as harm.
 HARM_SHARE = 0.02
+#: What of rollouts is worth a remark, and beyond which value: the name it is logged under, and the words.
+NOTABLE: dict[str, tuple[float, str]] = {
+    "kl/reference": (
+        20.0,
+        "responses are {:.1f} nats from the reference on average, where 10 are usual: the policy may be leaving the "
+        "language it had. Raise model.beta, or lower the learning rate",
+    ),
+    "groups/flat": (
+        0.8,
+        "of {:.0%} of the prompts all responses have the same reward, and a baseline of the group learns nothing from "
+        "them: take prompts that are neither too easy nor too hard, or more responses to each",
+    ),
+    "completions/cut": (
+        0.05,
+        "{:.0%} of the responses were cut: the policy may not know how to stop, or max_new_tokens is small "
+        "(rollouts.cut says what they are worth)",
+    ),
+    "reward/none": (0.01, "{:.0%} of the responses have no reward, and are left out"),
+    "reward/length_correlation": (
+        0.9,
+        "the reward follows the length of a response (correlation {:.2f}): the policy may learn length alone",
+    ),
+}
+#: So many iterations a critic may know less than nothing.
+UNTRAINED_CRITIC = 10
 
 
 class Health(L.Callback):
     """Reads real-response reward, accuracy, lengths, clipped and identical shares, and held-out NLL each iteration.
 
+    In a run that learns from rewards it reads these, the divergence, lengths, how many responses differ, the critic.
+
     Args:
         stop: ``equilibrium`` ends the game when nearly all generated responses equal the real ones. ``harm`` does so
-            too, and when the held-out NLL is worse than that of the model the game started from, or NaN. ``never``
-            only speaks.
+            too, and when the held-out NLL is worse than that of the model the game started from, or NaN; with rewards,
+            when that of held-out prompts falls while that of the others rises. ``never`` only speaks.
 
     Attributes:
         remarks: What was said, as ``(iteration, sentence)``.
@@ -39,20 +67,25 @@ class Health(L.Callback):
         self.stop = stop
         self.remarks: list[tuple[int, str]] = []
         self.nll: list[float] = []
+        self.first: dict[str, float] = {}  # what the first iteration's rollouts were like
+        self.noted: list[str] = []  # what was notable in the last iteration, and need not be said again
 
     def state_dict(self) -> dict[str, Any]:
-        return {"nll": list(self.nll)}
+        return {"nll": list(self.nll), "first": dict(self.first), "noted": list(self.noted)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.nll = list(state["nll"])
+        self.first, self.noted = dict(state.get("first", {})), list(state.get("noted", []))
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if start := starting_metrics(trainer):
             self.nll = [start["val/nll"]]
 
     def on_generation_end(
-        self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]
+        self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: ShardStore, report: dict[str, Any]
     ) -> None:
+        if "completions/distinct" in report:
+            self._judge_rollouts(trainer, iteration, report)
         if "identical_share" not in report:  # of a stage without pairs
             return
         identical, clipped = report["identical_share"], report["generated_clipped_share"]
@@ -90,6 +123,8 @@ class Health(L.Callback):
     def on_iteration_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, summary: dict[str, Any]
     ) -> None:
+        if "completions/distinct" in summary.get("pairs", {}):  # real responses are not what it learns
+            return
         if "epoch_metrics" in summary:
             self._judge_rewards(iteration, summary["epoch_metrics"], _loss_of(module))
         if (nll := summary["val_nll"]) is None:
@@ -106,6 +141,40 @@ class Health(L.Callback):
         elif self.nll:
             self._say(iteration, f"held-out NLL went from {self.nll[-1]:.3f} to {nll:.3f}")
         self.nll.append(nll)
+
+    def _judge_rollouts(self, trainer: L.Trainer, iteration: int, report: dict[str, float]) -> None:
+        """Say what is notable, where it was not in the iteration before."""
+        self.first = self.first or dict(report)
+        found = {
+            name: words.format(report[name])
+            for name, (limit, words) in NOTABLE.items()
+            if abs(report.get(name, 0.0)) > limit
+        }
+        distinct = report["completions/distinct"]
+        if distinct < self.first["completions/distinct"] / 3:
+            found["completions/distinct"] = (
+                f"{distinct:.0%} of the responses are distinct, {self.first['completions/distinct']:.0%} were at first"
+                ": the policy explores little. Raise model.beta, or lower the learning rate"
+            )
+        if iteration >= UNTRAINED_CRITIC and (share := report.get("value/explained_variance", 0.0)) < 0:
+            found["value/explained_variance"] = (
+                f"the critic says less than a constant would (explained variance {share:.2f}): raise model.value_coef "
+                "or critic_warmup, or take a baseline of the group"
+            )
+        held_out, first = report.get("val/reward"), self.first.get("val/reward")
+        if held_out is None or first is None:
+            found |= {"val/reward": ""} if "val/reward" in self.noted else {}  # not measured: as it was
+        elif held_out < first and report.get("reward/mean", first) > self.first.get("reward/mean", first):
+            found["val/reward"] = (
+                f"the reward rose from {self.first['reward/mean']:.3f} to {report['reward/mean']:.3f}, while that of "
+                f"the held-out prompts fell from {first:.3f} to {held_out:.3f}: it may be hacked"
+            )
+        for name, sentence in found.items():
+            if name not in self.noted:
+                self._say(iteration, sentence)
+        if self.stop == "harm" and found.get("val/reward"):
+            trainer.datamodule.game.stop("harm: the held-out reward falls while the reward rises")  # type: ignore[attr-defined]
+        self.noted = list(found)
 
     def _judge_rewards(self, iteration: int, metrics: dict[str, float], loss: PairLoss) -> None:
         reward, accuracy = metrics["rewards/real"], metrics["rewards/accuracies"]
@@ -124,6 +193,52 @@ class Health(L.Callback):
     def _say(self, iteration: int, sentence: str) -> None:
         self.remarks.append((iteration, sentence))
         say(f"health, iteration {iteration}: {sentence}.")
+
+
+def remarks_on_preferences(report: Mapping[str, Any]) -> list[str]:
+    """What recorded pairs tell before any training, in sentences without a full stop.
+
+    Args:
+        report: ``longer_wins``, the mean lengths of both sides, and how many were cut.
+    """
+    remarks = []
+    longer, gap = report["longer_wins"], report["chosen_mean_length"] / report["rejected_mean_length"]
+    if abs(longer - 0.5) >= 0.1:
+        which = "longer" if longer > 0.5 else "shorter"
+        remarks.append(
+            f"the {which} answer is the better one in {max(longer, 1 - longer):.0%} of the pairs: length alone tells "
+            f"them apart (chosen answers are {gap:.2f} times as long as rejected ones), and the policy may learn only "
+            f"to write {which} ones. LengthNormalizedLoss takes that away"
+        )
+    if report["chosen_cut"] > 0.05 * report["pairs"]:
+        remarks.append(
+            f"{report['chosen_cut'] / report['pairs']:.0%} of the chosen answers are cut at the cap and never end: "
+            "raise data.max_response_tokens, or leave them out with data.too_long: drop"
+        )
+    return remarks
+
+
+def remarks_on_rewards(metrics: Mapping[str, float], report: Mapping[str, Any], loss: PairLoss) -> list[str]:
+    """What the rewards of recorded pairs tell after training, in sentences without a full stop.
+
+    Args:
+        metrics: The means over the last epoch.
+        report: As in ``remarks_on_preferences``.
+        loss: What the rewards mean.
+    """
+    remarks = []
+    chosen, rejected, accuracy = (metrics[f"rewards/{name}"] for name in ("real", "generated", "accuracies"))
+    if loss.reference is not None and chosen < 0:
+        both = f", and so are the rejected ones ({rejected:.3f})" if rejected < 0 else ""
+        remarks.append(
+            f"the chosen answers are less likely than at the start (reward {chosen:.3f}){both}. A pair's loss asks for "
+            "their difference alone, so this is expected and no error; where the chosen ones are to stay likely, "
+            f"{loss.remedy}, or take DpopLoss"
+        )
+    longer = max(report["longer_wins"], 1 - report["longer_wins"])
+    if 0.5 < accuracy <= longer and longer >= 0.6:
+        remarks.append(f"the policy tells {accuracy:.0%} of the pairs apart, and their lengths alone tell {longer:.0%}")
+    return remarks
 
 
 def _loss_of(module: Any) -> PairLoss:

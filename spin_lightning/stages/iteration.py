@@ -129,6 +129,18 @@ class Iteration(ABC):
     def training_set(self, store: Any) -> TrainingSet:
         """What to train on."""
 
+    def refuse_other_table(self, store: ShardStore, known: str | None) -> None:
+        """Make sure that a table is the one that this iteration began with, where it continues in its middle.
+
+        Raises:
+            UserError: It is another.
+        """
+        if store.sha256 != known:
+            raise UserError(
+                f"the {store.rows_are} in {store.folder} are not those that iteration {self.number} began with, so it "
+                "cannot be continued. Restore the folder, or use another output_dir."
+            )
+
     def close(self, summary: Mapping[str, Any]) -> None:
         """Export the policy, a model people can use, with a summary beside it."""
         policy, encoder = self.policy, self.run.data.encoder
@@ -197,11 +209,7 @@ class SpinIteration(Iteration):
     def _reopen(self, known: str | None) -> PairStore:
         """Back in the middle of the iteration: the pairs and the opponent are those it began with."""
         store = self._pairs_of(self.number)
-        if store.sha256 != known:
-            raise UserError(
-                f"the pairs in {store.folder} are not those that iteration {self.number} began with, so it cannot be "
-                "continued. Restore the folder, or use another self_play.output_dir."
-            )
+        self.refuse_other_table(store, known)
         keys = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *_LAYOUT)
         refuse_other_binding(store, self._depends_on(), keys)
         self.opponent.restore(lambda: self._load_opponent(store))

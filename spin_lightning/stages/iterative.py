@@ -15,7 +15,7 @@ from spin_lightning.stages.policy import PolicyModule
 class IterativeModule(PolicyModule):
     """A policy that is trained in iterations, each on data made at its start: what the clock asks of a module."""
 
-    kernels_used = ("prompt_attention", "decode_attention", "layers")
+    kernels_used: tuple[str, ...] = ("prompt_attention", "decode_attention", "layers")
 
     @abstractmethod
     def make_iteration(self, number: int, run: Run) -> Iteration:

@@ -55,23 +55,26 @@ class Float32Master(torch.optim.Optimizer):
     all are. The copy costs 4 bytes a weight beside the optimiser's own state. A step uses the gradients up.
 
     Args:
-        parameters: The model's trainable weights, in bfloat16 or float16.
+        parameters: The model's trainable weights, in bfloat16 or float16; or groups of them, as ``as_groups`` has them.
         make_optimizer: Makes the optimiser from the float32 copies.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:
-        model_weights = list(parameters)
-        self.master_weights = [
-            weight.detach().to(torch.float32, copy=True).requires_grad_() for weight in model_weights
+    def __init__(self, parameters: Iterable[Any], make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+        given = list(parameters)
+        groups = [group["params"] for group in given] if isinstance(given[0], dict) else [given]
+        model_weights = [weight for weights in groups for weight in weights]
+        masters = [
+            [weight.detach().to(torch.float32, copy=True).requires_grad_() for weight in weights] for weights in groups
         ]
-        self.inner = make_optimizer(self.master_weights)
+        self.master_weights = [master for part in masters for master in part]
+        self.inner = make_optimizer(as_groups(masters))
         pairs = list(zip(model_weights, self.master_weights, strict=True))
         # torch's own optimisers treat each weight by itself, so float32 gradients of a few at a time are enough
         is_by_weight = (
             type(self.inner).__module__.startswith("torch.optim.") and type(self.inner) is not torch.optim.LBFGS
         )
         self._parts = _group_by_size(pairs, WEIGHTS_AT_A_TIME) if is_by_weight else [pairs]
-        super().__init__(model_weights, dict(self.inner.defaults))
+        super().__init__(given, dict(self.inner.defaults))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -79,8 +82,7 @@ class Float32Master(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        (group,) = self.param_groups
-        for inner_group in self.inner.param_groups:
+        for inner_group, group in zip(self.inner.param_groups, self.param_groups, strict=True):
             inner_group["lr"] = group["lr"]
         for part in self._parts:
             for weight, master in part:
@@ -100,6 +102,11 @@ class Float32Master(torch.optim.Optimizer):
         for master, saved in zip(self.master_weights, state_dict["master_weights"], strict=True):
             master.data.copy_(saved)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+
+
+def as_groups(parts: Sequence[Sequence[Tensor]]) -> list[Any]:
+    """Weights as an optimiser takes them: one part as it is, several as groups."""
+    return list(parts[0]) if len(parts) == 1 else [{"params": list(weights)} for weights in parts]
 
 
 def _group_by_size(pairs: list[tuple[Tensor, Tensor]], limit: int) -> list[list[tuple[Tensor, Tensor]]]:

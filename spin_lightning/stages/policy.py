@@ -47,9 +47,9 @@ from spin_lightning.runs.lightning_internals import (
 )
 from spin_lightning.runs.sharding import whole_norm
 from spin_lightning.schedule import at_iteration
-from spin_lightning.stages.optim import Float32Master, fused, refuse_unusable, sum_in_passes
+from spin_lightning.stages.optim import Float32Master, as_groups, fused, refuse_unusable, sum_in_passes
 from spin_lightning.terminal import say
-from spin_lightning.types import NonFiniteError, ResponseBatch, UserError
+from spin_lightning.types import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -425,15 +425,17 @@ class PolicyModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimiser and one warm-up-and-decay schedule for one iteration."""
         refuse_unusable(self.optimizer)
-        parameters = self._trained_weights()
+        groups = self.weights_by_rate
         if not self.is_trained:  # an optimiser all the same, whose settings are compared with the run's
-            parameters = [min(parameters, key=Tensor.numel)]
-        rate = at_iteration(self.learning_rate, self.iteration)
-        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in parameters):
-            optimizer: torch.optim.Optimizer = Float32Master(parameters, lambda weights: fused(self.optimizer(weights)))
+            groups = [([min(groups[0][0], key=Tensor.numel)], groups[0][1])]
+        parts = [weights for weights, _ in groups]
+        if any(weight.dtype in (torch.bfloat16, torch.float16) for weights in parts for weight in weights):
+            optimizer: torch.optim.Optimizer = Float32Master(
+                as_groups(parts), lambda weights: fused(self.optimizer(weights))
+            )
         else:
-            optimizer = fused(self.optimizer(parameters))
-        for group in optimizer.param_groups:
+            optimizer = fused(self.optimizer(as_groups(parts)))
+        for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = rate
         return {
             "optimizer": optimizer,
@@ -536,7 +538,7 @@ class PolicyModule(L.LightningModule):
                     weight.grad = None
         factor = self.trainer.accumulate_grad_batches * update.divisor / update.count
         if factor != 1:
-            for weight in self.policy.parameters():
+            for weight in self._trained_weights():
                 if weight.grad is not None:
                     weight.grad.mul_(factor)
 
@@ -557,8 +559,14 @@ class PolicyModule(L.LightningModule):
         self._update.users = self._update.users + processes.add_up(is_used)
         return loss
 
+    @property
+    def weights_by_rate(self) -> list[tuple[list[Tensor], float]]:
+        """What is trained: weights, and their peak of the schedule. Those of the policy are the first."""
+        weights: list[Tensor] = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        return [(weights, at_iteration(self.learning_rate, self.iteration))]
+
     def _trained_weights(self) -> list[Tensor]:
-        return [weight for weight in self.policy.parameters() if weight.requires_grad]
+        return [weight for weights, _ in self.weights_by_rate for weight in weights]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         num_batches = self.trainer.accumulate_grad_batches
@@ -576,7 +584,7 @@ class PolicyModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip, and let no update through whose gradient is NaN or infinite. The norm is computed once for both."""
-        weights = [weight for weight in self.policy.parameters() if weight.grad is not None]
+        weights = [weight for weight in self._trained_weights() if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])  # type: ignore[misc]
         whole = whole_norm(norm)
         self.log("grad_norm", whole)
@@ -635,14 +643,18 @@ class PolicyModule(L.LightningModule):
                 start += prompt_length + sum(lengths)
         return lines
 
-    def validation_step(self, batch: list[ResponseBatch], batch_idx: int) -> None:
+    def held_out_log_probs(self, part: Any) -> tuple[Tensor, Tensor]:
+        """Log-probs and lengths of the real responses in one part of a held-out batch."""
+        return response_log_probs(self.plain_policy, part), part.response_lengths
+
+    def validation_step(self, batch: list[Any], batch_idx: int) -> None:
         """Held-out NLL of the real responses: it needs no generation."""
         own = processes.deal(batch)
         if not own:  # a mean that was never told anything warns
             self.held_out_nll.update(torch.empty(0))
             self.held_out_nll_per_token.update(torch.empty(0))
         for part in own:
-            log_probs, lengths = response_log_probs(self.plain_policy, part), part.response_lengths
+            log_probs, lengths = self.held_out_log_probs(part)
             self.held_out_nll.update(-log_probs)
             self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)
         size = sum(map(len, batch))

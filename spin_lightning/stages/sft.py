@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from spin_lightning.models.loading import ModelOrName
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.runs.lightning_internals import remake_optimizers
 from spin_lightning.stages.policy import PolicyModule
-from spin_lightning.stages.stage import Stage
+from spin_lightning.stages.stage import Stage, cap_of
 from spin_lightning.types import ResponseBatch, UserError
 
 
@@ -92,19 +91,6 @@ def _refuse_no_end(settings: Any) -> None:
         raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
 
 
-def _cap_of(generator: Any) -> dict[str, Any]:
-    """The cap that a generator's settings put on real responses too."""
-    settings = generator if isinstance(generator, Mapping) else {}
-    of_class = (settings.get("init_args") or {}).get("max_new_tokens")
-    flags = (settings.get(key) for key in ("max_new_tokens", "init_args.max_new_tokens"))  # beside a config's class
-    given = next((cap for cap in flags if cap is not None), of_class)
-    if given is None:
-        return {}
-    if not str(given).isdigit() or not int(given):
-        raise UserError(f"data.generator.max_new_tokens must be a number of tokens, at least 1, got {given!r}.")
-    return {"data.max_response_tokens": int(given)}
-
-
 #: ``spin-lightning sft``.
 STAGE = Stage(
     module="spin_lightning.stages.sft.SftLightningModule",
@@ -114,7 +100,7 @@ STAGE = Stage(
     over_file="summary.json",
     mark="model.average",
     reads_over={
-        "data.generator": _cap_of,
+        "data.generator": cap_of,
         "data.answers_per_prompt": None,
         "data.history": None,
         "data.keep_prompts_together": None,

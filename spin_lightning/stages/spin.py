@@ -7,32 +7,21 @@ iteration in ``iteration``. Data sets, templates and sampling are not known here
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
-from spin_lightning.losses import PairLoss, SpinLoss
-from spin_lightning.models.forward_paths import rounding_of
+from spin_lightning.losses import PairLoss
 from spin_lightning.models.loading import ModelOrName
-from spin_lightning.models.log_probs import pair_log_probs
-from spin_lightning.models.modes import evaluating
-from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json
-from spin_lightning.schedule import at_iteration, check_schedule
-from spin_lightning.stages.gate import check_gate
+from spin_lightning.schedule import check_schedule
 from spin_lightning.stages.iteration import Run, SpinIteration, iteration_folder
-from spin_lightning.stages.iterative import IterativeModule
-from spin_lightning.stages.metrics import PairMetrics
 from spin_lightning.stages.opponent import OPPONENTS, Opponent
+from spin_lightning.stages.pairs import PairModule
 from spin_lightning.stages.stage import Stage
-from spin_lightning.types import PairBatch, PairLogProbs, UserError
+from spin_lightning.types import UserError
 
 
-class SpinLightningModule(IterativeModule):
+class SpinLightningModule(PairModule):
     """Self-play fine-tuning of one language model (Chen et al. 2024, arXiv:2401.01335).
 
     Settings that may change over the game take one value, or a list with one value an iteration. Takes every setting of
@@ -65,32 +54,14 @@ class SpinLightningModule(IterativeModule):
         **policy: Any,
     ) -> None:
         super().__init__(model_name_or_path, learning_rate=learning_rate, **policy)
-        for value in beta if isinstance(beta, list) else [beta]:
-            if not value > 0:
-                raise UserError(
-                    f"model.beta must be positive, got {value!r}: at 0 every margin is 0 and nothing is learned."
-                )
         if not isinstance(opponent, Opponent) and opponent not in OPPONENTS:
             raise UserError(f"model.opponent must be one of {sorted(OPPONENTS)} or an Opponent, got {opponent!r}.")
-        if loss is not None and not isinstance(loss, PairLoss):
-            raise UserError(
-                f"model.loss must be a PairLoss, got {type(loss).__name__}. Derive it from spin_lightning.PairLoss."
-            )
-        self.beta = beta
-        self.loss = loss if loss is not None else SpinLoss()
-        self.opponent = opponent if isinstance(opponent, Opponent) else OPPONENTS[opponent]()
+        self.learn_from_pairs(beta, loss, opponent if isinstance(opponent, Opponent) else OPPONENTS[opponent]())
         if self.adapter is not None and self.opponent.holds_weights:
             raise UserError(
                 f"model.opponent {type(self.opponent).__name__} holds a copy of the whole model, which model.adapter "
                 "is there to avoid. Leave model.opponent at stored: its log-probs are the same numbers."
             )
-        self.metrics = PairMetrics()
-        self._gate_is_due = False
-
-    def check_schedules(self, iterations: int) -> None:
-        super().check_schedules(iterations)
-        check_schedule("model.beta", self.beta, iterations)
-        self.loss.check(self.beta, iterations)
 
     def make_iteration(self, number: int, run: Run) -> SpinIteration:
         return SpinIteration(number, run, self.policy_view, self.opponent, self.loss)
@@ -98,15 +69,6 @@ class SpinLightningModule(IterativeModule):
     @property
     def needs_start(self) -> bool:
         return self.loss.needs_initial_log_probs or self.opponent.holds_weights
-
-    def start_iteration(self, iteration: int, epochs: int, *, is_fresh: bool) -> None:
-        super().start_iteration(iteration, epochs, is_fresh=is_fresh)
-        self.loss.iteration = iteration
-        self._gate_is_due = is_fresh
-
-    def describe_iteration(self, iteration: int) -> dict[str, Any]:
-        metrics = {name: float(value) for name, value in self.metrics.compute().items()}
-        return {"beta": at_iteration(self.beta, iteration), "epoch_metrics": metrics}
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -116,67 +78,6 @@ class SpinLightningModule(IterativeModule):
                 "SyntheticDataModule. Use Trainer(callbacks=[SelfPlay(...), ...]).fit(module, "
                 "SyntheticDataModule(...))."
             )
-
-    def pair_log_probs(self, batch: PairBatch) -> PairLogProbs:
-        """The policy's log-probs of a batch."""
-        return pair_log_probs(self.policy, batch)
-
-    def training_step(self, batch: list[PairBatch], batch_idx: int) -> Tensor:
-        """The SPIN loss of one batch of pairs (Eq. 4.7): its share of the mean over the update's pairs."""
-        beta = at_iteration(self.beta, self.iteration)
-        num_pairs = sum(map(len, batch))
-        seen = []
-
-        def sum_of(part: PairBatch) -> Tensor:
-            policy, opponent = self.pair_log_probs(part), self.opponent.log_probs(part)
-            if self._gate_is_due:
-                self._check_gate(part, policy, opponent, beta)
-                self._gate_is_due = False
-            output = self.loss(policy, opponent, beta, part.initial)
-            seen.append((output, policy))
-            return output.losses.sum()
-
-        is_first = not self._update.count
-        loss = self.mean_of_update(sum_of, batch, num_pairs)
-        self._gate_is_due = False  # of a process that had no pass, too
-        seen = seen[: len(processes.deal(batch))]  # without a pass that had no weight
-        self.log_dict(self.metrics(seen, is_first=is_first), batch_size=num_pairs)
-        return loss
-
-    def _check_gate(self, part: PairBatch, policy: PairLogProbs, opponent: PairLogProbs, beta: float) -> None:
-        """Compare the policy with what was stored, and with what the opponent says of it."""
-        check = partial(
-            check_gate,
-            policy=policy,
-            dtype=self.compute_dtype,
-            iteration=self.iteration,
-            recompute=self._recompute(part),
-            rounding=partial(rounding_of, self.plain_policy, part.responses),
-        )
-        check(self.loss, beta, part)
-        if opponent is not part.opponent and self.opponent.starts_as_policy:
-            name = type(self.opponent).__name__
-            cause = (
-                f"{name}.log_probs does not give those of the policy where an iteration begins. Mend it, or set "
-                f"{name}.starts_as_policy = False if it is meant to be another model"
-            )
-            check(self.loss, beta, replace(part, opponent=opponent), otherwise=cause)
-
-    def on_train_epoch_start(self) -> None:
-        self.metrics.reset()
-
-    def on_train_epoch_end(self) -> None:
-        values = self.metrics.compute()
-        # all processes have the same values, which Lightning is told not to doubt
-        self.log_dict({f"epoch/{name}": value for name, value in values.items()}, sync_dist=processes.world_size() > 1)
-
-    def _recompute(self, batch: PairBatch):  # type: ignore[no-untyped-def]
-        def recompute(is_evaluating: bool) -> PairLogProbs:
-            model = self.plain_policy  # as one process may ask for it alone
-            with evaluating(model) if is_evaluating else nullcontext():
-                return self.pair_log_probs(batch) if model is self.policy else pair_log_probs(model, batch)
-
-        return recompute
 
 
 def _count_epochs(iterations: int, epochs: int | list[int]) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin_lightning.types import UserError
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -51,3 +53,16 @@ class Stage:
     check: Callable[[Any, Mapping[str, Any]], None] = lambda module, callbacks: None
     exported: Callable[[Path], Path] = lambda folder: folder / "policy"
     makes_policy: bool = True
+
+
+def cap_of(generator: Any) -> dict[str, Any]:
+    """The cap that a generator's settings put on real responses too."""
+    settings = generator if isinstance(generator, Mapping) else {}
+    of_class = (settings.get("init_args") or {}).get("max_new_tokens")
+    flags = (settings.get(key) for key in ("max_new_tokens", "init_args.max_new_tokens"))  # beside a config's class
+    given = next((cap for cap in flags if cap is not None), of_class)
+    if given is None:
+        return {}
+    if not str(given).isdigit() or not int(given):
+        raise UserError(f"data.generator.max_new_tokens must be a number of tokens, at least 1, got {given!r}.")
+    return {"data.max_response_tokens": int(given)}

@@ -18,7 +18,7 @@ from spin_lightning.cli.stage_cli import parse_settings
 REQUIRED = {"model.model_name_or_path": "a/b", "data.train_data": "c"}
 
 
-@pytest.mark.parametrize("word", ["fit", "sft", "validate"])
+@pytest.mark.parametrize("word", ["fit", "sft", "ppo", "validate"])
 def test_it_imports_nothing_heavy_and_takes_no_time(word):
     code = (
         f"import sys, time; from spin_lightning.cli import main; main([{word!r}, '--help'])\n"
@@ -36,7 +36,7 @@ def parsed(word: str) -> Any:
 @pytest.mark.parametrize("word", STAGES)
 def test_settings_and_defaults_are_those_of_the_parser(word):
     settings, shown = parsed(word), settings_of(STAGES[word])
-    follow = {"checkpoint.dirpath", *({"trainer.max_epochs"} if word == "fit" else ())}
+    follow = {"checkpoint.dirpath", *({"trainer.max_epochs"} if word in ("fit", "ppo") else ())}
     for section, (title, of_section) in shown.items():
         assert title.endswith(".")
         expected = {}

@@ -219,8 +219,8 @@ def test_every_forward_path_gives_the_same_numbers(model: PreTrainedModel, refer
     batch = pack(GROUPS)
     reference = copy.deepcopy(reference).to(model.dtype)
     for path in (
-        forward_paths._score_plain,
-        lambda model, batch: forward_paths._score_separate(model, batch, head.is_linear(model)),
+        forward_paths.ForwardPath(forward_paths._read_plain),
+        forward_paths.ForwardPath(forward_paths._read_separate, head.is_linear(model)),
     ):
         values = path(reference, batch)
         assert_close(values, forward_paths.forward_path_of(model)(model, batch), rounding(model))
@@ -392,8 +392,8 @@ def test_empty_responses_give_zero_wherever_they_stand_and_no_gradient_that_is_n
     (gradient,) = torch.autograd.grad(values.sum(), next(model.parameters()))
     assert gradient.isfinite().all()
     for path in (
-        forward_paths._score_plain,
-        lambda model, batch: forward_paths._score_separate(model, batch, head.is_linear(model)),
+        forward_paths.ForwardPath(forward_paths._read_plain),
+        forward_paths.ForwardPath(forward_paths._read_separate, head.is_linear(model)),
     ):
         if len(pack(groups).scored):
             (gradient,) = torch.autograd.grad(path(model, pack(groups)).sum(), next(model.parameters()))
@@ -520,7 +520,7 @@ EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_inte
 WINDOW: dict[str, Any] = {"sliding_window": 6}
 #: How each is made, and the forward path it takes.
 KINDS: dict[str, tuple[Callable[[], Any], str]] = {
-    "mixtral": (lambda: MixtralConfig(**SHAPE, **WINDOW, num_local_experts=4), "_score_shared"),
+    "mixtral": (lambda: MixtralConfig(**SHAPE, **WINDOW, num_local_experts=4), "_read_shared"),
     # the two below have windows that their attention is told nothing of
     "qwen2-moe": (
         lambda: Qwen2MoeConfig(
@@ -531,11 +531,11 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
             layer_types=["sliding_attention"] * 2,
             shared_expert_intermediate_size=16,
         ),
-        "_score_shared",
+        "_read_shared",
     ),
-    "phimoe": (lambda: PhimoeConfig(**SHAPE, **WINDOW, num_local_experts=4), "_score_shared"),
-    "qwen3-moe": (lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, output_router_logits=True), "_score_shared"),
-    "granite-moe": (lambda: GraniteMoeConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2), "_score_shared"),
+    "phimoe": (lambda: PhimoeConfig(**SHAPE, **WINDOW, num_local_experts=4), "_read_shared"),
+    "qwen3-moe": (lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, output_router_logits=True), "_read_shared"),
+    "granite-moe": (lambda: GraniteMoeConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2), "_read_shared"),
     "deepseek-v3, values narrower than keys": (
         lambda: DeepseekV3Config(
             **{**SHAPE, "num_key_value_heads": 2},
@@ -551,7 +551,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
             qk_nope_head_dim=8,
             v_head_dim=8,
         ),
-        "_score_shared",
+        "_read_shared",
     ),
     "gpt-oss, attention with sinks": (
         lambda: GptOssConfig(
@@ -562,20 +562,20 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
             num_experts_per_tok=2,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
-        "_score_separate",
+        "_read_separate",
     ),
     "jamba": (
         lambda: JambaConfig(
             **SHAPE, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2, mamba_d_state=4
         ),
-        "_score_separate",
+        "_read_separate",
     ),
-    "rwkv": (lambda: RwkvConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2), "_score_separate"),
+    "rwkv": (lambda: RwkvConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2), "_read_separate"),
     "llama4, chunks of tokens": (
         lambda: Llama4TextConfig(
             **SHAPE, head_dim=8, intermediate_size_mlp=24, num_local_experts=4, attention_chunk_size=6
         ),
-        "_score_plain",
+        "_read_plain",
     ),
 }
 LONG = [
@@ -607,7 +607,7 @@ def test_numbers_and_gradients_are_those_of_each_response_alone(name: str) -> No
     off = sum((a - b).norm() ** 2 for a, b in zip(fast, slow, strict=True)) / sum(b.norm() ** 2 for b in slow)
     assert off < 1e-6
     chosen = forward_paths.forward_path_of(model)
-    assert getattr(chosen, "func", chosen).__name__ == path
+    assert chosen.read.__name__ == path
 
 
 def test_a_window_that_only_the_mask_knows_is_at_work() -> None:
@@ -787,7 +787,10 @@ def test_bfloat16_is_as_close_to_float64_as_separate_rows_in_bfloat16_are(name: 
         )
 
     assert is_shared(rounded)
-    assert error(forward_paths.forward_path_of(rounded)) <= 2 * error(forward_paths._score_plain) + 1e-6
+    assert (
+        error(forward_paths.forward_path_of(rounded))
+        <= 2 * error(forward_paths.ForwardPath(forward_paths._read_plain)) + 1e-6
+    )
 
 
 def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
@@ -838,7 +841,7 @@ def test_flash_attention_gets_sequences_end_to_end() -> None:
         input_ids=batch.input_ids[places][None], position_ids=batch.position_ids[places][None], use_cache=False
     )
     values = output.logits[0, predictors].log_softmax(-1).gather(1, batch.input_ids[batch.scored][:, None]).squeeze(1)
-    assert_close(values, forward_paths._score_plain(model, batch))
+    assert_close(values, forward_paths.ForwardPath(forward_paths._read_plain)(model, batch))
 
 
 # --- By hand --------------------------------------------------------------------------------------------------------

@@ -21,13 +21,16 @@ def test_rounding_is_the_distance_a_token_of_two_forward_paths_through_the_model
     batch = pack([([5, 6, 7], [[8, 9], [10]]), ([11], [[12, 13]])])
     seen = []
 
-    def rows(model: nn.Module, batch: Any, is_linear: bool) -> Tensor:
-        seen.append(batch.lengths)
-        return forward_paths._score_shared(model, batch, is_linear) + torch.tensor(
-            [0.02, -0.02, 0.1, 0.0, 0.06, -0.04, 0.0, 0.1, 0.1]
-        )
+    class Rows(forward_paths.ForwardPath):
+        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+            if self.read is forward_paths._read_shared:
+                return super().__call__(model, batch)
+            seen.append(batch.lengths)
+            shared = forward_paths.ForwardPath(forward_paths._read_shared, self.is_linear)
+            return shared(model, batch) + torch.tensor([0.02, -0.02, 0.1, 0.0, 0.06, -0.04, 0.0, 0.1, 0.1])
 
-    monkeypatch.setattr(forward_paths, "_score_separate", rows)
+    forward_paths.forward_path_of(model)
+    monkeypatch.setattr(forward_paths, "ForwardPath", Rows)
     # whole sequences: prompts make more numbers; the responses alone are no further off
     assert rounding_of(model, batch) == pytest.approx(
         ((2 * 0.02**2 + 3 * 0.1**2 + 0.06**2 + 0.04**2) / 9) ** 0.5, rel=0.01

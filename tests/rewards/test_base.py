@@ -10,7 +10,7 @@ import torch
 
 from spin_lightning import NumberMatch, RewardUnavailable, SumOfRewards, TextMatch, UserError
 from spin_lightning.rewards import Answer, Reward, check_reward, make_answer, preferred, scored
-from spin_lightning.rewards.base import refuse_unanswered, scored_with_parts
+from spin_lightning.rewards.base import preferred_by_order, refuse_unanswered, scored_with_parts
 from spin_lightning.types import Prompt, Row
 
 
@@ -153,9 +153,32 @@ def test_a_judge_that_is_silent_about_more_than_a_tenth_stops_the_run():
 
 
 def test_an_answer_is_made_of_a_prompt_and_a_response():
-    row = Row(({"role": "user", "content": "q"},), "")
+    row = Row(({"role": "user", "content": "q"},), "", has_real=False)
     answer = make_answer(Prompt(0, row, [1, 2], [], "stop"), [3], "a", "length")
     assert (answer.text, answer.real, answer.ids, answer.prompt_ids, answer.finish_reason) == (
         *("a", None, [3], [1, 2]),
         "length",
     )
+
+
+class Judge(By):
+    """Prefers the text with more characters, and by a bias the one that is shown first."""
+
+    def prefer(self, first: Sequence[Answer], second: Sequence[Answer]) -> list[float | None]:
+        self.asked.append(len(first))
+        return [
+            None if "?" in (a.text, b.text) else 1 / (1 + math.exp(len(b.text) - len(a.text) - 2))
+            for a, b in zip(first, second, strict=True)
+        ]
+
+
+def test_a_reward_that_compares_is_asked_in_both_orders():
+    judge = Judge(lambda _: [])
+    assert judge.compares and not By(lambda _: []).compares
+    ours, theirs = answers("aa", "a", "a", "?", "aa"), answers("b", "b", "a", "b", "b")
+    found = preferred(judge, ours, theirs)
+    assert found == [pytest.approx(0.610758, abs=1e-6), 0.5, 0.5, None, found[0]]
+    assert judge.asked == [3, 3]  # equal answers are a tie, and a pair that comes again is not asked about again
+    ((one, two), *_) = preferred_by_order(judge, ours, theirs)  # type: ignore[misc]
+    assert one - two == pytest.approx(0.683633, abs=1e-6)
+    assert preferred_by_order(By(lambda asked: [1.0, 0.0]), answers("x"), answers("y")) == [(1.0, 1.0)]

@@ -177,3 +177,70 @@ def test_a_game_is_at_its_equilibrium_from_95_per_cent_of_its_own_answers(share:
     FakeTrainer.datamodule.game.reasons = reasons = []
     Health().on_generation_end(FakeTrainer, None, 2, None, situation(identical_share=share))  # type: ignore[arg-type]
     assert reasons == (["equilibrium: 95% of the answers are identical"] if ends else [])
+
+
+# --- of rollouts -----------------------------------------------------------------------------------------------------
+
+USUAL = {
+    "completions/distinct": 0.9, "completions/cut": 0.0, "kl/reference": 1.0, "groups/flat": 0.3, "reward/none": 0.0,
+    "reward/length_correlation": 0.1, "reward/mean": 0.4, "value/explained_variance": 0.2, "val/reward": 0.5,
+}  # fmt: skip
+
+
+class Stops:
+    """A trainer whose game may be told to stop."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.datamodule = self.game = self
+
+    def stop(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+def remarks_on(*reports: dict[str, float], stop: Any = "never") -> tuple[list[tuple[int, str]], list[str]]:
+    health, trainer = Health(stop), Stops()
+    for iteration, report in enumerate(reports):
+        merged = {name: value for name, value in {**USUAL, **report}.items() if value is not None}
+        health.on_generation_end(trainer, None, iteration, None, merged)  # type: ignore[arg-type]
+        again = Health(stop)
+        again.load_state_dict(health.state_dict())  # a resume between any two
+        again.remarks, health = health.remarks, again
+    return health.remarks, trainer.reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("kl/reference", 21.5, "21.5 nats from the reference"),
+        ("groups/flat", 0.85, "85% of the prompts all responses have the same reward"),
+        ("completions/cut", 0.06, "6% of the responses were cut"),
+        ("completions/distinct", 0.29, "29% of the responses are distinct, 90% were at first"),
+        ("reward/none", 0.02, "2% of the responses have no reward"),
+        ("reward/length_correlation", -0.95, "follows the length of a response (correlation -0.95)"),
+        ("val/reward", 0.45, "fell from 0.500 to 0.450: it may be hacked"),
+    ],
+)
+def test_what_is_notable_of_rollouts_is_said_once(name: str, value: float, words: str) -> None:
+    rises = {"reward/mean": 0.6}
+    remarks, _ = remarks_on({}, {name: value, **rises}, {name: value, **rises}, rises, {name: value, **rises})
+    assert [iteration for iteration, _ in remarks] == [1, 4]  # it went away in between
+    assert all(words in sentence for _, sentence in remarks)
+
+
+def test_usual_rollouts_are_no_cause_for_remarks() -> None:
+    lower = {"val/reward": 0.45, "reward/mean": 0.3}  # both fell
+    assert remarks_on({}, {}, lower, {"value/explained_variance": -1.0}, {"val/reward": None}) == ([], [])
+
+
+def test_a_critic_has_ten_iterations_to_learn() -> None:
+    remarks, _ = remarks_on(*[{"value/explained_variance": -0.5}] * 12)
+    assert [iteration for iteration, _ in remarks] == [10] and "explained variance -0.50" in remarks[0][1]
+
+
+def test_a_hacked_reward_may_end_the_run() -> None:
+    hacked = {"val/reward": 0.4, "reward/mean": 0.6}
+    assert remarks_on({}, hacked, {"val/reward": None}, stop="harm")[1] == [
+        "harm: the held-out reward falls while the reward rises"
+    ]
+    assert remarks_on({}, hacked)[1] == []

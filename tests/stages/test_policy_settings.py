@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from spin_lightning import SftLightningModule, SpinLightningModule
+from spin_lightning import PpoLightningModule, SftLightningModule, SpinLightningModule
 from spin_lightning.stages.policy import PolicyModule
 from spin_lightning.types import UserError
 
@@ -19,8 +19,13 @@ OF_EVERY_STAGE: dict[str, Any] = {
 }  # fmt: skip
 OWN: dict[type[PolicyModule], dict[str, Any]] = {
     SpinLightningModule: {"beta": 1.0, "loss": None, "learning_rate": 5e-7, "opponent": "stored"},
+    PpoLightningModule: {
+        "beta": 0.05, "advantage": None, "learning_rate": 1e-6, "lr_schedule": "constant", "warmup_ratio": 0.0,
+        "clip": 0.2, "value_coef": 0.1, "value_clip": None, "value_scale": 100.0, "critic": None,
+        "critic_learning_rate": 1e-5, "critic_warmup": 0, "average": "token", "sampler_cap": None,
+    },
     SftLightningModule: {"learning_rate": 2e-5, "average": "token", "max_updates": None},
-}
+}  # fmt: skip
 
 
 class Mine(SpinLightningModule):

@@ -62,8 +62,9 @@ def test_fifty_steps_of_the_fast_path_are_those_of_the_plain_one(
     """Shared prompts, packed, head in chunks, two passes a step; against padded rows and whole logits in one pass."""
     settings: dict[str, Any] = {"play": {"iterations": 1, "epochs": 17}, "module": {"learning_rate": 3e-3}}
     data = {"answers_per_prompt": 2, "batch_size": 6}
+    plain_path = forward_paths.ForwardPath(forward_paths._read_plain)
     fast = Game(model, rows, tmp_path / "fast", data={**data, "micro_batch_tokens": 100}, **settings).play()
-    monkeypatch.setattr(forward_paths, "forward_path_of", lambda model: forward_paths._score_plain)
+    monkeypatch.setattr(forward_paths, "forward_path_of", lambda model: plain_path)
     plain = Game(model, rows, tmp_path / "plain", data={**data, "micro_batch_tokens": 10**6}, **settings).play()
     assert len(fast.losses) == len(plain.losses) >= 50
     assert fast.losses == pytest.approx(plain.losses, abs=2e-3)

@@ -1,0 +1,555 @@
+"""``Scoring``: responses of a model or of the data, what a reward says of them, and the rows that follow from it.
+
+Responses, rewards and comparisons are three tables of shards, each bound to what made it; a run that is killed makes
+again at most the shard in progress, so no judge is asked twice about what it has said.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+import torch
+
+from spin_lightning.data.preferences import PreferenceDataModule
+from spin_lightning.generation.base import Player, opened, seed_of
+from spin_lightning.generation.responding import Responder
+from spin_lightning.generation.synthetic_data import SyntheticDataModule
+from spin_lightning.models.modes import compute_dtype, evaluating
+from spin_lightning.models.rope import refuse_crossing
+from spin_lightning.models.saving import save_model, weights_hash
+from spin_lightning.progress import Phase, progress
+from spin_lightning.rewards.base import (
+    Answer,
+    Reward,
+    check_reward,
+    make_answer,
+    preferred,
+    preferred_by_order,
+    scored_with_parts,
+    settings_kept,
+)
+from spin_lightning.rewards.statistics import best_of, mean_and_error, pass_at, powers_up_to, wilson
+from spin_lightning.runs import signals
+from spin_lightning.runs.files import hold, refuse_links, replacing, run_folder, write_json
+from spin_lightning.runs.shards import ShardStore
+from spin_lightning.types import Prompt, UserError
+
+_KEY = [("prompt_id", pa.int64()), ("answer", pa.int32())]
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+class ResponseStore(ShardStore):
+    """Responses to the prompts, of one model or of the data."""
+
+    schema = pa.schema(
+        [
+            *_KEY,
+            ("prompt", _MESSAGES),
+            ("response", pa.string()),
+            ("real", pa.string()),
+            ("response_ids", pa.list_(pa.int32())),
+            ("finish_reason", pa.string()),
+            ("seed", pa.int64()),
+        ]
+    )
+    rows_are: ClassVar[str] = "responses"
+
+
+class RewardStore(ShardStore):
+    """What the reward said of each response."""
+
+    schema = pa.schema(
+        [
+            *_KEY,
+            ("reward", pa.float64()),  # null: cannot be judged
+            ("rewards", pa.map_(pa.string(), pa.float64())),  # of a sum, by name
+            ("over_next", pa.float64()),  # probability that it is better than the prompt's next response
+        ]
+    )
+    rows_are: ClassVar[str] = "rewards"
+
+
+class ComparisonStore(ShardStore):
+    """The probability that a response is better than the other model's, shown before it and behind it."""
+
+    schema = pa.schema([*_KEY, ("shown_first", pa.float64()), ("shown_second", pa.float64())])
+    rows_are: ClassVar[str] = "comparisons"
+
+
+class RecordedPairs(SyntheticDataModule):
+    """Rows with two responses each, to be compared by a reward."""
+
+    needs_rejected = True
+    also_counted: ClassVar[tuple[str, ...]] = PreferenceDataModule.also_counted
+
+
+@dataclass(frozen=True)
+class Players:
+    """How models are loaded and computed with.
+
+    Attributes:
+        load: The model of the settings, or the one of a name, on its device; and the folder where the same weights
+            lie, if there is one.
+        numerics: A context with the precision of their passes.
+        name: Of the model of the settings.
+        trust_remote_code: Whether code that comes with a model may run.
+    """
+
+    load: Callable[[str | None], tuple[Any, Path | None]]
+    numerics: Callable[[], AbstractContextManager[Any]]
+    name: str
+    trust_remote_code: bool = False
+
+
+class Scoring:
+    """Has a reward judge the responses to the prompts of the data, and keeps what it said.
+
+    Args:
+        output_dir: Folder of the run. The same command continues a killed one.
+        reward: What judges the responses: ``NumberMatch``, ``TextMatch``, ``FunctionReward``, ``ModelReward``,
+            ``JudgeReward``, ``SumOfRewards``, or the class path of your own.
+        against: Another model, by name or folder. It answers the same prompts with the same random numbers, and the
+            reward says whose responses are better.
+        part: Which rows: ``train``, or ``held_out``, those that a game with the same data settings sets aside.
+        right_from: A response is right if its reward is at least this: what pass@k counts.
+        best_from: Leave out of ``best.jsonl`` the prompts whose best response has a lower reward. None: no prompt.
+        shard_size: Prompts in one shard: the most that is asked again after a kill.
+
+    Raises:
+        UserError: A setting is outside its range.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        output_dir: str = "runs/score",
+        against: str | None = None,
+        part: Literal["train", "held_out"] = "train",
+        right_from: float = 1.0,
+        best_from: float | None = None,
+        shard_size: int = 64,
+    ) -> None:
+        if shard_size < 1:
+            raise UserError(f"score.shard_size must be at least 1, got {shard_size!r}.")
+        if part not in ("train", "held_out"):
+            raise UserError(f"score.part must be 'train' or 'held_out', got {part!r}.")
+        for name, value in (("right_from", right_from), ("best_from", best_from)):
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"score.{name} must be a finite number, got {value!r}.")
+        check_reward(reward)
+        self.reward, self.against, self.part = reward, against, part
+        self.output_dir = run_folder(output_dir, "score.output_dir")
+        self.right_from, self.best_from, self.shard_size = right_from, best_from, shard_size
+
+    def run(
+        self,
+        players: Players,
+        data: SyntheticDataModule,
+        answers_per_prompt: int,
+        others: SyntheticDataModule | None = None,
+    ) -> dict[str, Any]:
+        """Score the responses, or go on where a killed run was.
+
+        Args:
+            players: Give the models.
+            data: With its rows read.
+            answers_per_prompt: Responses of the model to each prompt. 0: those of the data.
+            others: The same rows, read for the tokenizer of ``against``.
+
+        Returns:
+            What ``summary.json`` holds.
+
+        Raises:
+            UserError: Something cannot be scored, or the folder holds what other settings made.
+            RewardUnavailable: A judge does not reply. What is finished is kept.
+        """
+        prompts = self.prompts_of(data)
+        if not prompts:
+            raise UserError(f"there are no {self.part} rows. Give data.val_data, or raise data.val_fraction.")
+        refuse_links(self.output_dir, r"(responses|rewards|against|comparisons)(_manifest\.json)?|\w+\.jsonl?")
+        lock = hold(self.output_dir)
+        signals.listen()
+        try:
+            self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
+            self._starts = range(0, len(prompts), self.shard_size)
+            if answers_per_prompt:
+                responses = _Maker(self, players, data, answers_per_prompt).make("responses", None)
+            else:
+                responses = self._take_recorded(data)
+            theirs = None
+            if self.against is not None:
+                theirs = self._make_others(players, others or data, answers_per_prompt)
+            try:
+                rewards = self._score(responses)
+                comparisons = None if theirs is None else self._compare(responses, theirs)
+            finally:
+                self.reward.close()
+            return self._conclude(players, responses, rewards, comparisons, answers_per_prompt)
+        finally:
+            signals.stop_listening()
+            lock.release()
+
+    def prompts_of(self, data: SyntheticDataModule) -> list[Prompt]:
+        """The prompts of the part that is scored."""
+        return data.prompts if self.part == "train" else data.val_prompts
+
+    def _make_others(self, players: Players, data: SyntheticDataModule, answers_per_prompt: int) -> ResponseStore:
+        if not answers_per_prompt:
+            raise UserError("score.against compares responses of models. Set data.answers_per_prompt to 1 or more.")
+        asked = [prompt.row.prompt for prompt in self.prompts_of(data)]
+        if asked != [prompt.row.prompt for prompt in self._prompts.values()]:
+            raise UserError(
+                f"by its own tokenizer and template other rows are too long for {self.against} than for "
+                f"{players.name}. Raise data.max_prompt_tokens, so that both are asked the same."
+            )
+        return _Maker(self, players, data, answers_per_prompt).make("against", self.against)
+
+    # --- the tables ----------------------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        store: ShardStore,
+        make: Callable[[Sequence[Prompt], Phase], list[dict[str, Any]]],
+        phase: Phase,
+        per_prompt: int,
+        prompts: Sequence[Prompt] = (),
+    ) -> None:
+        """Make the shards that are missing, and finish the table."""
+        names, prompts = [], prompts or list(self._prompts.values())
+        for start in self._starts:
+            names.append(name := f"prompts-{start:09d}.parquet")
+            own = prompts[start : start + self.shard_size]
+            if store.has_shard(name):
+                phase.skip(len(own) * per_prompt)
+            else:
+                signals.end_if_asked()
+                store.write_shard(name, make(own, phase))
+        store.finish(names)
+
+    def _take_recorded(self, data: SyntheticDataModule) -> ResponseStore:
+        """The responses of the data in the place of a model's."""
+        binding = {**self._rows_of(data), "answers_per_prompt": 0, "recorded": 1 + data.needs_rejected}
+        store = ResponseStore(self.output_dir / "responses", binding)
+
+        def take(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
+            rows = []
+            for prompt in prompts:
+                row = prompt.row
+                sides = [(row.real, row.real_finish_reason)]
+                sides += [(row.rejected, row.rejected_finish_reason)] if row.rejected is not None else []
+                for number, (text, finish_reason) in enumerate(sides):
+                    rows.append(_row_of(prompt, number, text, finish_reason) | {"real": None})
+                phase.advance(1)
+            return rows
+
+        if not store.is_complete:
+            with progress("reading responses", len(self._prompts), "rows") as phase:
+                self.fill(store, take, phase, 1)
+        return store
+
+    def _rows_of(self, data: SyntheticDataModule) -> dict[str, Any]:
+        sha256 = data.prompts_hash if self.part == "train" else data.held_out_hash
+        return {"prompts_sha256": sha256, "encoding_sha256": data.encoder.fingerprint, "shard_size": self.shard_size}
+
+    def _score(self, responses: ResponseStore) -> RewardStore:
+        binding = {"responses_sha256": responses.sha256, "reward": settings_kept(self.reward)}
+        store = RewardStore(self.output_dir / "rewards", binding)
+
+        def score(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
+            rows = self._read(responses, prompts)
+            alone = [row for row in rows if row["real"] is None] if self.reward.compares else []
+            asked = [row for row in rows if row not in alone] if alone else rows
+            values, parts = scored_with_parts(self.reward, self._answers(asked))
+            for number, (row, value) in enumerate(zip(asked, values, strict=True)):
+                row["reward"] = value
+                row["rewards"] = [(name, of_part[number]) for name, of_part in parts.items()]
+            pairs = [
+                (first, second)
+                for _, group in groupby(alone, lambda row: row["prompt_id"])
+                for first, second in _in_twos(list(group))
+            ]
+            firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
+            for row, value in zip(firsts, preferred(self.reward, *map(self._answers, (firsts, seconds))), strict=True):
+                row["over_next"] = value
+            phase.advance(len(rows))
+            return rows
+
+        if not store.is_complete:
+            total = sum(shard["rows"] for shard in responses.manifest["shards"])
+            with progress("asking the reward", total, "responses") as phase:
+                self.fill(store, score, phase, total // len(self._prompts))
+        return store
+
+    def _compare(self, responses: ResponseStore, others: ResponseStore) -> ComparisonStore:
+        binding = {
+            "responses_sha256": responses.sha256,
+            "against_sha256": others.sha256,
+            "reward": settings_kept(self.reward),
+        }
+        store = ComparisonStore(self.output_dir / "comparisons", binding)
+
+        def compare(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
+            ours, theirs = self._read(responses, prompts), self._read(others, prompts)
+            found = preferred_by_order(self.reward, self._answers(ours), self._answers(theirs))
+            phase.advance(len(ours))
+            return [
+                {**row, **dict(zip(("shown_first", "shown_second"), pair or (None, None), strict=True))}
+                for row, pair in zip(ours, found, strict=True)
+            ]
+
+        if not store.is_complete:
+            total = sum(shard["rows"] for shard in responses.manifest["shards"])
+            with progress("comparing", total, "pairs") as phase:
+                self.fill(store, compare, phase, total // len(self._prompts))
+        return store
+
+    def _read(self, store: ShardStore, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        place = list(self._prompts).index(prompts[0].prompt_id)
+        rows: list[dict[str, Any]] = store.read_shard(f"prompts-{place:09d}.parquet").to_pylist()
+        return rows
+
+    def _answers(self, rows: Iterable[Mapping[str, Any]]) -> list[Answer]:
+        answers = []
+        for row in rows:
+            prompt = self._prompts[row["prompt_id"]]
+            answer = make_answer(prompt, row["response_ids"], row["response"], row["finish_reason"])
+            answers.append(replace(answer, real=row["real"]))
+        return answers
+
+    # --- and what follows from them ------------------------------------------------------------------------------
+
+    def _conclude(
+        self,
+        players: Players,
+        responses: ResponseStore,
+        rewards: RewardStore,
+        comparisons: ComparisonStore | None,
+        answers_per_prompt: int,
+    ) -> dict[str, Any]:
+        found = rewards.read().to_pylist()
+        rows = [{**response, **said} for response, said in zip(responses.read().to_pylist(), found, strict=True)]
+        groups = [list(group) for _, group in groupby(rows, lambda row: row["prompt_id"])]
+        best, pairs = list(self._best_rows(groups)), list(self._pair_rows(groups))
+        summary = {
+            "model": players.name if answers_per_prompt else None,
+            "reward": settings_kept(self.reward),
+            "prompts": len(groups),
+            "responses": len(rows),
+            "answers_per_prompt": answers_per_prompt,
+            **self._describe(rows, groups),
+            "against": None if comparisons is None else self._describe_against(comparisons),
+            "best_rows": len(best),
+            "pair_rows": len(pairs),
+        }
+        _write_lines(self.output_dir / "best.jsonl", best)
+        _write_lines(self.output_dir / "pairs.jsonl", pairs)
+        write_json(self.output_dir / "summary.json", summary)  # last: where it is, all is there
+        return summary
+
+    def _describe(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
+        judged = [[row["reward"] for row in group if row["reward"] is not None] for group in groups]
+        mean, error = mean_and_error(judged)
+        names = dict.fromkeys(name for row in rows for name, _ in row["rewards"] or ())
+        by_name = {
+            name: mean_and_error(
+                [[v for row in group for n, v in row["rewards"] if n == name and v is not None] for group in groups]
+            )[0]
+            for name in names
+        }
+        most = max(map(len, judged))
+        right = [sum(value >= self.right_from for value in values) for values in judged]
+        lengths = [len(row["response_ids"]) for row in rows if row["response_ids"] is not None]
+        return {
+            "unjudged": sum(row["reward"] is None and row["over_next"] is None for row in rows),
+            "mean": mean,
+            "standard_error": error,
+            **({"mean_by_reward": by_name} if by_name else {}),
+            "right_from": self.right_from,
+            "pass_at": {
+                str(k): _mean([pass_at(k, r, len(v)) for r, v in zip(right, judged, strict=True) if len(v) >= k])
+                for k in powers_up_to(most)
+                if most
+            },
+            "best_of": {
+                str(k): _mean([best_of(k, values) for values in judged if len(values) >= k])
+                for k in powers_up_to(most)
+                if most
+            },
+            "cut_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+            "mean_tokens": fmean(lengths) if lengths else None,
+        }
+
+    def _describe_against(self, comparisons: ComparisonStore) -> dict[str, Any]:
+        rows = comparisons.read().to_pylist()
+        pairs = [(row["prompt_id"], row["shown_first"], row["shown_second"]) for row in rows]
+        judged = [(prompt, (one + two) / 2, abs(one - two)) for prompt, one, two in pairs if one is not None]
+        by_prompt = [[value for _, value, _ in group] for _, group in groupby(judged, lambda pair: pair[0])]
+        rate, _ = mean_and_error(by_prompt)
+        values = [value for _, value, _ in judged]
+        return {
+            "model": self.against,
+            "pairs": len(judged),
+            "unjudged": len(rows) - len(judged),
+            "win_rate": rate,
+            # of the prompts: several responses to one are no independent trials
+            "interval": None if rate is None else list(wilson(rate, len(by_prompt))),
+            "wins": sum(value > 0.5 for value in values),
+            "ties": sum(value == 0.5 for value in values),
+            "losses": sum(value < 0.5 for value in values),
+            "order_sensitivity": _mean([gap for *_, gap in judged]) if self.reward.compares else None,
+        }
+
+    def _best_rows(self, groups: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """Of each prompt the best response that came to its end, as a row for ``sft``."""
+        for group in groups:
+            ended = [row for row in group if row["reward"] is not None and row["finish_reason"] == "stop"]
+            best = max(ended, key=lambda row: row["reward"], default=None)  # the first of equals
+            if best is not None and (self.best_from is None or best["reward"] >= self.best_from):
+                prompt = self._prompts[best["prompt_id"]]
+                turns = [*prompt.row.prompt, {"role": "assistant", "content": best["response"]}]
+                yield {"messages": turns, **_tools_of(prompt), "reward": best["reward"]}
+
+    def _pair_rows(self, groups: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """Pairs of a better and a worse response, as rows for ``reward`` and ``dpo``.
+
+        By scores the best and the worst response to a prompt. Of a reward that compares, each pair that it compared:
+        a response with the real one, or with the prompt's next.
+        """
+        for group in groups:
+            if not self.reward.compares:
+                judged = sorted((row for row in group if row["reward"] is not None), key=lambda row: row["reward"])
+                if judged and judged[-1]["reward"] > judged[0]["reward"]:
+                    yield self._pair(judged[-1], judged[0], 1.0, judged[-1]["reward"] - judged[0]["reward"])
+                continue
+            for place, row in enumerate(group):
+                if row["over_next"] is not None:
+                    yield from self._labelled(row, group[place + 1], row["over_next"])
+                elif row["reward"] is not None and 0 <= row["reward"] <= 1 and row["response"] != row["real"]:
+                    prompt = self._prompts[row["prompt_id"]]
+                    real = {**row, "response": row["real"], "finish_reason": prompt.row.real_finish_reason}
+                    yield from self._labelled(row, real, row["reward"])
+
+    def _labelled(self, first: Mapping[str, Any], second: Mapping[str, Any], p: float) -> Iterator[dict[str, Any]]:
+        if p != 0.5 and first["response"] != second["response"]:
+            yield self._pair(first, second, p, 0.0) if p > 0.5 else self._pair(second, first, 1 - p, 0.0)
+
+    def _pair(self, better: Mapping[str, Any], worse: Mapping[str, Any], preference: float, margin: float) -> Any:
+        prompt = self._prompts[better["prompt_id"]]
+        return {
+            "prompt": list(prompt.row.prompt),
+            **_tools_of(prompt),
+            "chosen": [{"role": "assistant", "content": better["response"]}],
+            "rejected": [{"role": "assistant", "content": worse["response"]}],
+            "chosen_finish_reason": better["finish_reason"],
+            "rejected_finish_reason": worse["finish_reason"],
+            "preference": preference,
+            "margin": margin,
+        }
+
+
+class _Maker:
+    """Has models respond, one after the other, so that one is in memory at a time."""
+
+    def __init__(self, scoring: Scoring, players: Players, data: SyntheticDataModule, answers_per_prompt: int) -> None:
+        self.scoring, self.players, self.data, self.per_prompt = scoring, players, data, answers_per_prompt
+
+    def make(self, folder: str, name: str | None) -> ResponseStore:
+        """The responses of a model, made where they are missing."""
+        scoring, data, per_prompt = self.scoring, self.data, self.per_prompt
+        prompts = scoring.prompts_of(data)
+        model, lies = self.players.load(name)
+        try:
+            data.refuse_longer_than(getattr(model.config, "max_position_embeddings", math.inf))
+            refuse_crossing(model, [len(prompt.prompt_ids) for prompt in prompts], data.generator.max_new_tokens)
+            with self.players.numerics():
+                dtype = compute_dtype(next(model.parameters()).device, model)
+            binding = {
+                **scoring._rows_of(data),
+                "model_sha256": weights_hash(model),
+                "sampling": data.generator.sampling,
+                "answers_per_prompt": per_prompt,
+                "seed": data.seed,
+                "dtype": str(dtype),
+                **({"engine": engine} if (engine := data.generator.engine) else {}),
+            }
+            store = ResponseStore(scoring.output_dir / folder, binding)
+            if not store.is_complete:
+                total = len(prompts) * per_prompt
+                with (
+                    torch.no_grad(),
+                    self.players.numerics(),
+                    evaluating(model),
+                    self._served(model, lies) as player,
+                    opened(data.generator, player),
+                    progress("answering", total, "responses") as phase,
+                ):
+                    responder = Responder(data.generator, data.encoder, model, signals.end_if_asked)
+                    scoring.fill(store, partial(self._respond, responder), phase, per_prompt, prompts)
+            return store
+        finally:
+            data.generator.shut_down()
+
+    def _respond(self, responder: Responder, prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
+        wanted = [(prompt, answer) for prompt in prompts for answer in range(self.per_prompt)]
+        seeds = [seed_of(self.data.seed, 0, prompt.prompt_id, answer) for prompt, answer in wanted]
+        rows: dict[int, dict[str, Any]] = {}
+        for number, response in responder.respond([prompt.prompt_ids for prompt, _ in wanted], seeds):
+            (prompt, answer), text = wanted[number], self.data.encoder.decode(response.ids)
+            row = _row_of(prompt, answer, text, response.finish_reason)
+            rows[number] = row | {"response_ids": response.ids, "seed": seeds[number]}
+            phase.advance(1, tokens=len(response.ids))
+        return [rows[number] for number in range(len(wanted))]
+
+    @contextmanager
+    def _served(self, model: Any, lies: Path | None) -> Iterator[Player]:
+        """The model as a player, in a folder too where the generator reads it from one."""
+        if lies is not None or not self.data.generator.needs_folder:
+            yield Player(model, lies)
+            return
+        folder, encoder = self.scoring.output_dir / "served", self.data.encoder
+        trusted = self.players.trust_remote_code
+        save_model(model, encoder.tokenizer, folder, "# Scored\n", encoder.end_ids, trust_remote_code=trusted)
+        try:
+            yield Player(model, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _row_of(prompt: Prompt, answer: int, text: str, finish_reason: str) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.prompt_id,
+        "answer": answer,
+        "prompt": [{"role": turn["role"], "content": turn["content"]} for turn in prompt.row.prompt],
+        "response": text,
+        "real": prompt.row.real if prompt.row.has_real else None,
+        "response_ids": None,
+        "finish_reason": finish_reason,
+    }
+
+
+def _tools_of(prompt: Prompt) -> dict[str, Any]:
+    return {"tools": list(prompt.row.tools)} if prompt.row.tools else {}
+
+
+def _in_twos(rows: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(rows[::2], rows[1::2], strict=False)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

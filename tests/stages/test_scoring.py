@@ -1,0 +1,264 @@
+"""What a reward says of responses, kept and continued: on tiny models, or on a generator that answers by a rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from games import FakeGenerator, read
+from helpers import byte_tokenizer, tiny_model
+
+from spin_lightning import NumberMatch, Reward, RewardUnavailable, SyntheticDataModule, TextMatch, UserError
+from spin_lightning.data.preferences import PreferenceDataModule
+from spin_lightning.rewards import Answer
+from spin_lightning.rewards.base import refuse_unanswered
+from spin_lightning.stages.scoring import Players, RecordedPairs, Scoring
+
+Rule = Callable[[list[int], int], list[int]]
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> str:
+    return write(tmp_path / "sums.jsonl", [{"prompt": f"{a}+1?", "completion": f"#### {a + 1}"} for a in range(6)])
+
+
+def read_data(rows: str, rule: Rule | None = None, **settings: Any) -> SyntheticDataModule:
+    data = SyntheticDataModule(
+        rows, generator=FakeGenerator(rule or (lambda prompt, seed: []), 16), val_fraction=0, **settings
+    )
+    data.tokenizer, data.end_ids, data.needs_real = byte_tokenizer(), [], False
+    data.setup("score")
+    return data
+
+
+def by_text(rule: Callable[[str, int], str]) -> Rule:
+    """A rule of texts: from the last user's turn and the response's number in order of its seed."""
+    tokenizer = byte_tokenizer()
+    seen: dict[str, list[int]] = {}
+
+    def respond(prompt: list[int], seed: int) -> list[int]:
+        asked = tokenizer.decode(prompt).split("user\n")[-1].split("<|im_end|>")[0]
+        seeds = seen.setdefault(asked, [])
+        if seed not in seeds:
+            seeds.append(seed)
+        return list(tokenizer(rule(asked, seeds.index(seed)), add_special_tokens=False).input_ids)
+
+    return respond
+
+
+PLAYERS = Players(lambda name: (tiny_model(seed=0 if name is None else 1), None), nullcontext, "tiny")
+
+
+class Counting(Reward):
+    """The right number's share of the response by a rule; counts what it is asked, and breaks down when told."""
+
+    def __init__(self, rule: Callable[[Answer], float | None] = lambda answer: float(len(answer.text))) -> None:
+        self._rule, self.asked, self.breaks_at = rule, [], None
+
+    asked: list[str]
+    breaks_at: int | None
+
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
+        if self.breaks_at is not None and len(self.asked) >= self.breaks_at:
+            refuse_unanswered(1, 1, "the judge", "status 503")
+        self.asked += [answer.text for answer in answers]
+        return [self._rule(answer) for answer in answers]
+
+
+class Comparing(Counting):
+    """Prefers by a rule of two texts."""
+
+    def prefer(self, first: Sequence[Answer], second: Sequence[Answer]) -> list[float | None]:
+        self.asked += [f"{a.text}|{b.text}" for a, b in zip(first, second, strict=True)]
+        return [0.75 if len(a.text) > len(b.text) else 0.5 for a, b in zip(first, second, strict=True)]
+
+
+def test_a_model_s_responses_are_scored_counted_and_written_down(sums: str, tmp_path: Path):
+    texts = ["#### {}", "#### {}", "#### 99", "none"]  # two right, one wrong, one without a number
+    data = read_data(sums, by_text(lambda asked, number: texts[number].format(int(asked[0]) + 1)))
+    summary = Scoring(NumberMatch(), str(tmp_path / "run"), shard_size=4).run(PLAYERS, data, 4)
+    assert summary == read(tmp_path / "run" / "summary.json")
+    assert (summary["prompts"], summary["responses"], summary["unjudged"], summary["cut_share"]) == (6, 24, 0, 0.0)
+    assert summary["mean"] == pytest.approx(2.1 / 4)
+    assert summary["standard_error"] == pytest.approx(0)
+    assert summary["pass_at"] == {"1": pytest.approx(0.5), "2": pytest.approx(5 / 6), "4": 1.0}
+    assert summary["best_of"]["2"] == pytest.approx((0 * 0 + 1 * 0.1 + 2 * 1 + 3 * 1) / 6)
+    best = [json.loads(line) for line in (tmp_path / "run" / "best.jsonl").read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in best] == [f"#### {a + 1}" for a in range(6)]
+    assert best[0] == {
+        "messages": [{"role": "user", "content": "0+1?"}, {"role": "assistant", "content": "#### 1"}],
+        "reward": 1.0,
+    }
+    pairs = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
+    assert pairs[2] == {
+        "prompt": [{"role": "user", "content": "2+1?"}],
+        "chosen": [{"role": "assistant", "content": "#### 3"}],
+        "rejected": [{"role": "assistant", "content": "none"}],
+        "chosen_finish_reason": "stop",
+        "rejected_finish_reason": "stop",
+        "preference": 1.0,
+        "margin": 1.0,
+    }
+
+
+def test_its_rows_are_read_by_the_stages_that_follow(sums: str, tmp_path: Path):
+    data = read_data(sums, by_text(lambda asked, number: ["#### 1", "no"][number]))
+    Scoring(NumberMatch(), str(tmp_path / "run"), best_from=1.0).run(PLAYERS, data, 2)
+    best = read_data(str(tmp_path / "run" / "best.jsonl"))
+    assert [prompt.row.real for prompt in best.prompts] == ["#### 1"]  # right for one of the prompts
+    pairs = PreferenceDataModule(str(tmp_path / "run" / "pairs.jsonl"), val_fraction=0)
+    pairs.tokenizer, pairs.end_ids = byte_tokenizer(), []
+    pairs.setup("fit" if len(data.prompts) >= 8 else None)
+    rows = [prompt.row for prompt in pairs.prompts]
+    assert [(row.real, row.rejected, row.margin) for row in rows] == [("#### 1", "no", 1.0)] + 5 * [
+        ("#### 1", "no", 0.1)
+    ]
+
+
+def test_a_cut_response_is_no_row_for_sft(sums: str, tmp_path: Path):
+    data = read_data(sums, by_text(lambda asked, number: "#" * 40 if number else "ok"))
+    summary = Scoring(Counting(), str(tmp_path / "run")).run(PLAYERS, data, 2)
+    assert summary["cut_share"] == 0.5
+    best = [json.loads(line) for line in (tmp_path / "run" / "best.jsonl").read_text().splitlines()]
+    assert {row["messages"][-1]["content"] for row in best} == {"ok"}
+
+
+def test_a_judge_that_falls_silent_is_not_asked_again_about_what_it_said(sums: str, tmp_path: Path):
+    calls: list[int] = []
+
+    def rule(asked: str, number: int) -> str:
+        calls.append(number)
+        return asked
+
+    data, reward = read_data(sums, by_text(rule)), Counting()
+    reward.breaks_at = 4
+    scoring = Scoring(reward, str(tmp_path / "run"), shard_size=2)
+    with pytest.raises(RewardUnavailable, match="run the same command again"):
+        scoring.run(PLAYERS, data, 1)
+    assert len(reward.asked) == 4 and len(calls) == 6
+    reward.breaks_at = None
+    summary = Scoring(reward, str(tmp_path / "run"), shard_size=2).run(PLAYERS, data, 1)
+    assert sorted(reward.asked) == [f"{a}+1?" for a in range(6)] and len(calls) == 6
+    again = Scoring(reward, str(tmp_path / "run"), shard_size=2).run(PLAYERS, data, 1)
+    assert again == summary and len(reward.asked) == 6
+    (tmp_path / "run" / "rewards" / "prompts-000000002.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="is not the file that was written"):
+        Scoring(reward, str(tmp_path / "run"), shard_size=2).run(PLAYERS, data, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reward": NumberMatch(partial=0.2)}, "rewards in .* what differs: reward"),
+        ({"model": 1}, "responses in .* what differs: model_sha256"),
+        ({"answers": 2}, "responses in .* what differs: answers_per_prompt"),
+        ({"seed": 3}, "responses in .* what differs: seed"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(sums: str, tmp_path: Path, change: Any, words: str):
+    Scoring(NumberMatch(), str(tmp_path / "run")).run(PLAYERS, read_data(sums), 1)
+    players = Players(lambda name: (tiny_model(seed=change.get("model", 0)), None), nullcontext, "tiny")
+    data = read_data(sums, seed=change.get("seed", 0))
+    with pytest.raises(UserError, match=words):
+        Scoring(change.get("reward", NumberMatch()), str(tmp_path / "run")).run(players, data, change.get("answers", 1))
+
+
+def test_the_data_s_own_responses_are_scored(tmp_path: Path):
+    rows = [{"prompt": "q", "completion": text, "label": "yes"} for text in ("yes", " YES ", "no")]
+    data = SyntheticDataModule(
+        write(tmp_path / "rows.jsonl", rows), generator=FakeGenerator(lambda p, s: []), val_fraction=0
+    )
+    data.tokenizer, data.end_ids, data.keep_columns = byte_tokenizer(), [], ("label",)
+    data.setup("score")
+    none = Players(lambda name: pytest.fail("no model is needed"), nullcontext, "none")
+    summary = Scoring(TextMatch(column="label"), str(tmp_path / "run")).run(none, data, 0)
+    assert (summary["model"], summary["mean"], summary["responses"]) == (None, pytest.approx(2 / 3), 3)
+    with pytest.raises(UserError, match=r"score\.against compares responses of models"):
+        Scoring(TextMatch(column="label"), str(tmp_path / "other"), against="x").run(none, data, 0)
+
+
+def test_the_win_rate_of_one_model_against_another(sums: str, tmp_path: Path):
+    ours = read_data(sums, by_text(lambda asked, number: "long answer" if asked[0] in "0123" else "a"))
+    theirs = read_data(sums, by_text(lambda asked, number: "short" if asked[0] in "01234" else "a"))
+    summary = Scoring(Counting(), str(tmp_path / "run"), against="other").run(PLAYERS, ours, 1, theirs)
+    against = summary["against"]
+    assert (against["wins"], against["losses"], against["ties"], against["pairs"]) == (4, 1, 1, 6)
+    assert against["win_rate"] == pytest.approx(4.5 / 6)
+    assert against["interval"] == pytest.approx([0.3648, 0.9400], abs=1e-4)
+    assert against["order_sensitivity"] is None
+    judge = Comparing()
+    summary = Scoring(judge, str(tmp_path / "judged"), against="other").run(PLAYERS, ours, 1, theirs)
+    against = summary["against"]
+    # 0.75 where the longer one is shown first, 0.5 else: for the four won ones the mean of 0.75 and 0.5
+    assert against["win_rate"] == pytest.approx((4 * 0.625 + 0.375 + 0.5) / 6)
+    assert against["order_sensitivity"] == pytest.approx(5 * 0.25 / 6)
+    assert len([text for text in judge.asked if text.startswith("long answer|")]) == 4  # with the real one: by score
+    asked = len(judge.asked)
+    Scoring(judge, str(tmp_path / "judged"), against="other").run(PLAYERS, ours, 1, theirs)
+    assert len(judge.asked) == asked
+
+
+def test_the_same_model_wins_half(sums: str, tmp_path: Path):
+    data = read_data(sums, lambda prompt, seed: [65 + seed % 20])
+    same = Players(lambda name: (tiny_model(), None), nullcontext, "tiny")
+    summary = Scoring(Counting(), str(tmp_path / "run"), against="copy").run(same, data, 2, data)
+    assert (summary["against"]["win_rate"], summary["against"]["ties"]) == (0.5, 12)
+
+
+def test_a_judge_that_compares_labels_pairs_of_responses_where_none_is_real(tmp_path: Path):
+    data = read_data(
+        write(tmp_path / "rows.jsonl", [{"prompt": f"{a}?"} for a in range(3)]),
+        by_text(lambda asked, number: ["a", "bbb", "cc", "cc"][number]),
+    )
+    judge = Comparing()
+    summary = Scoring(judge, str(tmp_path / "run")).run(PLAYERS, data, 4)
+    assert (summary["mean"], summary["unjudged"], summary["pair_rows"], summary["best_rows"]) == (None, 6, 3, 0)
+    pairs = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
+    assert [(row["chosen"][0]["content"], row["rejected"][0]["content"], row["preference"]) for row in pairs] == [
+        ("bbb", "a", 0.625)
+    ] * 3
+    assert "a" not in judge.asked  # nothing was scored alone
+
+
+def test_a_judge_that_compares_labels_the_two_responses_of_preference_rows(tmp_path: Path):
+    rows = [{"prompt": "q?", "chosen": "short", "rejected": "the longer one"}]
+    data = RecordedPairs(write(tmp_path / "rows.jsonl", rows), val_fraction=0)
+    data.tokenizer, data.end_ids = byte_tokenizer(), []
+    data.setup("score")
+    Scoring(Comparing(), str(tmp_path / "run")).run(PLAYERS, data, 0)
+    (pair,) = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
+    assert (pair["chosen"][0]["content"], pair["preference"]) == ("the longer one", 0.625)
+
+
+def test_with_a_judge_that_compares_each_score_labels_a_pair_with_the_real_response(sums: str, tmp_path: Path):
+    data = read_data(sums, by_text(lambda asked, number: asked[0]))
+    judge = Comparing(lambda answer: {"0": 0.9, "1": 0.5}.get(answer.text, 0.2))
+    Scoring(judge, str(tmp_path / "run")).run(PLAYERS, data, 1)
+    pairs = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
+    assert [(row["chosen"][0]["content"], row["rejected"][0]["content"], row["preference"]) for row in pairs] == [
+        ("0", "#### 1", 0.9),
+        *((f"#### {a + 1}", str(a), 0.8) for a in (2, 3, 4, 5)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"shard_size": 0}, "score.shard_size must be at least 1"),
+        ({"part": "test"}, "score.part must be 'train' or 'held_out'"),
+        ({"right_from": float("nan")}, "score.right_from must be a finite number"),
+        ({"reward": 3}, "a reward must be a Reward, got 3"),
+    ],
+)
+def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict[str, Any], words: str):
+    with pytest.raises(UserError, match=words):
+        Scoring(**{"reward": TextMatch(), "output_dir": str(tmp_path / "run"), **settings})
