@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from spin_lightning.cli.chain_file import START, Chain, Link, Step, links_in, read_chain, with_paths
+from spin_lightning.cli import score
+from spin_lightning.cli.chain_file import START, WORDS, Chain, Link, Step, links_in, read_chain, with_paths
 from spin_lightning.cli.children import Children, command_of, refuse_several
-from spin_lightning.cli.commands import STAGES
 from spin_lightning.cli.short_help import settings_of
 from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.data.sources import looks_local, open_source
@@ -31,8 +31,6 @@ from spin_lightning.types import UserError
 
 #: Settings with which a stage would not come to its end, or not begin where it was.
 _REFUSED = ("ckpt_path", "trainer.fast_dev_run")
-#: What the table has of a stage, by its names in ``start.json`` and in a run's summary.
-_MEASURED = {"nll": ("val/nll", "val_nll"), "reward": ("val/reward", "val_reward")}
 
 
 def main(args: list[str]) -> None:
@@ -83,7 +81,7 @@ class Line:
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
-        self.records: dict[str, Stage] = {step.name: resolve_name(str(STAGES[step.word])) for step in chain.steps}
+        self.records: dict[str, Stage] = {step.name: resolve_name(WORDS[step.word]) for step in chain.steps}
         self.settings: dict[str, Any] = {}  # parsed
         self._kept: dict[str, dict[str, Any]] = {}
 
@@ -113,7 +111,8 @@ class Line:
         record = self.records[step.name]
         word, *args = self.args_of(step, scratch, must_exist=False)
         with redirect_stdout(io.StringIO()):  # what it reads over, the stage itself will say
-            settings = self.settings[step.name] = parse_settings(word, args)
+            settings = score.parse(args) if word == "score" else parse_settings(word, args)
+        self.settings[step.name] = settings
         record.refuse(settings)
         for name in _REFUSED:
             if value := settings.get(name):
@@ -136,7 +135,12 @@ class Line:
         setting = ".".join([section, *rest.partition(".")[:1]]) if rest else section
         if setting.rstrip("+") in record.links:
             return False
-        known = {".".join(found.name.split(".")[:2]) for _, of in settings_of(_path_of(step)).values() for found in of}
+        known = {
+            ".".join(found.name.split(".")[:2]) for _, of in settings_of(WORDS[step.word]).values() for found in of
+        }
+        if step.word == "score":  # which has no trainer
+            of_trainer = {f"trainer.{name}" for name in score.OF_TRAINER}
+            return setting in known | of_trainer and (section in score.CLASSES or setting in of_trainer)
         return setting.rstrip("+") in {*known, *record.reads_over, "seed_everything"} or section == "trainer"
 
     # --- a stage's command ----------------------------------------------------------------------------------------
@@ -162,9 +166,8 @@ class Line:
         args += [f"--{key}={value}" for key, value in common_flags]
         if (start := self._start_of(step)) is not None:
             args.append(f"--{START}={self._place(start, must_exist)}")
-            args.append(
-                f"--checkpoint.allow_changes+={START}"
-            )  # of a copied folder; that it is the same is seen to here
+            if step.word != "score":  # of a copied folder; that the model is the same is seen to here
+                args.append(f"--checkpoint.allow_changes+={START}")
         args += [f"--{key}={value}" for key, value in step.flags]
         return [*args, f"--{self._section(step)}.output_dir={self._folder(step)}"]
 
@@ -276,14 +279,17 @@ class Line:
     def _measure(self, step: Step) -> dict[str, Any]:
         """What a stage gained: from how its run began, and the summaries that it wrote."""
         folder, record = self._folder(step), self.records[step.name]
-        result = read_json(folder / record.over_file)
+        result, start = read_json(folder / record.over_file), read_json(folder / "start.json") or {}
         parts = result["iterations"] if isinstance(result.get("iterations"), list) else [result]
-        start = read_json(folder / "start.json") or {}
+        first, last, end = (parts or [{}])[0], (parts or [{}])[-1], result.get("held_out") or {}
+        exported = record.exported(folder)
         return {
             "updates": sum(part.get("updates") or 0 for part in parts),
             "seconds": sum(_add_up(part.get("seconds") or 0.0) for part in parts),
-            **{name: [start.get(before), parts[-1].get(after)] for name, (before, after) in _MEASURED.items() if parts},
-            "exported": record.exported(folder).relative_to(self.chain.output_dir).as_posix(),
+            "nll": [start.get("val/nll"), last.get("val_nll")],
+            "reward": [(first.get("pairs") or {}).get("val/reward"), end.get("val/reward", result.get("mean"))],
+            "accuracy": result.get("val_accuracy"),
+            "exported": exported.relative_to(self.chain.output_dir).as_posix() if exported.exists() else None,
         }
 
 
@@ -299,8 +305,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "updates": (">", lambda result: str(result["updates"])),
         "time": (">", lambda result: format_time(result["seconds"])),
         "held-out NLL": ("<", lambda result: _before_after(result.get("nll"), ".2f")),
-        "held-out reward": ("<", lambda result: _before_after(result.get("reward"), ".3f")),
-        "exported": ("<", lambda result: str(result["exported"])),
+        "held-out reward": ("<", _show_reward),
+        "exported": ("<", lambda result: result["exported"] or ""),
     }
     rows = [["stage", *columns], *([name, *(show(of) for _, show in columns.values())] for name, of in results.items())]
     aligned = ["<", *(side for side, _ in columns.values())]
@@ -313,13 +319,14 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _before_after(values: Sequence[float | None] | None, style: str) -> str:
-    if not values or values == [None, None]:
-        return ""
-    return " -> ".join("?" if value is None else format(value, style) for value in values)
+    return " -> ".join(format(value, style) for value in values or () if value is not None)
 
 
-def _path_of(step: Step) -> str:
-    return str(STAGES[step.word])
+def _show_reward(result: Mapping[str, Any]) -> str:
+    """Of a policy before and after, of responses that were scored their mean, of a reward model its accuracy."""
+    if result.get("accuracy") is not None:
+        return f"accuracy {result['accuracy']:.2f}"
+    return _before_after(result.get("reward"), ".3f")
 
 
 def _leaves(settings: Mapping[str, Any]) -> list[str]:

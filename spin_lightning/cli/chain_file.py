@@ -13,8 +13,21 @@ from spin_lightning.cli.children import read_launcher
 from spin_lightning.cli.commands import STAGES
 from spin_lightning.cli.config_files import check_configs, read_yaml
 from spin_lightning.runs.files import run_folder
+from spin_lightning.stages.stage import Stage
 from spin_lightning.types import UserError
 
+#: ``spin-lightning score`` in a line: it makes rows for the stages after it, and no policy.
+SCORE = Stage(
+    module="spin_lightning.stages.policy.PolicyModule",
+    data="spin_lightning.generation.synthetic_data.SyntheticDataModule",
+    callbacks={"score": "spin_lightning.stages.scoring.Scoring"},
+    folder="score",
+    over_file="summary.json",
+    mark="score.",
+    makes_policy=False,
+)
+#: The records of what can be a stage of a line, by its word.
+WORDS = {**{word: str(record) for word, record in STAGES.items()}, "score": f"{__name__}.SCORE"}
 #: What the file may hold.
 KEYS = ("output_dir", "common", "stages")
 #: What a stage may hold beside sections of settings.
@@ -156,10 +169,10 @@ def _read_step(entry: Any, where: str, folder: Path) -> Step:
             f"got {entry!r}."
         )
     ((word, settings),) = entry.items()
-    if word not in STAGES:
-        close = get_close_matches(str(word), STAGES, 1)
+    if word not in WORDS:
+        close = get_close_matches(str(word), WORDS, 1)
         raise UserError(
-            f"{where} is called {word!r}; the words are {', '.join(STAGES)}."
+            f"{where} is called {word!r}; the words are {', '.join(WORDS)}."
             f"{f' Did you mean {close[0]}?' if close else ''}"
         )
     settings = settings or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -230,6 +231,46 @@ def test_links_name_models_and_files_of_stages_before(
     assert read(tmp_path / "line" / "chain.json")["stages"]["more"]["updates"] == 1
 
 
+def test_a_line_of_every_stage(
+    chained: Chained, model: str, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = {"train_data": {"from": "fit", "path": "iteration_1/pairs"}, "max_prompt_tokens": 64}
+    preferred = tmp_path / "preferred.jsonl"
+    rows = [{"prompt": f"{a}+1?", "chosen": str(a + 1), "rejected": "no"} for a in range(10)]
+    preferred.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = {"class_path": "ModelReward", "init_args": {"folder": {"from": "reward"}}}
+    stages = [
+        {"sft": SFT(model)},
+        {"fit": FIT},
+        {"dpo": {"data": pairs, "model": {"beta": 0.5}}},
+        {"reward": {"data": {"train_data": str(preferred)}, "model": {"model_name_or_path": {"from": "sft"}}}},
+        {"ppo": {"rollouts": {"reward": judge, "iterations": 2, "prompts": 4, "cut": -1.0, "eval_every": 1}}},
+        {"score": {"score": {"reward": {"class_path": "TextMatch"}}}},
+    ]
+    main(chained(stages))
+    assert words_of(commands) == ["sft", "fit", "dpo", "reward", "ppo", "score"]
+    kept = read(tmp_path / "line" / "chain.json")["stages"]
+    starts = {
+        name: next(arg.partition("=")[2] for arg in command if arg.startswith("--model.model_name_or_path="))
+        for name, command in zip(list(kept)[1:], commands[1:], strict=True)
+        if name != "reward"
+    }
+    line = tmp_path / "line"
+    assert starts == {
+        "fit": f"{line}/sft/policy",
+        "dpo": f"{line}/fit/iteration_1/policy",
+        "ppo": f"{line}/dpo/policy",  # the last policy before it, and not the reward model
+        "score": f"{line}/ppo/policy",
+    }
+    assert list(kept["ppo"]["began_from"]) == ["reward", "dpo"] and kept["score"]["exported"] is None
+    assert all(value is not None for value in [*kept["dpo"]["nll"], *kept["ppo"]["reward"], kept["reward"]["accuracy"]])
+    assert kept["score"]["reward"] == [None, read(line / "score" / "summary.json")["mean"]]
+    assert table(kept) in capsys.readouterr().out
+    commands.clear()
+    main(chained(stages))
+    assert not commands
+
+
 def test_configs_lie_beside_the_file_and_go_below_it(
     chained: Chained, model: str, tmp_path: Path, commands: list[list[str]]
 ) -> None:
@@ -245,7 +286,7 @@ def test_configs_lie_beside_the_file_and_go_below_it(
     ("stages", "changes", "flags", "words"),
     [
         (None, {"stages": []}, [], "`stages` must be a list of stages, got []"),
-        (["fitt"], {}, [], "stage 0 of {file!r} is called 'fitt'; the words are fit, sft. Did you mean fit?"),
+        (["fitt"], {}, [], "ppo, dpo, reward, score. Did you mean fit?"),
         ([{"sft": {}, "fit": {}}], {}, [], "must be a word, or a word with settings under it"),
         (["sft", "fit", "sft"], {}, [], "two stages of {file!r} are called 'sft'. Give one a name of its own"),
         ([{"sft": {"name": "a/b"}}], {}, [], "must be letters, digits, - and _, as it names a folder, got 'a/b'"),
@@ -300,8 +341,8 @@ def test_the_table_of_a_line_of_four_is_80_columns_wide() -> None:
         name: {"updates": 1234, "seconds": 5000.0, "nll": [120.25, 98.5], "reward": [0.25, 0.5], "exported": exported}
         for name, exported in (("sft", "sft/policy"), ("fit", "fit/iteration_1/policy"), ("ppo", "ppo/policy"))
     }
-    results["reward"] = {"updates": 3, "seconds": 2.0, "nll": [None, None], "exported": "reward/model"}
+    results["reward"] = {"updates": 3, "seconds": 2.0, "nll": [None, None], "accuracy": 0.75, "exported": "reward/x"}
     lines = table(results).splitlines()
     assert max(map(len, lines)) <= 90
     assert lines[1].split() == "sft 1234 1 h 23 min 120.25 -> 98.50 0.250 -> 0.500 sft/policy".split()
-    assert lines[4].split() == "reward 3 2 s reward/model".split()
+    assert lines[4].split() == "reward 3 2 s accuracy 0.75 reward/x".split()
