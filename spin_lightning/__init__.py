@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
+    from spin_lightning.rewards import JudgeReward as JudgeReward
     from spin_lightning.rewards import ModelReward as ModelReward
     from spin_lightning.rewards import NumberMatch as NumberMatch
     from spin_lightning.rewards import Reward as Reward
@@ -92,7 +93,16 @@ _HOMES = {
         "TSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
-    "rewards": ("Answer", "FunctionReward", "ModelReward", "NumberMatch", "Reward", "SumOfRewards", "TextMatch"),
+    "rewards": (
+        "Answer",
+        "FunctionReward",
+        "JudgeReward",
+        "ModelReward",
+        "NumberMatch",
+        "Reward",
+        "SumOfRewards",
+        "TextMatch",
+    ),
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),

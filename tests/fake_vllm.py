@@ -55,6 +55,8 @@ class FakeVllm(ThreadingHTTPServer):
         reload: Called with the folder that it is told to read.
         models: What it serves.
         most_at_once: Requests for responses that were under way together.
+        headers: What it sends along with every answer.
+        keys: The ``Authorization`` of every request.
     """
 
     daemon_threads = True
@@ -67,6 +69,8 @@ class FakeVllm(ThreadingHTTPServer):
         self.models: list[dict[str, Any]] = [{"id": "opponent", "max_model_len": 512}]
         self.version, self.is_eager, self.device = "0.32.0", True, "cuda"
         self.under_way = self.most_at_once = 0
+        self.headers: dict[str, str] = {}
+        self.keys: list[str | None] = []
         self.lock = threading.Lock()
         if isinstance(address, str):
             self.address_family = socket.AF_UNIX
@@ -132,9 +136,10 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def reply(self, body: Any) -> None:
-        server, is_response = self.server, self.path == "/v1/completions"
+        server, is_response = self.server, self.path.endswith("/completions")
         with server.lock:
             server.asked.append((self.path, body))
+            server.keys.append(self.headers["Authorization"])
             server.under_way += is_response
             server.most_at_once = max(server.most_at_once, server.under_way)
         try:
@@ -148,7 +153,8 @@ class Handler(BaseHTTPRequestHandler):
         status, answer = other if isinstance(other, tuple) else (200, answer if other is None else other)
         data = answer.encode() if isinstance(answer, str) else b"" if answer is None else json.dumps(answer).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        for name, value in {**server.headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 

@@ -18,7 +18,15 @@ from spin_lightning.types import UserError
 
 
 class Unanswered(Exception):
-    """No answer, or that the server cannot now: the same request may be answered later."""
+    """No answer, or that the server cannot now: the same request may be answered later.
+
+    Attributes:
+        after: Seconds after which the server wants to be asked again, if it said so.
+    """
+
+    def __init__(self, text: str, after: float | None = None) -> None:
+        super().__init__(text)
+        self.after = after
 
 
 class Refused(Exception):
@@ -52,6 +60,7 @@ class Server:
     Args:
         url: ``http://host:port``, ``https://host``, or ``unix:/path``. A path behind the host begins every path, but
             for a ``/v1`` at its end, which OpenAI's clients want.
+        key_variable: The environment variable with the key that is sent along, if it is set. None: no key is sent.
 
     Raises:
         UserError: It is no such URL.
@@ -61,8 +70,8 @@ class Server:
         ''
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, key_variable: str | None = "VLLM_API_KEY") -> None:
+        self.url, self.key_variable = url, key_variable
         self._under_way: set[http.client.HTTPConnection] = set()
         self._lock = threading.Lock()
         self._connect: Callable[..., http.client.HTTPConnection]
@@ -72,7 +81,7 @@ class Server:
         except ValueError:
             host = port = None
         if host and parts.username is not None:
-            raise UserError("the URL of a server must be without a name or password. Put a key into VLLM_API_KEY.")
+            raise UserError(f"the URL of a server must be without a name or password. Put a key into {key_variable}.")
         self.prefix = parts.path.rstrip("/").removesuffix("/v1") if host else ""
         if host and parts.scheme in ("http", "https"):
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -85,14 +94,14 @@ class Server:
     def ask(self, path: str, body: Any = None, seconds: float = 600.0) -> Any:
         """What the server answers: to a POST of ``body`` as JSON, or without one to a GET. None if it says nothing.
 
-        A key in the environment variable ``VLLM_API_KEY``, which vLLM's server reads too, is sent along.
+        A key in the environment variable ``key_variable``, by default one that vLLM's server reads too, is sent along.
 
         Raises:
             Unanswered: It cannot be reached, has not answered after ``seconds``, is overloaded or has failed.
             Refused: It does not serve this request, or does not answer JSON.
         """
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
+        if key := os.environ.get(self.key_variable or ""):
             headers["Authorization"] = f"Bearer {key}"
         connection = self._connect(timeout=seconds)
         with self._lock:
@@ -111,7 +120,10 @@ class Server:
                 self._under_way.discard(connection)
             connection.close()
         if status in (408, 425, 429) or status >= 500:
-            raise Unanswered(f"status {status} for {path}: {_shorten(data)}")
+            wanted = answer.getheader("Retry-After") or ""
+            raise Unanswered(
+                f"status {status} for {path}: {_shorten(data)}", float(wanted) if wanted.isdigit() else None
+            )
         if status != 200:
             raise Refused(status, f"for {path}: {_shorten(data)}")
         try:

@@ -13,8 +13,8 @@ def mean_and_error(groups: Sequence[Sequence[float]]) -> tuple[float | None, flo
     Responses to one prompt are no independent trials, so the error is that of the prompts' means.
 
     Example:
-        >>> mean_and_error([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
-        (0.5, 0.28867513459481287)
+        >>> [round(value, 6) for value in mean_and_error([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])]
+        [0.5, 0.288675]
     """
     means = [fmean(group) for group in groups if group]
     error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None

@@ -135,8 +135,8 @@ class RewardLightningModule(PolicyModule):
 
         def sum_of(part: PairBatch) -> Tensor:
             real, generated = self._score(self.policy, part)
-            self._check_first(real, generated)
             seen.append(torch.stack([real, generated]).detach())
+            self._check_first(seen[-1])
             return bradley_terry(real, generated, part.preference, part.margin, self.centring).sum()
 
         if not self._update.count:
@@ -160,16 +160,16 @@ class RewardLightningModule(PolicyModule):
         scores = scores_of(model, part.responses)
         return scores[part.real], scores[part.generated]
 
-    def _check_first(self, real: Tensor, generated: Tensor) -> None:
+    def _check_first(self, scores: Tensor) -> None:
         """The gate: a run begins with scores of 0, so that its first loss is ln 2 where there is no margin.
 
         Raises:
             UserError: It does not.
         """
-        if self.trainer.global_step == 0 and not self._of_update and (real.any() or generated.any()):
+        if self.trainer.global_step == 0 and not self._of_update and scores.any():
             raise UserError(
                 f"a reward model does not start where it should: every score must be 0 at its first step, and one is "
-                f"{float(torch.cat([real, generated]).abs().max()):.3g}. Its hidden states are NaN or infinite: its "
+                f"{float(scores.abs().max()):.3g}. Its hidden states are NaN or infinite: its "
                 "weights are damaged, or the dtype overflows. Try float32, or another model."
             )
 

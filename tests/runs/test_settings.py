@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spin_lightning import (
+    RewardLightningModule,
     RowDataModule,
     SelfPlay,
     SftLightningModule,
@@ -74,6 +75,7 @@ def test_every_setting_of_a_stage_is_recorded_wherever_it_is_declared(model: str
     common = {"model": OF_POLICY, "data": [*OF_ROWS, *OF_GAME]}
     for module, own in (
         (SpinLightningModule(model), ["beta", "loss", "opponent"]),
+        (RewardLightningModule(model), ["centring"]),
         (SftLightningModule(model), ["average", "max_updates"]),
     ):
         found = settings(module)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from spin_lightning import PpoLightningModule, SftLightningModule, SpinLightningModule
+from spin_lightning import PpoLightningModule, RewardLightningModule, SftLightningModule, SpinLightningModule
 from spin_lightning.stages.policy import PolicyModule
 from spin_lightning.types import UserError
 
@@ -25,6 +25,7 @@ OWN: dict[type[PolicyModule], dict[str, Any]] = {
         "critic_learning_rate": 1e-5, "critic_warmup": 0, "average": "token", "sampler_cap": None,
     },
     SftLightningModule: {"learning_rate": 2e-5, "average": "token", "max_updates": None},
+    RewardLightningModule: {"learning_rate": 1e-5, "centring": 0.0},
 }  # fmt: skip
 
 
