@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spin_lightning.models import rope, shared_prompt
 from spin_lightning.models.attention import set_attention
@@ -74,7 +75,11 @@ def _score_shared(classifier: Any, rows: Sequence[tuple[list[int], list[int]]], 
 def _score_pass(classifier: Any, batch: ResponseBatch) -> Tensor:
     hidden = shared_prompt.hidden_states(classifier.base_model, batch)
     last = torch.tensor([places[-1] for _, places in sequences(batch.lengths)], device=hidden.device)
-    found: Tensor = classifier.score(hidden[last])[:, 0].float()
+    read, head = hidden[last], classifier.score
+    if type(head) is nn.Linear:  # in bfloat16 scores within 1/256 of each other would be ties
+        bias = None if head.bias is None else head.bias.float()
+        return F.linear(read.float(), head.weight.float(), bias)[:, 0]
+    found: Tensor = head(read)[:, 0].float()
     return found
 
 
@@ -105,7 +110,8 @@ def _can_share(classifier: Any) -> bool:
         probe = _make_probe(classifier)
         expected = torch.cat([score_padded(classifier, [prompt + response], 0) for prompt, response in probe])
         shared_prompt.share_prompts(base)
-        difference = (torch.tensor(_score_shared(classifier, probe, 10**6)) - expected.cpu()).abs().max()
+        found = torch.tensor(_score_shared(classifier, probe, 10**6), dtype=torch.float32)
+        difference = (found - expected.cpu()).abs().max()
         if not difference <= AGREEMENT[base.dtype] * expected.std():
             raise NotImplementedError(f"scores would differ by {float(difference):.1g}")
     except Exception as error:  # whatever a model's code does when it is used otherwise than it expects

@@ -102,6 +102,8 @@ class RewardLightningModule(PolicyModule):
             else self.given_model.config
         )
         refuse_without_classifier(config, self.trust_remote_code)
+        if any("ForSequenceClassification" in str(name) for name in getattr(config, "architectures", None) or ()):
+            say(f"note: {self.model_name_or_path} is a reward model already; it is trained further, its score from 0.")
         super().configure_model()
         add_score_head(self.policy, self.trust_remote_code)
 
