@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from spin_lightning.cli.check import find_stage, read_data
+from spin_lightning.cli.commands import STAGES
 from spin_lightning.cli.plan_table import render
 from spin_lightning.data.module import RowDataModule
 from spin_lightning.data.report import spread
@@ -202,7 +203,7 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
         )
     has = options.memory if options.memory is not None else _find_memory(setup.device)
     plan: dict[str, Any] = {
-        "stage": "fit" if is_game else "sft",
+        "stage": next(word for word, path in STAGES.items() if resolve_name(path) is stage),
         "model": {
             "name": model.model_name_or_path,
             "weights": size.weights,
@@ -260,15 +261,15 @@ def _plan_updates(
     settings: Any, data: Any, work: Work, devices: int, is_game: bool, *, is_assumed: bool
 ) -> dict[str, Any]:
     """Updates of each iteration, and what a batch of them becomes. Generated responses are as long as the real ones."""
-    answers = data.examples_per_prompt
-    sides = ["real_ids", "generated_ids"] if is_game else ["real_ids"]
+    answers, has_pairs = data.examples_per_prompt, is_game or data.needs_rejected
+    sides = ["real_ids", "generated_ids"] if has_pairs else ["real_ids"]
     drawn = [_draw_batch(data, work, random.Random(number)) for number in range(max(2, DRAWN // data.batch_size))]
     made = [[batch for _, batch, _ in pack_rows(rows, sides, data.micro_batch_tokens)] for rows in drawn]
     passes = [(len(batch.input_ids), len(batch.scored)) for batches in made for batch in batches]
     counts = [math.ceil(len(batches) / devices) for batches in made]
     cap = data.max_response_tokens
-    longest = max(p + r for p, r in zip(work.prompts, work.responses, strict=True)) + (cap if is_game else 0)
-    longest_scored = max(work.responses) + (cap if is_game else 0)
+    longest = max(p + r for p, r in zip(work.prompts, work.responses, strict=True)) + (cap if has_pairs else 0)
+    longest_scored = max(work.responses) + (cap if has_pairs else 0)
     if is_assumed:  # and may be as long as the settings allow
         longest, longest_scored = data.max_prompt_tokens + len(sides) * cap, len(sides) * cap
     epochs, histories = [settings.trainer.max_epochs or 1], [1]
@@ -276,7 +277,8 @@ def _plan_updates(
         played = settings.self_play
         epochs = played.epochs if isinstance(played.epochs, list) else [played.epochs] * played.iterations
         histories = [1 + min(number, data.history) for number in range(played.iterations)]
-    batches = [math.ceil(work.rows * answers * history / data.batch_size) for history in histories]
+    pairs = 1 if is_game and settings.self_play.pairs == "best_worst" else answers  # of a prompt
+    batches = [math.ceil(work.rows * pairs * history / data.batch_size) for history in histories]
     limit = settings.trainer.limit_train_batches
     if limit is not None:
         batches = [min(count, limit) if isinstance(limit, int) else int(count * limit) for count in batches]
@@ -301,7 +303,7 @@ def _plan_updates(
             round(history * work.rows * answers * (fmean(work.prompts) + 2 * fmean(work.responses)))
             for history in histories
         ]
-        if is_game
+        if has_pairs
         else [0],
         "held_out_tokens": round(work.held_out * (fmean(work.prompts) + fmean(work.responses))),
     }
@@ -309,7 +311,7 @@ def _plan_updates(
 
 def _end_sft(settings: Any, updates: int) -> int:
     """Updates of supervised fine-tuning, which other settings than its epochs may end."""
-    ends = [settings.model.max_updates, settings.trainer.max_steps, updates]
+    ends = [settings.model.get("max_updates"), settings.trainer.max_steps, updates]
     if not (given := [end for end in ends if end is not None and end > 0]):
         raise UserError(
             f"plan cannot tell how many updates trainer.max_epochs {settings.trainer.max_epochs!r} makes. Give a "

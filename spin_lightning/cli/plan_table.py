@@ -38,7 +38,7 @@ def render(plan: Mapping[str, Any]) -> list[str]:
     total = sum(updates["per_iteration"])
     each = " + ".join(f"{count:,}" for count in updates["per_iteration"])
     lines.append(f"updates         {each}{f' = {total:,}' if len(updates['per_iteration']) > 1 else ''}")
-    what = "pairs" if plan["stage"] == "fit" else "rows"
+    what = "rows" if plan["stage"] == "sft" else "pairs"
     lines.append(
         f"  of each       {updates['pairs']:,} {what}, in {updates['batches']} x {updates['mean_passes']:.1f} passes"
     )

@@ -142,7 +142,7 @@ class RowDataModule(L.LightningDataModule):
         self.end_ids: Sequence[int] | None = None
         #: Encode no more rows than this, chosen by the seed. For a look at the data only.
         self.sample: int | None = None
-        #: Whether a row has to have a real response. False in a module (``needs_real = False``) says the same.
+        #: Whether a row has to have a real response. False in the module or a callback says the same.
         self.needs_real = True
         #: Columns that ``Row.columns`` keeps, beside those that a ``reward`` of the module or of a callback names.
         self.keep_columns: Sequence[str] = ()
@@ -187,7 +187,7 @@ class RowDataModule(L.LightningDataModule):
             on_bad_row=self.on_bad_row,
             seed=self.seed,
             needs_rejected=self.needs_rejected,
-            needs_real=self.needs_real and getattr(self._module, "needs_real", True),
+            needs_real=all(getattr(part, "needs_real", True) for part in (self, *self._parts)),
             keep_columns=self._find_columns(),
         )
         sources = self.train_data if isinstance(self.train_data, list) else [self.train_data]
@@ -298,10 +298,14 @@ class RowDataModule(L.LightningDataModule):
     def _module(self) -> Any:
         return self.trainer.lightning_module if self.trainer is not None else None
 
+    @property
+    def _parts(self) -> list[Any]:
+        """The module and the callbacks of the run."""
+        return [] if self.trainer is None else [self._module, *self.trainer.callbacks]  # type: ignore[attr-defined]
+
     def _find_columns(self) -> list[str]:
         """The columns that somebody needs: beside one's own those that a reward names, of the module or a callback."""
-        callbacks = self.trainer.callbacks if self.trainer is not None else []  # type: ignore[attr-defined]
-        rewards = [getattr(part, "reward", None) for part in (self._module, *callbacks)]
+        rewards = [getattr(part, "reward", None) for part in self._parts]
         named = [column for reward in rewards for column in getattr(reward, "columns", ())]
         return list(dict.fromkeys([*self.keep_columns, *named]))
 

@@ -92,7 +92,7 @@ def play(
     held_out, encoder = laboratory.held_out, laboratory.encoder
     laws = (language, changed, replace(language, probabilities=(0.0, 1.0, 0.0)))
     distances = [ExactDistance(law, held_out, encoder) for law in laws]
-    games: dict[str, tuple[list[str], int, Sequence[L.Callback]]] = {
+    games: dict[str, tuple[list[Any], int, Sequence[L.Callback]]] = {
         "the law stays": ([old] * 6, 0, []),
         "it changes": ([old] * 3 + [new] * 3, 0, []),
         "it changes, history 1": ([old] * 3 + [new] * 3, 1, []),

@@ -48,6 +48,9 @@ class PairMaker:
         initial_responses: Whether each pair also carries the response of iteration 0.
         numerics: A context with the precision of a training step.
         poll: Called between responses; raises to interrupt.
+        rank: Given rows of pairs, one for each response, and what the real responses are known to be worth, by prompt:
+            the rows to keep, with what a reward says of both sides. None: all, as they are.
+        keeps_real: Whether the rows that are kept have the real responses of the data.
     """
 
     opponent: Player
@@ -64,6 +67,8 @@ class PairMaker:
     initial: nn.Module | None = None
     initial_responses: bool = False
     shard_size: int = 256
+    rank: Callable[[list[dict[str, Any]], Mapping[int, float | None]], list[dict[str, Any]]] | None = None
+    keeps_real: bool = True
 
     def __post_init__(self) -> None:
         self._responder = Responder(self.generator, self.encoder, self.model, self.poll)
@@ -103,7 +108,7 @@ class PairMaker:
                     phase.skip(len(prompts) * self.answers_per_prompt)
                 else:
                     store.write_shard(
-                        self._shard_name(self.iteration, start), self._make_pairs(prompts, earlier, phase)
+                        self._shard_name(self.iteration, start), self._make_pairs(prompts, earlier, store, phase)
                     )
             for source, all_shards in of_earlier.items():
                 shards = processes.deal(all_shards)
@@ -118,7 +123,7 @@ class PairMaker:
         return f"iteration_{source}-{start:09d}.parquet"
 
     def _make_pairs(
-        self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], phase: Phase
+        self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], store: PairStore, phase: Phase
     ) -> list[dict[str, Any]]:
         wanted = [(prompt, answer) for prompt in prompts for answer in range(self.answers_per_prompt)]
         seeds = [seed_of(self.seed, self.iteration, prompt.prompt_id, answer) for prompt, answer in wanted]
@@ -159,28 +164,34 @@ class PairMaker:
                     "seed": seeds[index],
                 }
             )
-        return self._score_rows(rows, ["real", "generated"], by_sampler=True)
+        if self.rank is not None:
+            known = {}
+            if self.keeps_real and self.iteration and _have_same_rows(earlier[0], store):
+                table = earlier[0].read_shard(self._shard_name(0, prompts[0].prompt_id), ["prompt_id", "real_reward"])
+                known = dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+            rows = self.rank(rows, known)
+        return self._score_rows(rows)
 
     def _rescore(self, name: str, earlier: PairStore, store: PairStore) -> list[dict[str, Any]]:
         """Rows of an earlier iteration as this one's opponent sees them."""
         rows = earlier.read_shard(name).to_pylist()
-        if earlier.binding.get("prompts_sha256") != store.binding.get("prompts_sha256"):  # of other rows
-            return self._score_rows(rows, ["real", "generated"])
+        if not (self.keeps_real and _have_same_rows(earlier, store)):
+            return self._score_rows(rows, is_sampled=False)
         # the real responses are the same, and scored already
         own_name = self._shard_name(self.iteration, int(name.removesuffix(".parquet").rpartition("-")[2]))
         own = store.read_shard(own_name, ["prompt_id", "opponent_real_log_prob", "initial_real_log_prob"])
         known = {row.pop("prompt_id"): row for row in own.to_pylist()}
-        return self._score_rows([{**row, **known[row["prompt_id"]]} for row in rows], ["generated"])
+        return self._score_rows([{**row, **known[row["prompt_id"]]} for row in rows], ["generated"], is_sampled=False)
 
     def _score_rows(
-        self, rows: list[dict[str, Any]], sides: Sequence[str], by_sampler: bool = False
+        self, rows: list[dict[str, Any]], sides: Sequence[str] = ("real", "generated"), is_sampled: bool = True
     ) -> list[dict[str, Any]]:
-        """Add the log-probs of all players; with ``by_sampler`` the opponent's may be those that its sampler gave."""
+        """Add the players' log-probs. ``is_sampled``: this opponent's sampler gave those of the generated side."""
         players = {"opponent": self.model} | ({"initial": self.initial} if self.initial is not None else {})
         add = partial(add_log_probs, micro_batch_tokens=self.micro_batch_tokens, poll=self.poll)
         for player, model in players.items():
             rest = rows
-            if player == "opponent" and by_sampler:
+            if player == "opponent" and is_sampled:
                 compared = list(dict.fromkeys(row["prompt_id"] for row in rows))[:NUM_COMPARED]
                 first = [row for row in rows if row["prompt_id"] in compared]
                 rest = [row for row in rows if row["prompt_id"] not in compared]
@@ -233,6 +244,11 @@ def add_log_probs(
                 for side, response in zip(sides, place, strict=True):
                     rows[index][f"{player}_{side}_log_prob"] = values[response]
             phase.advance(len(indices), tokens=len(batch.input_ids))
+
+
+def _have_same_rows(store: PairStore, other: PairStore) -> bool:
+    """Whether two iterations have the same prompts and real responses."""
+    return bool(store.binding.get("prompts_sha256") == other.binding.get("prompts_sha256"))
 
 
 def _own_shards(store: PairStore, iteration: int) -> list[str]:

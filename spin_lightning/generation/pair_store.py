@@ -6,6 +6,7 @@ The rows serve three readers at once: this package (token ids and log-probs), TR
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -51,6 +52,10 @@ DESCRIBED_COLUMNS = [
 ]
 
 
+#: What a reward has said of the sides of a pair.
+REWARD_COLUMNS = ["real_reward", "generated_reward"]
+
+
 class PairStore(ShardStore):
     """The pairs of one iteration.
 
@@ -61,6 +66,39 @@ class PairStore(ShardStore):
     schema = SCHEMA
     rows_are = "pairs"
     chained_by = "previous_pairs_sha256"
+
+
+class RankedPairStore(PairStore):
+    """Pairs whose responses a reward has judged."""
+
+    schema = pa.schema(
+        [
+            *SCHEMA,
+            ("real_reward", pa.float64()),  # null: cannot be judged
+            ("generated_reward", pa.float64()),
+            ("rewards", pa.list_(pa.float64())),  # of all the opponent's responses to the prompt, in their order
+        ]
+    )
+
+
+def describe_rewards(table: pa.Table) -> dict[str, Any]:
+    """What a reward says of all the opponent's responses, and how many pairs it tells apart."""
+    of_prompts = {row["prompt_id"]: row["rewards"] for row in table.select(["prompt_id", "rewards"]).to_pylist()}
+    values = [value for rewards in of_prompts.values() for value in rewards]
+    known = [value for value in values if value is not None]
+    real, generated = table["real_reward"], table["generated_reward"]
+    tied = pc.fill_null(pc.less_equal(real, generated), False)
+    return {
+        "mean": fmean(known) if known else None,
+        "unjudged": len(values) - len(known),
+        "pairs_told_apart": table.num_rows - int(pc.sum(unranked(table)).as_py()),
+        "pairs_tied": int(pc.sum(tied).as_py()),
+    }
+
+
+def unranked(table: pa.Table) -> Any:
+    """Boolean array, one entry a pair: the first response is not known to be worth more than the second."""
+    return pc.fill_null(pc.less_equal(table["real_reward"], table["generated_reward"]), True)
 
 
 def describe_pairs(table: pa.Table) -> dict[str, Any]:

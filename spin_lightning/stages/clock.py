@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from spin_lightning.generation.synthetic_data import NOTHING, TrainingSet
 from spin_lightning.models.loading import dtype_name
+from spin_lightning.rewards.base import Reward, check_reward
 from spin_lightning.runs import lightning_internals as internals
 from spin_lightning.runs import processes, signals
 from spin_lightning.runs.checkpoints import last_checkpoint
@@ -34,6 +35,7 @@ from spin_lightning.schedule import check_schedule
 from spin_lightning.stages.iteration import Iteration, Run, iteration_folder
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import starting_metrics
+from spin_lightning.stages.ranking import make_ranking
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -265,9 +267,12 @@ class IterationClock(HoldsFolder):
         self._stage_is_over = True
         say(f"{sentence} (self_play.stage; left out, all are played).")
 
+    def make_run(self) -> Run:
+        """Where iterations are played, and with what."""
+        return Run(self.output_dir, self.trainer.datamodule, self.shard_size, partial(end_if_asked, self.trainer))
+
     def _make_iteration(self, number: int) -> Iteration:
-        run = Run(self.output_dir, self.trainer.datamodule, self.shard_size, partial(end_if_asked, self.trainer))
-        iteration: Iteration = self.trainer.lightning_module.make_iteration(number, run)
+        iteration: Iteration = self.trainer.lightning_module.make_iteration(number, self.make_run())
         return iteration
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -404,6 +409,12 @@ class SelfPlay(IterationClock):
         reset_optimizer: Start each iteration with an empty optimiser state, as the paper does. The learning rate
             schedule starts anew in any case.
         shard_size: Prompts in one shard of pairs: the most that is generated again after a kill.
+        pairs: What stands against what: ``real_generated``, the real response against each generated one;
+            ``best_worst``, of a prompt's generated responses the one with the highest reward against the one with the
+            lowest (online DPO, which needs no real responses); ``real_wrong``, the real response against those that are
+            worth less.
+        reward: What responses are worth, for ``best_worst`` and ``real_wrong``: ``NumberMatch``, ``TextMatch``,
+            ``FunctionReward``, ``ModelReward``, ``JudgeReward``, ``SumOfRewards``, or the class path of your own.
         stage: Play one stage of an iteration and end: ``generate`` makes its pairs, ``train`` trains on them and
             exports. Nothing is done where the other is next. ``spin-lightning play`` sets it. None: all.
 
@@ -428,12 +439,37 @@ class SelfPlay(IterationClock):
         epochs: int | list[int] = 2,
         reset_optimizer: bool = True,
         shard_size: int = 256,
+        pairs: Literal["real_generated", "best_worst", "real_wrong"] = "real_generated",
+        reward: Reward | None = None,
         stage: Literal["generate", "train"] | None = None,
     ) -> None:
         if stage not in (None, "generate", "train"):
             raise UserError(f"self_play.stage must be 'generate' or 'train', or be left out, got {stage!r}.")
         super().__init__(output_dir, iterations, epochs, reset_optimizer, shard_size)
         self.stage = stage
+        self.pairs, self.reward = pairs, reward
+        self.ranking = make_ranking(pairs, reward)
+        #: What the data module asks: of the best and the worst generated response neither is the real one.
+        self.needs_real = pairs != "best_worst"
+
+    def refuse_unplayable(self, trainer: Any, module: Any) -> None:
+        super().refuse_unplayable(trainer, module)
+        if self.ranking is None:
+            return
+        check_reward(self.ranking.reward)
+        if self.pairs == "best_worst" and trainer.datamodule.answers_per_prompt < 2:
+            raise UserError(
+                "self_play.pairs best_worst needs several answers to each prompt, got data.answers_per_prompt "
+                f"{trainer.datamodule.answers_per_prompt}. Set it to 2 or more."
+            )
+        if self.pairs == "best_worst" and getattr(getattr(module, "loss", None), "needs_initial_response", False):
+            raise UserError(
+                f"{type(module.loss).__name__} compares with the first opponent's answers, which pairs of the best and "
+                "the worst one have none of. Use another loss, or self_play.pairs: real_wrong."
+            )
+
+    def make_run(self) -> Run:
+        return replace(super().make_run(), ranking=self.ranking)
 
 
 def refuse_unplayable(clock: IterationClock, trainer: Any, module: Any) -> None:

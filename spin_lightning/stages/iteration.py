@@ -16,17 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from spin_lightning.generation.base import Player
 from spin_lightning.generation.pair_maker import PairMaker, own_pairs
 from spin_lightning.generation.pair_store import (
     DESCRIBED_COLUMNS,
+    REWARD_COLUMNS,
     TRAINING_COLUMNS,
     PairStore,
+    RankedPairStore,
     describe_gap,
     describe_pairs,
+    describe_rewards,
     identical,
+    unranked,
 )
 from spin_lightning.generation.synthetic_data import SyntheticDataModule, TrainingSet
 from spin_lightning.losses import PairLoss
@@ -41,6 +46,7 @@ from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import ShardStore, refuse_broken_chain, refuse_other_binding
 from spin_lightning.stages.export import export_policy
 from spin_lightning.stages.opponent import Opponent
+from spin_lightning.stages.ranking import Ranking
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -62,12 +68,14 @@ class Run:
         data: Prompts, encoder, generator and their settings.
         shard_size: Prompts in one shard.
         poll: Called between responses; raises to interrupt.
+        ranking: What a reward makes of an opponent's responses. None: each is paired with the real one.
     """
 
     folder: Path
     data: SyntheticDataModule
     shard_size: int
     poll: Callable[[], None]
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ class Iteration(ABC):
         return f"# Policy after iteration {self.number}\n"
 
 
-#: Settings that decide how a store's shards are cut and which columns they have.
+#: Of every game.
 _LAYOUT = ("answers_per_prompt", "shard_size", "initial_log_probs", "initial_responses")
 
 
@@ -186,7 +194,8 @@ class SpinIteration(Iteration):
             **depends_on,
             **({"engine": engine} if (engine := data.generator.engine) else {}),
         }
-        return PairStore(self.folder / "pairs", binding)
+        kind = PairStore if self.run.ranking is None else RankedPairStore
+        return kind(self.folder / "pairs", binding)
 
     def _refuse_other_rows(self, depends_on: Mapping[str, Any]) -> None:
         """Make sure that the pairs of earlier iterations can be combined with these.
@@ -199,7 +208,7 @@ class SpinIteration(Iteration):
         combined = set(range(max(0, number - data.history), number))
         needs_first = self.loss.needs_initial_response and number > 0
         for k in combined | ({0} if needs_first else set()):
-            refuse_other_binding(self._pairs_of(k), depends_on, (*of_rows, "encoding_sha256", *_LAYOUT))
+            refuse_other_binding(self._pairs_of(k), depends_on, (*of_rows, "encoding_sha256", *self._layout))
         if needs_first and self._pairs_of(0).binding["prompts_sha256"] != depends_on["prompts_sha256"]:
             raise UserError(
                 f"{type(self.loss).__name__} compares with the responses of iteration 0 to the same prompts, and the "
@@ -210,7 +219,7 @@ class SpinIteration(Iteration):
         """Back in the middle of the iteration: the pairs and the opponent are those it began with."""
         store = self._pairs_of(self.number)
         self.refuse_other_table(store, known)
-        keys = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *_LAYOUT)
+        keys = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "history", *self._layout)
         refuse_other_binding(store, self._depends_on(), keys)
         self.opponent.restore(lambda: self._load_opponent(store))
         return store
@@ -257,11 +266,17 @@ class SpinIteration(Iteration):
             initial=initial,
             initial_responses=self.loss.needs_initial_response,
             shard_size=self.run.shard_size,
+            **({} if (ranking := self.run.ranking) is None else ranking.for_maker(data.prompts)),
         )
-        names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
+        try:
+            names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
+        finally:
+            if ranking is not None:
+                ranking.reward.close()
         store.gather()
-        own = own_pairs(store.read_shards(names, DESCRIBED_COLUMNS), number)
-        statistics = describe_pairs(own)
+        columns = [*DESCRIBED_COLUMNS, *([] if ranking is None else ["prompt_id", *REWARD_COLUMNS, "rewards"])]
+        own = own_pairs(store.read_shards(names, columns), number)
+        statistics = describe_pairs(own) | ({} if ranking is None else {"rewards": describe_rewards(own)})
         if "engine" in store.binding:
             gap = describe_gap(own)
             say(
@@ -275,13 +290,18 @@ class SpinIteration(Iteration):
 
     def training_set(self, store: PairStore) -> TrainingSet:
         """All pairs but those that cannot teach this loss anything."""
-        table = whole = store.read(TRAINING_COLUMNS)
+        ranking = self.run.ranking
+        table = whole = store.read([*TRAINING_COLUMNS, *([] if ranking is None else REWARD_COLUMNS)])
+        if ranking is not None:
+            table = table.filter(pc.invert(unranked(table))).select(TRAINING_COLUMNS)
         if not self.loss.learns_from_identical:
             table = table.filter(pa.array(~identical(table)))
         statistics = store.manifest["statistics"]
         dropped = whole.num_rows - table.num_rows
         report = {**statistics, "training_pairs": table.num_rows, "training_pairs_dropped": dropped}
         why = "every generated answer equals the real one: there is nothing left to tell apart"
+        if ranking is not None:
+            why = f"no pair is left that {ranking.reward.name} tells apart"
         if not report["pairs"]:
             return TrainingSet(table, collate_pairs, report, if_empty=why)
         metrics = {
@@ -289,8 +309,16 @@ class SpinIteration(Iteration):
             "completions/clipped_ratio": report["generated_clipped_share"],
             "completions/identical_ratio": report["identical_share"],
         }
+        what = f"{dropped} identical ones dropped"
+        if ranking is not None:
+            what = f"{ranking.in_words}; {dropped} dropped that it does not tell apart, or that are identical"
+            metrics |= {
+                f"reward/{name}": float(value) for name, value in statistics["rewards"].items() if value is not None
+            }
+            if (mean := statistics["rewards"]["mean"]) is not None:
+                what += f"; all answers are worth {mean:.3f} on average"
         sentence = (
-            f"iteration {self.number}: {table.num_rows} pairs to train on ({dropped} identical ones dropped); "
+            f"iteration {self.number}: {table.num_rows} pairs to train on ({what}); "
             f"generated answers have {report['generated_mean_length']:.1f} tokens on average (real "
             f"{report['real_mean_length']:.1f}), {report['generated_clipped_share']:.0%} hit the cap, "
             f"{report['empty_share']:.0%} are empty, {report['identical_share']:.0%} equal the real one"
@@ -318,7 +346,13 @@ class SpinIteration(Iteration):
             "dtype": str(self.policy.dtype),
             "initial_log_probs": self.loss.needs_initial_log_probs,
             "initial_responses": self.loss.needs_initial_response,
+            **({} if self.run.ranking is None else self.run.ranking.settings),
         }
+
+    @property
+    def _layout(self) -> tuple[str, ...]:
+        """Settings that decide how a store's shards are cut and which columns they have."""
+        return (*_LAYOUT, *(() if self.run.ranking is None else self.run.ranking.settings))
 
     @property
     def _opponent_folder(self) -> Path | None:

@@ -191,3 +191,12 @@ def test_help_names_every_option(capsys):
     ):
         assert f"--{name}" in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_dpo_is_planned_with_both_responses_of_a_pair(flags, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f'{{"prompt": "q{n}", "chosen": "yes", "rejected": "no"}}\n' for n in range(8)))
+    dpo = [flag for flag in flags if "generator" not in flag and "self_play" not in flag and "train_data" not in flag]
+    told = made(dpo, f"--data.train_data={path}", "--model.beta=0.2", f"--export.output_dir={tmp_path / 'dpo'}")
+    assert (told["stage"], told["updates"]["per_iteration"], told["updates"]["generated_tokens"]) == ("dpo", [1], 0)
+    assert told["updates"]["scored_tokens"][0] > 8 * 2 * len("yes")
