@@ -1,4 +1,5 @@
 # make demo    install, then play self-play fine-tuning on a small real model (five to eight minutes on two CPU cores)
+# make reft    install, then SFT, PPO with a reward that a program gives, and the control (about ten minutes on two CPU cores)
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
 # make test    install, then run the tests
 # make slow    the tests that are left out by default: further settings of what others test already
@@ -25,7 +26,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo lab test slow processes style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test gpu install clean
+.PHONY: demo reft lab test slow processes style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test gpu install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +43,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/spin-lightning demo
+
+reft: install
+	$(BIN)/spin-lightning reft
 
 lab: install
 	$(BIN)/spin-lightning lab

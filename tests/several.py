@@ -35,11 +35,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
+def environment_of(rank: int, world: int, port: int, machines: int = 1) -> dict[str, str]:
     """What ``torchrun`` tells a process."""
+    machine, local = divmod(rank, each := world // machines)
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(each),
+        "GROUP_RANK": str(machine), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
 
 
@@ -51,12 +52,16 @@ class Several:
         printed: What each wrote to stdout and stderr.
     """
 
-    def __init__(self, folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> None:
+    def __init__(
+        self, folder: Path, function: Callable[..., Any], *args: Any, world: int = 2, machines: int = 1
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         port, number = free_port(), len(list(folder.glob("printed_*_0")))
         self.files = [folder / f"printed_{number}_{rank}" for rank in range(world)]
         self.processes = [
-            CONTEXT.Process(target=_run, args=(environment_of(rank, world, port), self.files[rank], function, args))
+            CONTEXT.Process(
+                target=_run, args=(environment_of(rank, world, port, machines), self.files[rank], function, args)
+            )
             for rank in range(world)
         ]
         for process in self.processes:
@@ -89,9 +94,9 @@ class Several:
         return [path.read_text(errors="replace") if path.exists() else "" for path in self.files]
 
 
-def together(folder: Path, function: Callable[..., Any], *args: Any, world: int = 2) -> Several:
+def together(folder: Path, function: Callable[..., Any], *args: Any, world: int = 2, machines: int = 1) -> Several:
     """Run a function in several processes of one run, and wait for them."""
-    return Several(folder, function, *args, world=world).wait()
+    return Several(folder, function, *args, world=world, machines=machines).wait()
 
 
 # --- a process to which something happens -----------------------------------------------------------------------------

@@ -97,6 +97,14 @@ def _run_demo(args: list[str]) -> None:
     play(*args)
 
 
+def _run_reft(args: list[str]) -> None:
+    from spin_lightning.demos.reft import play
+
+    if len(args) > 1 and args[1].startswith("-"):  # settings without a model before them
+        args = [args[0], "", *args[1:]]
+    play(*args)
+
+
 def _run_lab(args: list[str]) -> None:
     from spin_lightning.demos.known_language import play
 
@@ -193,11 +201,12 @@ it can be given; all rows of data.train_data are scored (data.val_fraction 0).
                                        another, 0 for none; also TextMatch,
                                        FunctionReward, ModelReward, JudgeReward,
                                        SumOfRewards, or a class path of yours
-  --score.reward.pattern equals        a setting of that reward
+  --score.reward.pattern equals        a setting of that reward; all of them:
+                                       --score.reward.help NumberMatch
   --score.output_dir runs/score        where everything is kept
   --score.against MODEL                the win rate against another model
   --score.part held_out                the rows that fit sets aside for its NLL
-  --score.right_from 1.0               the reward of a right response: pass@k
+  --score.right_from 1.0               the reward of a right one, for pass@k
   --score.best_from 1.0                leave worse ones out of best.jsonl
   --score.shard_size 64                prompts that a kill asks about again
   --data.answers_per_prompt 4          responses to each prompt; 0 scores the
@@ -304,6 +313,12 @@ COMMANDS = {
     "demo": Command(
         "the whole game on a small real model, on CPU",
         function=_run_demo,
+        usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
+        fits=_folder_is_first,
+    ),
+    "reft": Command(
+        "SFT, then PPO with a program's reward, and the control",
+        function=_run_reft,
         usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
         fits=_folder_is_first,
     ),

@@ -63,10 +63,13 @@ def main(args: list[str]) -> None:
         fabric = _make_fabric(settings.trainer)
         data = _read(settings, scoring, recorded=not answers)
         others = _read(settings, scoring, of=scoring.against) if scoring.against is not None else None
-        _keep(settings, answers, scoring.output_dir / "config.yaml")
+        kept = scoring.output_dir / "config.yaml"
+        if not kept.exists():  # that of a run is not changed by a command that may be refused
+            _keep(settings, answers, kept)
         load = _Loader(settings, fabric, data, others)
         players = Players(load, fabric.autocast, settings.model.model_name_or_path, settings.model.trust_remote_code)
         summary = scoring.run(players, data, answers, others)
+        _keep(settings, answers, kept)
     say(
         "\n".join(
             ["", *render(summary), "", f"More is in {scoring.output_dir}: summary.json, best.jsonl, pairs.jsonl."]
@@ -220,7 +223,10 @@ def render(summary: Mapping[str, Any]) -> list[str]:
         f"  mean reward   {number(summary['mean'])}" + ("" if error is None else f" +- {error:.2g} (standard error)"),
     ]
     lines += [f"    {name:<11} {number(value)}" for name, value in summary.get("mean_by_reward", {}).items()]
-    lines += [f"  {f'pass@{k}':<13} {number(value)}" for k, value in summary["pass_at"].items()]
+    if any(summary["pass_at"].values()):
+        lines += [f"  {f'pass@{k}':<13} {number(value)}" for k, value in summary["pass_at"].items()]
+    elif summary["pass_at"]:
+        lines.append(f"  right         none: no reward is at least {summary['right_from']:g} (score.right_from)")
     lines += [f"  {f'best of {k}':<13} {number(value)}" for k, value in summary["best_of"].items() if k != "1"]
     lines += [f"  not judged    {summary['unjudged']}"] if summary["unjudged"] else []
     lines += [f"  cut           {summary['cut_share']:.0%}"] if summary["cut_share"] else []

@@ -101,6 +101,11 @@ class Reward(ABC):
 
     columns: tuple[str, ...] = ()
 
+    @property
+    def judges_cut(self) -> bool:
+        """Whether it can say what a response without an end is worth."""
+        return True
+
     @abstractmethod
     def score(self, answers: Sequence[Answer]) -> Sequence[float | None]:
         """What each answer is worth; None for one that cannot be judged, which is left out and counted.
@@ -200,6 +205,10 @@ class SumOfRewards(Reward):
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         return self.add({name: scored(reward, answers) for name, reward in self.rewards.items()})
+
+    @property
+    def judges_cut(self) -> bool:
+        return all(reward.judges_cut for reward in self.rewards.values())
 
     def add(self, parts: Mapping[str, Sequence[float | None]]) -> list[float | None]:
         """The sum for each answer, of what each reward said."""

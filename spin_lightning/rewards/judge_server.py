@@ -26,8 +26,10 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 LONGEST_PAUSE = 60.0
 #: Seconds between two looks whether the run was asked to end.
 POLL_SECONDS = 0.2
-#: The most likely tokens that are asked for, and the probability that the labels among them must have.
-TOP, LEAST_MASS = 20, 0.01
+#: Asks for the most likely tokens at a reply's begin.
+FIRST_TOKEN = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
+#: The probability that the labels among them must have.
+LEAST_MASS = 0.01
 #: Tokens of a reply that is read as text: "Rating: **8**".
 TEXT_TOKENS = 16
 
@@ -77,8 +79,8 @@ class ServerJudge:
             rationale,
             votes,
         )
-        self._has_log_probs: bool | None = None  # until a reply has told
-        self._splits: dict[str, bool] = {}
+        self._has_log_probs = False
+        self._settled: set[str] = set()  # labels that it was asked to repeat
 
     def check_ready(self) -> None:
         """Make sure that the key is there. The server is asked nothing yet.
@@ -111,8 +113,7 @@ class ServerJudge:
         is_over = threading.Event()
         pool = ThreadPoolExecutor(min(self.concurrency, len(questions)), thread_name_prefix="judge")
         try:
-            if self.model is None:
-                self.model = self._find_model(is_over)
+            self._settle(labels, is_over)
             futures = [pool.submit(self._ask_one, question, labels, is_over) for question in questions]
             for future in futures:
                 while not _is_done(future):
@@ -149,19 +150,10 @@ class ServerJudge:
         if self.rationale:
             text, _ = self._complete(turns, is_over, max_tokens=self.rationale, temperature=0.0)
             turns += [{"role": "assistant", "content": text}, {"role": "user", "content": NOW}]
-        if self._has_log_probs is not False:
-            try:
-                _, top = self._complete(turns, is_over, max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=TOP)
-            except Refused as refusal:
-                if refusal.status not in (400, 422):
-                    raise
-                top = None  # of some servers, because of the log-probs
+        if self._has_log_probs:
+            _, top = self._complete(turns, is_over, **FIRST_TOKEN)
             if top:
-                self._has_log_probs = True
-                return self._read_law(top, labels, is_over)
-            if self._has_log_probs is None:
-                self._has_log_probs = False
-                say(f"note: {self._who} gives no log-probs: its texts are read, {self.votes} for each question.")
+                return self._read_law(top, labels)
         counts = dict.fromkeys(labels, 0.0)
         last = ""
         for vote in range(self.votes):
@@ -174,35 +166,50 @@ class ServerJudge:
             raise _Unreadable(f"it replied {last[:80]!r}")
         return [count / total for count in counts.values()]
 
-    def _read_law(self, top: Mapping[str, float], labels: Sequence[str], is_over: threading.Event) -> list[float]:
+    def _read_law(self, top: Mapping[str, float], labels: Sequence[str]) -> list[float]:
         weights = dict.fromkeys(labels, 0.0)
         for token, probability in top.items():
             if token.strip() in weights:
                 weights[token.strip()] += probability
-        for label in labels:
-            longer = [other for other in labels if other != label and other.startswith(label)]
-            if longer and weights[label] > LEAST_MASS and not any(weights[other] for other in longer):
-                self._refuse_split(longer[0], is_over)
         if (total := sum(weights.values())) < LEAST_MASS:
             raise _Unreadable(f"its most likely tokens are {', '.join(map(repr, list(top)[:5]))}")
         return [weight / total for weight in weights.values()]
 
-    def _refuse_split(self, label: str, is_over: threading.Event) -> None:
-        """Make sure that a label is one token of the judge, or its probability would be taken for its first digit's.
+    def _settle(self, labels: Sequence[str], is_over: threading.Event) -> None:
+        """Find out what the server is, before the first question: its model, and whether it gives log-probs.
+
+        It is asked to repeat the last label. One that is several tokens would be taken for another, which it begins
+        with, as 10 for 1.
 
         Raises:
-            UserError: It is not.
+            UserError: The last label is several tokens to it.
+            RewardUnavailable: It does not reply.
         """
-        if label not in self._splits:
-            asked: Message = {"role": "user", "content": f"Repeat this number, and say nothing else: {label}"}
-            _, top = self._complete([asked], is_over, max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=TOP)
-            said = max(top, key=lambda token: top[token]).strip() if top else ""
-            self._splits[label] = said != label and label.startswith(said)
-        if self._splits[label]:
+        if labels[-1] in self._settled:
+            return
+        asked: Message = {"role": "user", "content": f"Repeat this number, and say nothing else: {labels[-1]}"}
+        try:
+            self.model = self.model or self._find_model(is_over)
+            try:
+                _, top = self._complete([asked], is_over, **FIRST_TOKEN)
+            except Refused as refusal:
+                if refusal.status not in (400, 422):
+                    raise UserError(f"{self._who} refuses to be asked: {refusal}.") from None
+                top = None  # of some servers, because of the log-probs
+            except _Unreadable as error:
+                raise UserError(f"{self._who} is no server of chat completions: {error}.") from None
+        except Unanswered as error:
+            refuse_unanswered(1, 1, self._who, str(error))
+        said = max(top, key=lambda token: top[token]).strip() if top else ""
+        if said != labels[-1] and said in labels and labels[-1].startswith(said):
             raise UserError(
-                f"{self._who} spells {label} in two tokens, so its log-probs do not tell {label} from {label[0]}. Set "
+                f"{self._who} spells {labels[-1]} in several tokens, so its log-probs do not tell it from {said}. Set "
                 "highest: 9, which rates from 1 to 9."
             )
+        if not top:
+            say(f"note: {self._who} gives no log-probs: its texts are read, {self.votes} for each question.")
+        self._has_log_probs = bool(top)
+        self._settled.add(labels[-1])
 
     def _find_model(self, is_over: threading.Event) -> str:
         answer = self._ask_patiently("/v1/models", None, is_over)

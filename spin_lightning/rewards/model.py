@@ -82,6 +82,10 @@ class ModelReward(Reward):
         self._refusal = self._sha256 = ""
 
     @property
+    def judges_cut(self) -> bool:
+        return False  # it was trained on whole responses
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Its class and arguments, and what tells its weights and its ``reward.json`` from others."""
         found = {key: value for key, value in super().settings.items() if key != "batch_tokens"}

@@ -35,7 +35,7 @@ from spin_lightning.runs.lightning_internals import remake_optimizers
 from spin_lightning.stages.export import ExportPolicy
 from spin_lightning.stages.metrics import wins
 from spin_lightning.stages.policy import PolicyModule
-from spin_lightning.stages.stage import Stage
+from spin_lightning.stages.stage import Stage, cap_of
 from spin_lightning.terminal import say
 from spin_lightning.types import PairBatch, UserError
 
@@ -175,14 +175,14 @@ class RewardLightningModule(PolicyModule):
                 "weights are damaged, or the dtype overflows. Try float32, or another model."
             )
 
-    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:  # type: ignore[override]
+    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:
         """Scores of the held-out pairs; what they tell is known at the end."""
         for part in processes.deal(batch):
             real, generated = self._score(self.plain_policy, part)
             losses = bradley_terry(real, generated, part.preference, part.margin, self.centring)
             lengths = part.responses.response_lengths
             columns = (part.pair_ids, real, generated, lengths[part.real], lengths[part.generated], losses)
-            self._held_out_pairs.append(torch.stack([column.double().cpu() for column in columns]))
+            self._held_out_pairs.append(torch.stack([column.cpu().double() for column in columns]))
 
     def on_validation_epoch_end(self) -> None:
         found = processes.join(torch.cat([torch.empty(6, 0, dtype=torch.float64), *self._held_out_pairs], 1))
@@ -316,6 +316,12 @@ STAGE = Stage(
     folder="export",
     over_file="summary.json",
     mark="model.centring",
+    reads_over={
+        "data.generator": cap_of,
+        "data.answers_per_prompt": None,
+        "data.history": None,
+        "data.keep_prompts_together": None,
+    },
     defaults={"trainer.max_epochs": 1, "data.too_long": "drop", "export.output_dir": "runs/reward"},
     refuse=_refuse_cutting,
     exported=_find_exported,

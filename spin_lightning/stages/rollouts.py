@@ -109,7 +109,7 @@ class Rollouts(IterationClock):
                 f"at least 2, got {data.answers_per_prompt}. Take 4 or more, or Gae with its critic."
             )
         check_reward(self.reward)
-        if self.cut == "score" and not getattr(self.reward, "judges_cut", True):
+        if self.cut == "score" and not self.reward.judges_cut:
             raise UserError(
                 f"{self.reward.name} never saw a response without an end, so it cannot score one that was cut. Set "
                 "rollouts.cut to drop, or to a number."

@@ -122,7 +122,8 @@ class Scoring:
         against: Another model, by name or folder. It answers the same prompts with the same random numbers, and the
             reward says whose responses are better.
         part: Which rows: ``train``, or ``held_out``, those that a game with the same data settings sets aside.
-        right_from: A response is right if its reward is at least this: what pass@k counts.
+        right_from: A response is right if its reward is at least this: what pass@k counts. None: 1 where all rewards
+            are within [0, 1]; of others, as a reward model's, nothing is right or wrong.
         best_from: Leave out of ``best.jsonl`` the prompts whose best response has a lower reward. None: no prompt.
         shard_size: Prompts in one shard: the most that is asked again after a kill.
 
@@ -136,7 +137,7 @@ class Scoring:
         output_dir: str = "runs/score",
         against: str | None = None,
         part: Literal["train", "held_out"] = "train",
-        right_from: float = 1.0,
+        right_from: float | None = None,
         best_from: float | None = None,
         shard_size: int = 64,
     ) -> None:
@@ -177,7 +178,9 @@ class Scoring:
         prompts = self.prompts_of(data)
         if not prompts:
             raise UserError(f"there are no {self.part} rows. Give data.val_data, or raise data.val_fraction.")
-        refuse_links(self.output_dir, r"(responses|rewards|against|comparisons)(_manifest\.json)?|\w+\.jsonl?")
+        refuse_links(
+            self.output_dir, r"served(\.partial)?|(responses|rewards|against|comparisons)(_manifest\.json)?|\w+\.jsonl?"
+        )
         lock = hold(self.output_dir)
         signals.listen()
         try:
@@ -228,7 +231,7 @@ class Scoring:
         """Make the shards that are missing, and finish the table."""
         names, prompts = [], prompts or list(self._prompts.values())
         for start in self._starts:
-            names.append(name := f"prompts-{start:09d}.parquet")
+            names.append(name := _shard_name(start))
             own = prompts[start : start + self.shard_size]
             if store.has_shard(name):
                 phase.skip(len(own) * per_prompt)
@@ -315,8 +318,7 @@ class Scoring:
         return store
 
     def _read(self, store: ShardStore, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        place = list(self._prompts).index(prompts[0].prompt_id)
-        rows: list[dict[str, Any]] = store.read_shard(f"prompts-{place:09d}.parquet").to_pylist()
+        rows: list[dict[str, Any]] = store.read_shard(_shard_name(prompts[0].prompt_id)).to_pylist()
         return rows
 
     def _answers(self, rows: Iterable[Mapping[str, Any]]) -> list[Answer]:
@@ -367,25 +369,23 @@ class Scoring:
             )[0]
             for name in names
         }
-        most = max(map(len, judged))
-        right = [sum(value >= self.right_from for value in values) for values in judged]
+        ks = powers_up_to(most) if (most := max(map(len, judged))) else []
+        right_from = self.right_from
+        if right_from is None and not self.reward.compares and all(0 <= v <= 1 for values in judged for v in values):
+            right_from = 1.0
+        pass_at_k = {}
+        if right_from is not None:
+            right = [(sum(value >= right_from for value in values), len(values)) for values in judged]
+            pass_at_k = {str(k): _mean([pass_at(k, r, n) for r, n in right if n >= k]) for k in ks}
         lengths = [len(row["response_ids"]) for row in rows if row["response_ids"] is not None]
         return {
             "unjudged": sum(row["reward"] is None and row["over_next"] is None for row in rows),
             "mean": mean,
             "standard_error": error,
             **({"mean_by_reward": by_name} if by_name else {}),
-            "right_from": self.right_from,
-            "pass_at": {
-                str(k): _mean([pass_at(k, r, len(v)) for r, v in zip(right, judged, strict=True) if len(v) >= k])
-                for k in powers_up_to(most)
-                if most
-            },
-            "best_of": {
-                str(k): _mean([best_of(k, values) for values in judged if len(values) >= k])
-                for k in powers_up_to(most)
-                if most
-            },
+            "right_from": right_from,
+            "pass_at": pass_at_k,
+            "best_of": {str(k): _mean([best_of(k, values) for values in judged if len(values) >= k]) for k in ks},
             "cut_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
             "mean_tokens": fmean(lengths) if lengths else None,
         }
@@ -524,6 +524,10 @@ class _Maker:
             yield Player(model, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shard_name(first: int) -> str:
+    return f"prompts-{first:09d}.parquet"
 
 
 def _row_of(prompt: Prompt, answer: int, text: str, finish_reason: str) -> dict[str, Any]:

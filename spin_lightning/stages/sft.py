@@ -98,7 +98,7 @@ STAGE = Stage(
     callbacks={"export": "spin_lightning.stages.export.ExportPolicy"},
     folder="export",
     over_file="summary.json",
-    mark="model.average",
+    mark="model.max_updates",
     reads_over={
         "data.generator": cap_of,
         "data.answers_per_prompt": None,

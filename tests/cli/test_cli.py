@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from helpers import args_of, write_rows
 
 from spin_lightning.cli.commands import config_folder, main, run
@@ -269,7 +270,9 @@ def test_a_hub_that_cannot_be_reached_is_explained(fit, refusal, monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_parses(config, tmp_path, model):
     flags = [f"--config={config}", "--model.model_name_or_path=x/y", "--data.train_data=rows.jsonl"]
-    parsed = parse_settings("sft" if "sft" in config.stem else "fit", flags)
+    sections = yaml.safe_load(config.read_text()).keys()
+    word = next((word for section, word in {"export": "sft", "rollouts": "ppo"}.items() if section in sections), "fit")
+    parsed = parse_settings(word, flags)
     assert parsed.model.model_name_or_path == "x/y"
 
 
@@ -282,6 +285,16 @@ def test_the_paper_s_config_holds_the_paper_s_numbers():
     assert fit.trainer.max_epochs == 8  # 4 iterations of 2 epochs
     assert fit.trainer.accumulate_grad_batches * fit.data.batch_size == 64
     assert fit.data.max_rows == 50000 and fit.data.history == 1 and fit.data.answers_per_prompt == 1
+
+
+def test_the_config_of_reft_holds_the_paper_s_numbers():
+    ppo = parse_settings("ppo", [f"--config={config_folder() / 'reft_paper.yaml'}"])
+    model, data, rollouts = ppo.model, ppo.data, ppo.rollouts
+    assert (model.beta, model.learning_rate, model.value_coef, model.value_clip) == (0.05, 3e-7, 5.0, 0.2)
+    assert model.advantage.init_args.lam == 0.95 and model.clip == 0.2
+    assert (rollouts.prompts, data.answers_per_prompt, data.batch_size, rollouts.epochs) == (32, 1, 32, 2)
+    assert rollouts.iterations * rollouts.prompts / 7473 == pytest.approx(300, rel=0.01)
+    assert ppo.trainer.max_epochs == 140_000 and ppo.trainer.check_val_every_n_epoch == 466
 
 
 @pytest.mark.parametrize("name", ["demo", "demo_sft"])

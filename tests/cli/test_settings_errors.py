@@ -315,7 +315,7 @@ def test_a_folder_of_another_stage_is_refused(said, tmp_path):
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"x")
     hash_file(checkpoint).write_text(sha256_of(checkpoint))
-    for command, other, key in (("sft", "fit", "self_play.epochs"), ("fit", "sft", "model.average")):
+    for command, other, key in (("sft", "fit", "self_play.epochs"), ("fit", "sft", "model.max_updates")):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {key: 1}, "changes": [], "versions": {}}))
         assert f"run holds a run of another stage ({other}). Set --" in said(command)
 

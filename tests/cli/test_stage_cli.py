@@ -88,7 +88,7 @@ def test_sections_and_folders_of_other_stages_are_known_without_being_named(repe
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"x")
     hash_file(checkpoint).write_text(sha256_of(checkpoint))
-    for settings, other in (({"self_play.epochs": [1]}, "fit"), ({"model.average": "token"}, "sft")):
+    for settings, other in (({"self_play.epochs": [1]}, "fit"), ({"model.max_updates": None}, "sft")):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings, "changes": [], "versions": {}}))
         with pytest.raises(UserError, match=rf"run holds a run of another stage \({other}\)\. Set --export.output_dir"):
             run(repeat)

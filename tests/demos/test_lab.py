@@ -174,7 +174,7 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     )
     trainer.fit(module, data("uniform", (1, 1, 1), batch_size=3))
 
-    counts = [round(200 * probability) for probability in distribution.values()]
+    counts = [round(50 * probability) for probability in distribution.values()]
     game = SelfPlay(str(tmp_path / "game"), iterations=1, epochs=120)
     adam = lambda parameters: torch.optim.AdamW(parameters, weight_decay=0.0)  # noqa: E731
     module = SpinLightningModule(
@@ -183,7 +183,7 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     trainer = Trainer(
         max_epochs=120, callbacks=[game], reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
     )
-    trainer.fit(module, data("distribution", counts, answers_per_prompt=2, batch_size=400))
+    trainer.fit(module, data("distribution", counts, answers_per_prompt=8, batch_size=400))
 
     exact = ExactDistance(language, [prompt], Encoder(make_tokenizer(language)))
     opponent = exact.log_probs(load_policy(str(tmp_path / "base" / "policy")))

@@ -21,6 +21,7 @@ from spin_lightning.rewards import Answer, check_reward, preferred, scored
 from spin_lightning.rewards import judge_server as asking
 from spin_lightning.rewards.judge import scale
 from spin_lightning.rewards.judge_model import label_law
+from spin_lightning.types import Interrupted
 
 #: The scripted server's sockets, which it drops as real ones do, may be collected in a later test.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
@@ -47,15 +48,22 @@ def completion(text: str, law: dict[str, float] | None = None) -> dict[str, Any]
 class FakeJudge(FakeVllm):
     """Replies to chats by ``reply(question, body)``: a text, the law of its first token, a status, or anything."""
 
+    request_queue_size = 64  # or connections that are made together wait for a second
+
     def __init__(self, reply: Callable[[str, Any], Any]) -> None:
         super().__init__(lambda *args: ([], []))
         self.reply_to = reply
         self.models = [{"id": "judge"}]
+        self.has_log_probs, self.hears_probe = True, False
 
     def answer(self, path: str, body: Any) -> Any:
         if path != "/v1/chat/completions":
             return super().answer(path, body)
-        given = self.reply_to(body["messages"][-1]["content"], body)
+        question = body["messages"][-1]["content"]
+        if question.startswith("Repeat this number") and not self.hears_probe:
+            given: Any = {question.split()[-1]: 1.0} if self.has_log_probs else question.split()[-1]
+        else:
+            given = self.reply_to(question, body)
         if isinstance(given, dict) and not given.keys() & {"choices"}:
             law = given if "logprobs" in body else None
             return completion(max(given, key=lambda token: given[token]), law)
@@ -63,7 +71,9 @@ class FakeJudge(FakeVllm):
 
     @property
     def chats(self) -> list[Any]:
-        return [body for path, body in self.asked if path == "/v1/chat/completions"]
+        """What it was asked, but for the question by which it is got to know."""
+        asked = [body for path, body in self.asked if path == "/v1/chat/completions"]
+        return [body for body in asked if not body["messages"][-1]["content"].startswith("Repeat this number")]
 
 
 @pytest.fixture(autouse=True)
@@ -225,13 +235,14 @@ def test_without_log_probs_texts_vote(serve: Serve, capsys: pytest.CaptureFixtur
         return "8" if "logprobs" in body else next(votes)
 
     server = serve(reply)
+    server.has_log_probs = False
     judge = JudgeReward("m", url=server.url, votes=3, concurrency=1)
     expected = pytest.approx(scale([0] * 7 + [2 / 3, 1 / 3, 0]))
     assert scored(judge, [answer("a"), answer("b")]) == [expected] * 2
     said = f"note: the judge at {server.url} gives no log-probs: its texts are read, 3 for each question.\n"
     assert capsys.readouterr().out == said
     assert [(body.get("seed"), body["temperature"]) for body in server.chats] == [
-        (None, 0.0), (0, 1.0), (1, 1.0), (2, 1.0), (0, 1.0), (1, 1.0), (2, 1.0),
+        (0, 1.0), (1, 1.0), (2, 1.0), (0, 1.0), (1, 1.0), (2, 1.0),
     ]  # fmt: skip
 
 
@@ -240,6 +251,7 @@ def test_a_server_that_refuses_log_probs_is_asked_without(serve: Serve):
         return (400, "logprobs are not supported") if "logprobs" in body else "3"
 
     server = serve(reply)
+    server.hears_probe = True
     server.fault = lambda path, body, answer: answer if isinstance(answer, tuple) else None
     assert scored(JudgeReward("m", url=server.url), [answer("a")]) == [pytest.approx(scale([0, 0, 1] + [0] * 7))]
 
@@ -309,8 +321,9 @@ def test_a_server_that_hangs_is_left_after_its_time(serve: Serve):
 
 
 def test_a_server_that_is_not_there(tmp_path: Path):
-    with pytest.raises(RewardUnavailable, match="did not reply about 1 of 2 answers"):
-        scored(JudgeReward("m", url="http://127.0.0.1:9"), [answer("a"), answer("b")])
+    for model in ("m", None):
+        with pytest.raises(RewardUnavailable, match=r"the judge at http://127.0.0.1:9 did not reply"):
+            scored(JudgeReward(model, url="http://127.0.0.1:9"), [answer("a"), answer("b")])
 
 
 @pytest.mark.parametrize(
@@ -322,6 +335,7 @@ def test_a_server_that_is_not_there(tmp_path: Path):
 )
 def test_a_server_that_says_no_is_believed_at_once(serve: Serve, status: int, words: str):
     server = serve(lambda question, body: (status, "no"))
+    server.hears_probe = True
     server.fault = lambda path, body, answer: answer if isinstance(answer, tuple) else None
     with pytest.raises(UserError, match=words):
         scored(JudgeReward("m", url=server.url, concurrency=1), [answer(text) for text in "abcdef"])
@@ -333,11 +347,12 @@ def test_a_judge_that_spells_10_in_two_tokens_is_found_out(serve: Serve):
 
     def reply(question: str, body: Any) -> Any:
         if question.startswith("Repeat this number"):
-            return {"1": 1.0} if splits else {"10": 1.0}
+            return {"1" if splits and question.endswith("10") else question.split()[-1]: 1.0}
         return {"1": 0.9, "2": 0.1}
 
     server = serve(reply)
-    with pytest.raises(UserError, match=r"spells 10 in two tokens.* Set highest: 9"):
+    server.hears_probe = True
+    with pytest.raises(UserError, match=r"spells 10 in several tokens.* Set highest: 9"):
         scored(JudgeReward("m", url=server.url), [answer("a")])
     assert scored(JudgeReward("m", url=server.url, highest=9), [answer("a")]) == [pytest.approx(-1 + 0.1 / 4)]
     splits = False
@@ -403,3 +418,16 @@ def test_a_key_that_is_named_has_to_be_there(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(UserError, match="the environment variable MY_KEY is not set"):
         check_reward(JudgeReward("m", url="http://u", key_variable="MY_KEY"))
+
+
+def test_a_signal_ends_the_wait_for_a_judge(serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    def ask() -> None:
+        if server.chats:
+            raise Interrupted(15)
+
+    server = serve(lambda question, body: time.sleep(5))
+    monkeypatch.setattr(asking.signals, "end_if_asked", ask)
+    started = time.monotonic()
+    with pytest.raises(Interrupted):
+        scored(JudgeReward("m", url=server.url), [answer("a"), answer("b")])
+    assert time.monotonic() - started < 3

@@ -26,6 +26,7 @@ from spin_lightning import (
     Rollouts,
     RunCheckpoint,
     SpinLightningModule,
+    SumOfRewards,
     SyntheticDataModule,
     UserError,
 )
@@ -409,6 +410,10 @@ def test_what_a_response_without_an_end_is_worth(
     assert run.reward.asked == 0
 
 
+class WholeOnly(Vowels):
+    judges_cut = False  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -421,6 +426,11 @@ def test_what_a_response_without_an_end_is_worth(
         ({"module": {"learning_rate": [1e-3, 1e-4]}}, "its schedule spans the run"),
         ({"module": {"average": "answer"}}, r"model\.average must be token or response, got 'answer'"),
         ({"module": {"critic": "/nowhere/at/all"}}, "/nowhere/at/all"),
+        ({"rollouts": {"reward": WholeOnly()}}, "it cannot score one that was cut. Set rollouts.cut to drop"),
+        (
+            {"rollouts": {"reward": SumOfRewards({"a": WholeOnly()})}},
+            "SumOfRewards never saw a response without an end",
+        ),
         ({"rollouts": {"reward": None}}, r"rollouts\.reward is missing"),
         ({"rollouts": {"cut": "never"}}, r"rollouts\.cut must be score, drop or a number, got 'never'"),
         ({"rollouts": {"prompts": 0}}, r"rollouts\.prompts must be at least 1, got 0"),

@@ -12,11 +12,19 @@ import pytest
 from games import FakeGenerator, read
 from helpers import byte_tokenizer, tiny_model
 
-from spin_lightning import NumberMatch, Reward, RewardUnavailable, SyntheticDataModule, TextMatch, UserError
+from spin_lightning import (
+    NumberMatch,
+    Reward,
+    RewardUnavailable,
+    SumOfRewards,
+    SyntheticDataModule,
+    TextMatch,
+    UserError,
+)
 from spin_lightning.data.preferences import PreferenceDataModule
 from spin_lightning.rewards import Answer
 from spin_lightning.rewards.base import refuse_unanswered
-from spin_lightning.stages.scoring import Players, RecordedPairs, Scoring
+from spin_lightning.stages.scoring import Players, RecordedPairs, RewardStore, Scoring
 
 Rule = Callable[[list[int], int], list[int]]
 
@@ -262,3 +270,17 @@ def test_with_a_judge_that_compares_each_score_labels_a_pair_with_the_real_respo
 def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict[str, Any], words: str):
     with pytest.raises(UserError, match=words):
         Scoring(**{"reward": TextMatch(), "output_dir": str(tmp_path / "run"), **settings})
+
+
+def test_what_each_reward_of_a_sum_said_is_kept(sums: str, tmp_path: Path):
+    data = read_data(sums, by_text(lambda asked, number: "#### 1" if number else "#### 9"))
+    reward = SumOfRewards({"number": NumberMatch(), "length": Counting()}, {"length": 0.5})
+    summary = Scoring(reward, str(tmp_path / "run")).run(PLAYERS, data, 2)
+    assert summary["mean_by_reward"] == {"number": pytest.approx((1 + 11 * 0.1) / 12), "length": 6.0}
+    assert summary["mean"] == pytest.approx((1 + 11 * 0.1) / 12 + 3)
+    table = RewardStore(tmp_path / "run" / "rewards").read().to_pylist()
+    said = {"reward": 4.0, "rewards": [("number", 1.0), ("length", 6.0)], "over_next": None}
+    assert table[1] == {"prompt_id": 0, "answer": 1, **said}
+    assert (summary["right_from"], summary["pass_at"]) == (None, {})  # of rewards that are no shares of 1
+    told = Scoring(reward, str(tmp_path / "run"), right_from=3.5).run(PLAYERS, data, 2)
+    assert told["pass_at"] == {"1": pytest.approx(1 / 12), "2": pytest.approx(1 / 6)}

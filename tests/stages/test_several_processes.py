@@ -382,8 +382,26 @@ def test_one_command_starts_its_processes_and_ends_with_the_code_of_the_one_that
     assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
 
 
+TWO_MACHINES = ("--trainer.num_nodes=2", "--trainer.strategy=ddp")
+
+
+def assert_same_policies(folder: Path, expected: Path) -> None:
+    for k in range(2):
+        policy = f"iteration_{k}/policy/model.safetensors"
+        assert (folder / policy).read_bytes() == (expected / policy).read_bytes()
+
+
 def test_two_machines_play_one_game(model: str, rows: str, undisturbed: Path, tmp_path: Path) -> None:
-    flags = flags_of(model, rows, tmp_path / "run", "--trainer.num_nodes=2", "--trainer.strategy=ddp")
+    command = flags_of(model, rows, tmp_path / "run", *TWO_MACHINES)
+    ended = together(tmp_path, run_command, command, machines=2)
+    assert ended.codes == [0, 0], ended.printed
+    assert "the game is over" in ended.printed[0] and "iteration 0" not in ended.printed[1]
+    assert_same_policies(tmp_path / "run", undisturbed)
+
+
+@thorough
+def test_two_machines_play_one_game_by_torchrun(model: str, rows: str, undisturbed: Path, tmp_path: Path) -> None:
+    flags = flags_of(model, rows, tmp_path / "run", *TWO_MACHINES)
     port = str(free_port())
     nodes = [
         subprocess.Popen(
@@ -399,6 +417,4 @@ def test_two_machines_play_one_game(model: str, rows: str, undisturbed: Path, tm
     printed = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed
     assert "the game is over" in printed[0] and "iteration 0" not in printed[1]
-    for k in range(2):
-        policy = f"iteration_{k}/policy/model.safetensors"
-        assert (tmp_path / "run" / policy).read_bytes() == (undisturbed / policy).read_bytes()
+    assert_same_policies(tmp_path / "run", undisturbed)
