@@ -55,7 +55,7 @@ _WEIGHTS = ("policy_sha256", "critic_sha256", AnswerStore.chained_by)
 _SETTINGS = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "prompts", "answers_per_prompt", "shard_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RolloutRun(Run):
     """Where an iteration is played, and with what.
 
