@@ -18,9 +18,11 @@ import yaml
 from games import read, without_seconds
 from several import Forked, thorough
 
-from spin_lightning.cli.chain import table
+from spin_lightning import UserError
+from spin_lightning.cli.chain import Line, table
+from spin_lightning.cli.chain_file import read_chain
 from spin_lightning.cli.children import Children
-from spin_lightning.cli.commands import main
+from spin_lightning.cli.commands import config_folder, main
 
 Chained = Callable[..., list[str]]
 
@@ -269,6 +271,48 @@ def test_a_line_of_every_stage(
     commands.clear()
     main(chained(stages))
     assert not commands
+
+
+@pytest.mark.parametrize("name", ["sft_spin_dpo", "rlhf", "rlaif"])
+def test_every_shipped_chain_is_one(name: str, rows: str, tmp_path: Path) -> None:
+    """All of their settings are known, and every path is of a stage or of the user."""
+    flags = [f"--output_dir={tmp_path / 'line'}", f"--common.data.train_data={rows}"]
+    file = str(config_folder() / f"{name}.yaml")
+    content = yaml.safe_load(Path(file).read_text())
+    own = [word for stage in content["stages"] for word, settings in stage.items()
+           if (settings.get("data") or {}).get("train_data") == "preferences.jsonl"]  # fmt: skip
+    with pytest.raises(UserError, match=r"preferences.jsonl does not exist|rows.jsonl does not exist"):
+        Line(read_chain([file])).check(tmp_path)
+    line = Line(read_chain([file, *flags, *(f"--{word}.data.train_data={rows}" for word in own)]))
+    line.check(tmp_path)
+    assert not (tmp_path / "line").exists()
+
+
+@thorough
+def test_a_line_that_is_killed_in_every_stage_ends_as_an_undisturbed_one(
+    chained: Chained, model: str, tmp_path: Path, forked: type[Forked]
+) -> None:
+    stages = [
+        {"sft": SFT(model)},
+        {"fit": FIT},
+        {"dpo": {"data": {"train_data": {"from": "fit", "path": "iteration_1/pairs"}}, "model": {"beta": 0.5}}},
+        {"ppo": {"rollouts": {"reward": {"class_path": "TextMatch"}, "iterations": 2, "prompts": 4}}},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        main([*chained(stages), "--output_dir", str(tmp_path / "whole")])
+    forked.fates.update(
+        {1: "0 training 3 killed", 3: "0 generation 3 killed", 5: "0 training 2 killed", 7: "0 training 2 killed"}
+    )
+    for _ in range(4):
+        with pytest.raises(SystemExit) as ended:
+            main(chained(stages))
+        assert ended.value.code == 137
+    main(chained(stages))
+    assert words_of(forked.commands) == ["sft", "sft", "fit", "fit", "dpo", "dpo", "ppo", "ppo"]
+    for name in ("sft", "fit/iteration_1", "dpo", "ppo"):
+        found, expected = (tmp_path / run / name / "policy/model.safetensors" for run in ("line", "whole"))
+        assert found.read_bytes() == expected.read_bytes(), name
 
 
 def test_configs_lie_beside_the_file_and_go_below_it(
