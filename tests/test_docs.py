@@ -92,7 +92,7 @@ def test_the_readme_s_line_numbers_point_at_the_method():
     wanted = {
         "spin_lightning/losses.py": "class SpinLoss",
         "spin_lightning/models/log_probs.py": "def response_log_probs",
-        "spin_lightning/stages/spin.py": "def training_step",
+        "spin_lightning/stages/pairs.py": "def training_step",
         "spin_lightning/stages/clock.py": "def ensure_iteration",
     }
     links = dict(re.findall(rf"\]\({REPOSITORY}/blob/main/(spin_lightning/[\w/.]+)#L(\d+)\)", README))

@@ -51,6 +51,7 @@ class PairMaker:
         rank: Given rows of pairs, one for each response, and what the real responses are known to be worth, by prompt:
             the rows to keep, with what a reward says of both sides. None: all, as they are.
         keeps_real: Whether the rows that are kept have the real responses of the data.
+        judged: Pairs of an earlier iteration with the same real responses, which a reward was asked about there.
     """
 
     opponent: Player
@@ -69,6 +70,7 @@ class PairMaker:
     shard_size: int = 256
     rank: Callable[[list[dict[str, Any]], Mapping[int, float | None]], list[dict[str, Any]]] | None = None
     keeps_real: bool = True
+    judged: PairStore | None = None
 
     def __post_init__(self) -> None:
         self._responder = Responder(self.generator, self.encoder, self.model, self.poll)
@@ -108,7 +110,7 @@ class PairMaker:
                     phase.skip(len(prompts) * self.answers_per_prompt)
                 else:
                     store.write_shard(
-                        self._shard_name(self.iteration, start), self._make_pairs(prompts, earlier, store, phase)
+                        self._shard_name(self.iteration, start), self._make_pairs(prompts, earlier, phase)
                     )
             for source, all_shards in of_earlier.items():
                 shards = processes.deal(all_shards)
@@ -123,7 +125,7 @@ class PairMaker:
         return f"iteration_{source}-{start:09d}.parquet"
 
     def _make_pairs(
-        self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], store: PairStore, phase: Phase
+        self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore], phase: Phase
     ) -> list[dict[str, Any]]:
         wanted = [(prompt, answer) for prompt in prompts for answer in range(self.answers_per_prompt)]
         seeds = [seed_of(self.seed, self.iteration, prompt.prompt_id, answer) for prompt, answer in wanted]
@@ -165,11 +167,7 @@ class PairMaker:
                 }
             )
         if self.rank is not None:
-            known = {}
-            if self.keeps_real and self.iteration and _have_same_rows(earlier[0], store):
-                table = earlier[0].read_shard(self._shard_name(0, prompts[0].prompt_id), ["prompt_id", "real_reward"])
-                known = dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
-            rows = self.rank(rows, known)
+            rows = self.rank(rows, self._read_real_rewards(prompts))
         return self._score_rows(rows)
 
     def _rescore(self, name: str, earlier: PairStore, store: PairStore) -> list[dict[str, Any]]:
@@ -205,6 +203,14 @@ class PairMaker:
                     continue
             add(player, model, rest, sides)
         return rows
+
+    def _read_real_rewards(self, prompts: Sequence[Prompt]) -> dict[int, float | None]:
+        """What the real responses to these prompts were said to be worth in an earlier iteration."""
+        if self.judged is None:
+            return {}
+        name = self._shard_name(self.judged.binding["iteration"], prompts[0].prompt_id - self.prompts[0].prompt_id)
+        table = self.judged.read_shard(name, ["prompt_id", "real_reward"])
+        return dict(zip(table["prompt_id"].to_pylist(), table["real_reward"].to_pylist(), strict=True))
 
     def _read_first_responses(
         self, prompts: Sequence[Prompt], earlier: Mapping[int, PairStore]

@@ -271,7 +271,7 @@ class IterationClock(HoldsFolder):
         """Where iterations are played, and with what."""
         return Run(self.output_dir, self.trainer.datamodule, self.shard_size, partial(end_if_asked, self.trainer))
 
-    def _make_iteration(self, number: int) -> Iteration:
+    def _make_iteration(self, number: int) -> Any:
         iteration: Iteration = self.trainer.lightning_module.make_iteration(number, self.make_run())
         return iteration
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from spin_lightning.generation.pair_store import name_sides
 from spin_lightning.losses import PairLoss, SpinLoss
 from spin_lightning.runs.shards import ShardStore
 from spin_lightning.stages.metrics import starting_metrics
@@ -88,12 +89,13 @@ class Health(L.Callback):
             self._judge_rollouts(trainer, iteration, report)
         if "identical_share" not in report:  # of a stage without pairs
             return
+        real, generated = name_sides(report)
         identical, clipped = report["identical_share"], report["generated_clipped_share"]
         if identical >= EQUILIBRIUM_SHARE:
             self._say(
                 iteration,
-                f"{identical:.0%} of the generated answers equal the real ones: the game is at its equilibrium on this "
-                "data",
+                f"{identical:.0%} of the {generated} answers equal the {real} ones: the game is at its equilibrium on "
+                "this data",
             )
             if self.stop != "never":
                 trainer.datamodule.game.stop(f"equilibrium: {identical:.0%} of the answers are identical")  # type: ignore[attr-defined]
@@ -105,19 +107,21 @@ class Health(L.Callback):
         if clipped > report["real_clipped_share"] + 0.1:
             self._say(
                 iteration,
-                f"{clipped:.0%} of the generated answers hit the length cap (real {report['real_clipped_share']:.0%}): "
-                "the opponent may not know how to stop, or max_new_tokens is small",
+                f"{clipped:.0%} of the {generated} answers hit the length cap ({real} "
+                f"{report['real_clipped_share']:.0%}): the opponent may not know how to stop, or max_new_tokens is "
+                "small",
             )
         if report["empty_share"] > 0.05:
             self._say(
-                iteration, f"{report['empty_share']:.0%} of the generated answers are empty: check the prompt template"
+                iteration,
+                f"{report['empty_share']:.0%} of the {generated} answers are empty: check the prompt template",
             )
         gap = report["generated_mean_length"] / report["real_mean_length"]
         if not 2 / 3 <= gap <= 1.5:
             self._say(
                 iteration,
-                f"generated answers are {gap:.1f} times as long as real ones: length alone tells them apart, and the "
-                "policy may learn only that",
+                f"{generated} answers are {gap:.1f} times as long as {real} ones: length alone tells them apart, and "
+                "the policy may learn only that",
             )
 
     def on_iteration_end(

@@ -31,6 +31,7 @@ from spin_lightning.generation.pair_store import (
     describe_pairs,
     describe_rewards,
     identical,
+    name_sides,
     unranked,
 )
 from spin_lightning.generation.synthetic_data import SyntheticDataModule, TrainingSet
@@ -251,6 +252,7 @@ class SpinIteration(Iteration):
                 card = f"# The opponent of iteration {number}\n"
                 save_model(self.policy.model, data.encoder.tokenizer, folder, card, ends, trust_remote_code=trusted)
             processes.wait()
+        ranking = self.run.ranking
         maker = PairMaker(
             opponent=Player(self.policy.model, folder),
             encoder=data.encoder,
@@ -266,7 +268,7 @@ class SpinIteration(Iteration):
             initial=initial,
             initial_responses=self.loss.needs_initial_response,
             shard_size=self.run.shard_size,
-            **({} if (ranking := self.run.ranking) is None else ranking.for_maker(data.prompts)),
+            **({} if ranking is None else ranking.for_maker(data, map(self._pairs_of, range(number)))),
         )
         try:
             names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
@@ -299,6 +301,8 @@ class SpinIteration(Iteration):
         statistics = store.manifest["statistics"]
         dropped = whole.num_rows - table.num_rows
         report = {**statistics, "training_pairs": table.num_rows, "training_pairs_dropped": dropped}
+        if ranking is not None and ranking.pairs == "best_worst":
+            report["sides"] = ["best", "worst"]
         why = "every generated answer equals the real one: there is nothing left to tell apart"
         if ranking is not None:
             why = f"no pair is left that {ranking.reward.name} tells apart"
@@ -317,11 +321,12 @@ class SpinIteration(Iteration):
             }
             if (mean := statistics["rewards"]["mean"]) is not None:
                 what += f"; all answers are worth {mean:.3f} on average"
+        real, generated = name_sides(report)
         sentence = (
             f"iteration {self.number}: {table.num_rows} pairs to train on ({what}); "
-            f"generated answers have {report['generated_mean_length']:.1f} tokens on average (real "
+            f"{generated} answers have {report['generated_mean_length']:.1f} tokens on average ({real} "
             f"{report['real_mean_length']:.1f}), {report['generated_clipped_share']:.0%} hit the cap, "
-            f"{report['empty_share']:.0%} are empty, {report['identical_share']:.0%} equal the real one"
+            f"{report['empty_share']:.0%} are empty, {report['identical_share']:.0%} equal the {real} one"
         )
         return TrainingSet(table, collate_pairs, report, metrics, sentence, why)
 

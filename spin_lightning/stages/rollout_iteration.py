@@ -440,7 +440,7 @@ class PpoIteration(Iteration):
         export_policy(policy.model, encoder, folder, self.card(summary), summary, policy.trust_remote_code)
 
     def card(self, summary: Mapping[str, Any]) -> str:
-        return plain_card("ppo", f"Policy after {self.number + 1} iterations of PPO", summary)
+        return plain_card("ppo", f"Policy after {summary.get('iteration', -1) + 1} iterations of PPO", summary)
 
 
 def add_advantages(table: pa.Table, advantage: Advantage, beta: float) -> tuple[pa.Table, dict[str, float]]:

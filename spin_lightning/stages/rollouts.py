@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -11,8 +10,8 @@ import lightning as L
 from spin_lightning.rewards.base import Reward, check_reward
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import write_json
-from spin_lightning.stages.clock import IterationClock, end_if_asked
-from spin_lightning.stages.rollout_iteration import PpoIteration, RolloutRun
+from spin_lightning.stages.clock import IterationClock
+from spin_lightning.stages.rollout_iteration import RolloutRun
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -122,25 +121,20 @@ class Rollouts(IterationClock):
         batches = math.ceil(self.prompts * data.answers_per_prompt / data.batch_size)
         return math.ceil(batches / trainer.accumulate_grad_batches) * self.total_epochs
 
-    def _make_iteration(self, number: int) -> PpoIteration:
-        run = RolloutRun(
-            self.output_dir,
-            self.trainer.datamodule,
-            self.shard_size,
-            partial(end_if_asked, self.trainer),
+    def make_run(self) -> RolloutRun:
+        return RolloutRun(
+            **vars(super().make_run()),
             reward=self.reward,
             prompts=self.prompts,
             cut=self.cut,
             eval_every=self.eval_every,
             export_every=self.export_every,
         )
-        iteration: PpoIteration = self.trainer.lightning_module.make_iteration(number, run)
-        return iteration
 
     def finish(self, summaries: list[dict[str, Any]]) -> None:
         """Export the last policy into the run's folder, and say what its held-out responses are worth."""
         number = len(summaries)
-        iteration = self._make_iteration(number)
+        iteration: Any = self._make_iteration(number)
         held_out = {}
         if self.eval_every and self.trainer.datamodule.val_prompts:
             held_out = iteration.evaluate()
@@ -153,7 +147,7 @@ class Rollouts(IterationClock):
             )
         if processes.is_first():
             last = {**summaries[-1], **held_out} if summaries else held_out
-            self._make_iteration(max(number - 1, 0)).export(self.output_dir, last)
+            iteration.export(self.output_dir, last)
         processes.wait()
         self._held_out = held_out
 

@@ -143,6 +143,7 @@ def test_measuring_leaves_the_mode_of_the_model_alone():
 # --- the game, against the theory -------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover
 def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     """T4 through the package: p_{t+1} is proportional to p_t (p_data / p_t)^(1/beta), here with beta = 2.
 
@@ -175,13 +176,13 @@ def test_one_iteration_lands_where_theorem_5_4_says(tmp_path):
     trainer.fit(module, data("uniform", (1, 1, 1), batch_size=3))
 
     counts = [round(50 * probability) for probability in distribution.values()]
-    game = SelfPlay(str(tmp_path / "game"), iterations=1, epochs=120)
+    game = SelfPlay(str(tmp_path / "game"), iterations=1, epochs=60)
     adam = lambda parameters: torch.optim.AdamW(parameters, weight_decay=0.0)  # noqa: E731
     module = SpinLightningModule(
-        str(tmp_path / "base" / "policy"), beta=beta, learning_rate=3e-3, lr_schedule="cosine", optimizer=adam
+        str(tmp_path / "base" / "policy"), beta=beta, learning_rate=6e-3, lr_schedule="cosine", optimizer=adam
     )
     trainer = Trainer(
-        max_epochs=120, callbacks=[game], reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
+        max_epochs=60, callbacks=[game], reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
     )
     trainer.fit(module, data("distribution", counts, answers_per_prompt=8, batch_size=400))
 
@@ -235,6 +236,7 @@ TINY = Settings(
 )
 
 
+@pytest.mark.no_cover
 def test_kl_falls_in_every_iteration_at_beta_1(tmp_path):
     """T14: sampled answers, exact KL on prompts that no row has."""
     many = Scale(num_rows=100, answers_per_prompt=16, iterations=3, epochs=1, batch_size=64)

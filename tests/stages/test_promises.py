@@ -107,6 +107,7 @@ def distinct(moments: list[Path]) -> list[Path]:
     return [random.Random(number).choice(alike) for number, alike in enumerate(states.values())]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("every", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_p1_killed_at_any_point_the_same_command_ends_with_the_same_weights(
     every: int, model: str, rows: str, tmp_path: Path
@@ -131,13 +132,11 @@ def test_p1_killed_at_any_point_the_same_command_ends_with_the_same_weights(
         shutil.rmtree(tmp_path / "again")
 
 
+@pytest.mark.no_cover
 def test_p2_a_kill_costs_at_most_a_shard_or_the_steps_between_two_checkpoints(
     model: str, rows: str, tmp_path: Path, whole: Game
 ) -> None:
-    for steps, stops in (
-        (1, (1, 4, 6, 12)),
-        (3, (1, 2, 3, 4, 5, 8, 9, 11, 12)),
-    ):  # in the middle and at the end of epochs
+    for steps, stops in ((1, (1, 4, 12)), (3, (2, 3, 4, 8, 11))):  # in the middle and at the end of epochs
         for stop in stops:
             folder = tmp_path / f"{steps}_{stop}"
             last = DoLast(on_train_batch_end=lambda trainer, *_, n=stop: stop_after(trainer, n))

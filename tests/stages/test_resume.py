@@ -118,6 +118,7 @@ def assert_same_outcome(game: Game, folder: Path, whole: Undisturbed) -> None:
             assert (folder / f"iteration_{k}" / "pairs" / shard["file"]).is_file()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_game_killed_at_any_moment_continues_with_the_same_losses_and_weights(
@@ -149,6 +150,7 @@ def test_a_game_killed_at_any_moment_continues_with_the_same_losses_and_weights(
         assert_same_outcome(game, moment.folder, whole)
 
 
+@pytest.mark.no_cover
 def test_a_game_stopped_by_an_error_in_any_hook_of_its_second_iteration_continues(
     model: str, rows: str, tmp_path: Path
 ) -> None:
@@ -355,6 +357,7 @@ def sft(
     return trainer_, module, recorder
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_supervised_fine_tuning_stopped_anywhere_continues(
     accumulate: int, model: str, rows: str, tmp_path: Path
@@ -442,6 +445,7 @@ def test_the_same_command_continues_after_sigkill(model: str, rows: str, tmp_pat
     ).read_bytes()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("updates", [7, 8])
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
 def test_sft_with_a_number_of_updates_resumes_from_every_step_and_epoch(

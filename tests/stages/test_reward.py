@@ -157,6 +157,15 @@ def test_scores_that_are_not_zero_at_first_end_a_run(model: str, pairs: str, tmp
         fit(model, data_of(pairs), tmp_path / "run", [Do(on_train_start=damage)])
 
 
+def test_a_module_may_be_trained_twice(model: str, pairs: str, tmp_path: Path) -> None:
+    """Its second fit begins with the scores that the first one left."""
+    module = RewardLightningModule(model, learning_rate=1e-2)
+    for _ in range(2):
+        recorder = Recorder()
+        Trainer(max_epochs=2, callbacks=[recorder], enable_checkpointing=False, **QUIET).fit(module, data_of(pairs))
+    assert recorder.losses[0] != pytest.approx(math.log(2), abs=1e-4)
+
+
 # --- What is measured -----------------------------------------------------------------------------------------------
 
 
