@@ -65,15 +65,12 @@ class Follow(L.Callback):
         self.points.append(Where(old.kl, new.kl, only_reversed.validity))
 
 
-def play(
-    folder: str | Path = "runs/moving_law", *, settings: Settings | None = None, beta: float = 1.0
-) -> dict[str, list[Where]]:
+def play(folder: str | Path = "runs/moving_law", *, settings: Settings | None = None) -> dict[str, list[Where]]:
     """Play the games, print where each policy was after each iteration, and write ``moving_law.json``.
 
     Args:
         folder: Where it goes. ``work`` in it holds the runs, and is made anew.
         settings: None: the laboratory's standard ones.
-        beta: SPIN's.
 
     Returns:
         The points of each game, the first one before its first iteration.
@@ -104,7 +101,7 @@ def play(
         with quiet(log):
             game = SelfPlay(str(folder / "work" / name.replace(" ", "_")), 6, scale.epochs, shard_size=4096)
             module = SpinLightningModule(
-                laboratory.start, beta, learning_rate=1e-4, lr_schedule="constant", warmup_ratio=0.0
+                laboratory.start, beta=1.0, learning_rate=1e-4, lr_schedule="constant", warmup_ratio=0.0
             )
             rows: Any = SyntheticDataModule(
                 sources,
