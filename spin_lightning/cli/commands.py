@@ -355,8 +355,13 @@ What you will want to set; a list has one value an iteration:
   --self_play.epochs 2                 passes over the pairs in each iteration
   --data.generator.max_new_tokens 256  cap on both answers
   --data.answers_per_prompt 1          the opponent's answers to each prompt
-  --data.generator VLLMGenerator       vLLM gives them: docs/vllm.md
+  --data.generator VLLMGenerator --data.generator.python .vllm/bin/python
+                                       vLLM gives them: docs/vllm.md
+  --model.adapter.r 16                 train a LoRA adapter of that rank instead
   --trainer.precision bf16-mixed       or bf16-true, with float32 master weights
+  --trainer.devices 2 --trainer.strategy ddp
+                                       or fsdp2 for weights that one device does
+                                       not hold
 
   spin-lightning fit --help            each setting in a sentence
   spin-lightning fit --print_config    all settings, as a file to start from

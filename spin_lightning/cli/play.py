@@ -13,9 +13,8 @@ from typing import Any
 
 from spin_lightning.cli.children import Children, command_of, read_launcher, refuse_several
 from spin_lightning.cli.stage_cli import parse_settings
-from spin_lightning.runs.checkpoints import checkpoint_folder, checkpoints_in
 from spin_lightning.runs.files import read_json, run_folder
-from spin_lightning.stages.iteration import iteration_folder
+from spin_lightning.stages.iteration import find_place, iteration_folder
 from spin_lightning.stages.spin import STAGE
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -126,15 +125,11 @@ def find_next(folder: Path) -> tuple[int, str]:
         >>> find_next(Path("/no/run/is/here"))
         (0, 'generate')
     """
-    updates, number = 0, 0
-    while (summary := read_json(iteration_folder(folder, number) / "summary.json")) is not None:
-        updates, number = updates + summary["updates"], number + 1
-    checkpoints = checkpoints_in(Path(checkpoint_folder(str(folder))))
-    step = int(checkpoints[0].stem.removeprefix("step_")) if checkpoints else 0
-    if step < updates:  # exported, and killed before its checkpoint was written
+    number, updates = find_place(folder)
+    if updates < 0:  # exported, and killed before its checkpoint was written
         return number - 1, "train"
     pairs = read_json(iteration_folder(folder, number) / "pairs_manifest.json")
-    return number, "train" if step > updates or (pairs and pairs["complete"]) else "generate"
+    return number, "train" if updates or (pairs and pairs["complete"]) else "generate"
 
 
 def _look(folder: Path) -> dict[Path, int]:

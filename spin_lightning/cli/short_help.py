@@ -22,10 +22,20 @@ from docstring_parser import parse
 
 CHECKPOINT = "spin_lightning.runs.run_checkpoint.RunCheckpoint"
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+#: Settings of the trainer whose defaults are not Lightning's here.
+TRAINER_DEFAULTS = {
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": -1,
+    "log_every_n_steps": 1,
+    "devices": 1,
+    "enable_model_summary": False,
+}
 #: Settings of the trainer that decide what is computed and how a run ends, in the words of this package. There are 40
 #: more.
 OF_TRAINER = {
     "accelerator": "What computes: cpu, gpu, mps; auto takes the best that is there.",
+    "devices": "How many GPUs, or processes on a CPU. auto takes all GPUs.",
+    "strategy": "With several devices ddp, or fsdp2 for weights that one does not hold.",
     "precision": "32-true, bf16-mixed, or bf16-true with float32 master weights. null is 32-true.",
     "max_epochs": "Passes over the data.",
     "max_time": "End after this time, 00:12:00:00 for twelve hours. The same command continues.",
@@ -92,6 +102,7 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
     stage = _literals_of(record)
     follow = {*stage.get("links", ()), "checkpoint.dirpath"}
     found = {}
+    defaults = {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()} | stage.get("defaults", {})
     for section, path in {
         "model": stage["module"],
         "data": stage["data"],
@@ -100,7 +111,7 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
         "trainer": TRAINER,
     }.items():
         module, node = _find_class(path)
-        settings = _settings_of_class(module, node, section, stage.get("defaults", {}))
+        settings = _settings_of_class(module, node, section, defaults)
         found[section] = (
             _take_first_sentence(ast.get_docstring(node) or ""),
             [setting for setting in settings if setting.name not in follow],

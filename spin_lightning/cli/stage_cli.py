@@ -25,11 +25,12 @@ from spin_lightning.cli.class_defaults import own_defaults
 from spin_lightning.cli.commands import COMMANDS, STAGES
 from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.cli.settings_errors import explaining_settings, refusal_of_arguments
+from spin_lightning.cli.short_help import TRAINER_DEFAULTS
 from spin_lightning.progress import display
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
 from spin_lightning.runs.lightning_internals import FlagsWin, attach, made_for_trainer, parsers_of
-from spin_lightning.runs.processes import is_first, refuse_strategy
+from spin_lightning.runs.processes import is_first, refuse_strategy, refuse_strategy_by_name
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.runs.run_checkpoint import RunCheckpoint
 from spin_lightning.runs.settings import SETTINGS, check_finished
@@ -128,13 +129,7 @@ class StageCLI(FlagsWin, LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "prog": "spin-lightning"},
-            trainer_defaults={
-                "reload_dataloaders_every_n_epochs": 1,
-                "num_sanity_val_steps": -1,
-                "log_every_n_steps": 1,
-                "devices": 1,
-                "enable_model_summary": False,
-            },
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             args=[command.method, *args],
         )
 
@@ -236,6 +231,8 @@ class StageCLI(FlagsWin, LightningCLI):
         for name, is_fine, advice in _TRAINER:
             if not is_fine(value := config.trainer[name]):
                 raise UserError(f"trainer.{name} cannot be {value!r} here. {advice}")
+        strategy = config.trainer.strategy
+        refuse_strategy_by_name(str(strategy.get("class_path") if hasattr(strategy, "get") else strategy))
         if config.ckpt_path is not None:  # now, and not after the model was loaded
             existing_checkpoint(config.ckpt_path)
         if (

@@ -31,6 +31,8 @@ from spin_lightning.types import Response, UserError
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 #: Seconds between two looks whether the run was asked to end.
 POLL_SECONDS = 0.5
+#: Seconds that a server has to say which models it has, before a run begins.
+READY_SECONDS = 30.0
 #: So many responses are scored as soon as they are there, in each iteration.
 NUM_COMPARED = 8
 #: How far the server's log-probs of them may be from the opponent's, in nats a token: what bfloat16 does is a
@@ -38,6 +40,10 @@ NUM_COMPARED = 8
 NOTED_GAP, REFUSED_GAP = 0.05, 0.25
 
 _AGAIN = "Run the same command again when it does: what is finished is kept."
+
+
+class CacheInUse(Unanswered):
+    """What a server computed by other weights cannot be forgotten: it answers requests that nobody here has sent."""
 
 
 class ServedGenerator(ResponseGenerator):
@@ -261,6 +267,7 @@ class ServedGenerator(ResponseGenerator):
 
         Raises:
             Refused: It does not know how.
+            CacheInUse: It read them, but cannot forget what it computed by others.
             Unanswered: It failed.
         """
         where = {"weights_path": str(folder.absolute())}
@@ -270,7 +277,7 @@ class ServedGenerator(ResponseGenerator):
             if not (isinstance(answer, dict) and answer.get("success") is False):  # older ones say nothing
                 return
             time.sleep(pause)  # requests of somebody who hung up are still under way
-        raise Unanswered("the prefix cache is in use, by requests of others")
+        raise CacheInUse("it still answers requests that are not of this iteration")
 
     def _make_error(self, what: str, remedy: str) -> UserError:
         return UserError(f"the server at {self.server.url} {what}. {remedy}")
@@ -347,11 +354,18 @@ class OpenAIGenerator(ServedGenerator):
         }
 
     def check_ready(self) -> None:
-        """Say where no server answers: it is needed when an iteration begins, not to go on training."""
+        """Ask the server which models it has.
+
+        Raises:
+            UserError: It does not say.
+        """
         try:
-            self.server.ask("/v1/models", seconds=5)
-        except (Refused, Unanswered) as error:
-            say(f"note: the server at {self.url} does not list its models ({error}). An iteration cannot begin so.")
+            self.server.ask("/v1/models", seconds=min(READY_SECONDS, self.timeout_seconds))
+        except Unanswered as error:
+            remedy = "Start it, or mend data.generator.url; docs/vllm.md says how a vLLM is started for this."
+            raise self._make_error(f"is not there: {error}", remedy) from None
+        except Refused as refusal:
+            raise self._make_error(f"does not list its models: {refusal}", "It must be a vLLM.") from None
 
     def _ask_if_known(self, path: str) -> dict[str, Any]:
         try:
@@ -384,6 +398,12 @@ class OpenAIGenerator(ServedGenerator):
             raise self._make_error(
                 f"cannot be told to read the opponent's weights ({refusal})",
                 "Start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, or let VLLMGenerator start it.",
+            ) from None
+        except CacheInUse as error:
+            raise self._make_error(
+                f"has read the opponent's weights, and cannot forget what it computed by others: {error}",
+                "Wait until it has answered them (a run that was just ended may have sent them), and let nobody else "
+                f"ask it while this run lasts. {_AGAIN}",
             ) from None
         except Unanswered as error:
             raise self._make_error(

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from spin_lightning.terminal import name_error
 from spin_lightning.types import UserError
 
 
@@ -114,7 +113,8 @@ class Server:
         except TimeoutError:
             raise Unanswered(f"no answer to {path} within {seconds:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            raise Unanswered(f"no answer to {path} ({name_error(error)})") from None
+            why = getattr(error, "strerror", None) or str(error) or "the connection broke"
+            raise Unanswered(f"no answer to {path} ({why})") from None
         finally:
             with self._lock:
                 self._under_way.discard(connection)

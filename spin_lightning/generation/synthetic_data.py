@@ -15,6 +15,7 @@ from spin_lightning.data.training_set import NOTHING as NOTHING
 from spin_lightning.data.training_set import Game
 from spin_lightning.data.training_set import TrainingSet as TrainingSet
 from spin_lightning.generation import ContinuousGenerator, ResponseGenerator
+from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 
@@ -29,8 +30,8 @@ class SyntheticDataModule(RowDataModule):
             half, 2 each row twice. A target that moves: a list with one source, or such a map, an iteration.
         val_data: One source or such a map, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
         generator: What answers the prompts, with its settings: ``ContinuousGenerator``, ``TransformersGenerator``,
-            ``VLLMGenerator``, ``OpenAIGenerator``, or the class path of your own. Its ``max_new_tokens`` also caps the
-            real responses.
+            ``VLLMGenerator`` (its ``python`` has vLLM), ``OpenAIGenerator`` (its ``url`` is a vLLM's), or the class
+            path of your own. Its ``max_new_tokens`` also caps the real responses.
         answers_per_prompt: K, how many responses the opponent gives to each prompt in each iteration.
         history: How many earlier iterations' pairs are trained on beside the new ones. The paper: 1.
         keep_prompts_together: Put all pairs of a prompt next to each other, so that a batch computes the prompt and its
@@ -87,9 +88,25 @@ class SyntheticDataModule(RowDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "fit":
-            self.generator.check_ready()
+            self._check_generator()
         self.max_response_tokens = self.generator.max_new_tokens  # of another generator, perhaps, than at first
         super().setup(stage)
+
+    def _check_generator(self) -> None:
+        """Refuse a generator that cannot respond; where training goes on first, on pairs that are there, say it only.
+
+        Raises:
+            UserError: It is needed at once.
+        """
+        try:
+            self.generator.check_ready()
+        except UserError as error:
+            trainer: Any = self.trainer
+            callbacks = [] if trainer is None else trainer.callbacks
+            clock = next((each for each in callbacks if hasattr(each, "begins_iteration")), None)
+            if clock is None or trainer.fast_dev_run or clock.begins_iteration():
+                raise
+            say(f"note: {error} Training goes on without; the next iteration needs it.")
 
     def teardown(self, stage: str) -> None:
         self.generator.shut_down()

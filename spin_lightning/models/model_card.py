@@ -24,6 +24,9 @@ def render_model_card(summary: Mapping[str, Any], manifest: Mapping[str, Any]) -
         for name, value in summary["epoch_metrics"].items()
         if "chosen" not in name and "rejected" not in name
     )
+    opponent = f"`{_code(_public(manifest['opponent']))}`"
+    if adapter := manifest.get("opponent_adapter"):
+        opponent += f" with the adapter `{_code(_public(adapter, parts=2))}`"
     held_out = "not measured" if summary["val_nll"] is None else f"{summary['val_nll']:.4f} nats a response"
     return f"""---
 library_name: transformers
@@ -37,7 +40,7 @@ Trained with `spin_lightning` {manifest["versions"]["spin_lightning"]} by self-p
 
 | | |
 |---|---|
-| opponent | `{_code(_public(manifest["opponent"]))}` (weights sha256 `{binding["opponent_sha256"][:16]}`) |
+| opponent | {opponent} (weights sha256 `{binding["opponent_sha256"][:16]}`) |
 | pairs | {pairs["training_pairs"]} trained on, {pairs["training_pairs_dropped"]} identical ones dropped |
 | sampling | {sampling} |
 | seed | {binding["seed"]} |
@@ -116,10 +119,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.6f}"
 
 
-def _public(name_or_path: str) -> str:
+def _public(name_or_path: str, parts: int = 1) -> str:
     """A hub name or a name inside the run as it is; of any other path only its end, for a card may be published."""
-    parts = name_or_path.split("/")
-    return name_or_path if len(parts) <= 2 and not name_or_path.startswith(("/", ".", "~")) else parts[-1]
+    names = name_or_path.rstrip("/").split("/")
+    is_name = len(names) <= 2 and not name_or_path.startswith(("/", ".", "~"))
+    return name_or_path if is_name else "/".join(names[-parts:])
 
 
 def _code(value: Any) -> str:

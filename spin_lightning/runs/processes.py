@@ -177,9 +177,30 @@ def refuse_strategy(trainer: Any) -> None:
         return
     else:
         why = _REFUSED.get(name, "has not been tried with this package")
-    raise UserError(f"trainer.strategy {name} {why}. Set trainer.strategy: ddp, or auto with trainer.devices: 1.")
+    raise UserError(f"trainer.strategy {name} {why}. {_TAKEN}")
 
 
+def refuse_strategy_by_name(chosen: str) -> None:
+    """Refuse a strategy that a run cannot have before Lightning gives advice on how to have it.
+
+    Args:
+        chosen: A word that Lightning knows, or a class path.
+
+    Raises:
+        UserError: It is one of those.
+    """
+    word = chosen.rpartition(".")[2]
+    name = next((name for prefix, name in _FAMILIES.items() if f"{word}_".startswith(prefix)), word)
+    if name in _REFUSED:
+        raise UserError(f"trainer.strategy {chosen!r} {_REFUSED[name]}. {_TAKEN}")
+
+
+_TAKEN = (
+    "Set trainer.strategy: ddp for several devices, fsdp2 for weights that one device does not hold, or auto with "
+    "trainer.devices: 1."
+)
+#: How the words of Lightning's strategies begin.
+_FAMILIES = {"fsdp_": "FSDPStrategy", "deepspeed_": "DeepSpeedStrategy"}
 _REFUSED = {
     "FSDPStrategy": "shards weights in a form that the passes of a batch do not go through (fsdp2 does)",
     "ModelParallelStrategy": "leaves it open how weights are sharded (fsdp2 does it)",

@@ -32,7 +32,8 @@ from spin_lightning.runs.checkpoints import last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.run_checkpoint import HoldsFolder, RunCheckpoint
 from spin_lightning.schedule import check_schedule
-from spin_lightning.stages.iteration import Iteration, Run, iteration_folder
+from spin_lightning.stages.export import name_models
+from spin_lightning.stages.iteration import Iteration, Run, find_place, iteration_folder
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.stages.ranking import make_ranking
@@ -178,8 +179,7 @@ class IterationClock(HoldsFolder):
 
     def say_over(self, reason: str) -> None:
         """Say how the run ended, and where its models are."""
-        kind = "adapter" if not any(self.output_dir.glob("iteration_*/policy")) else "policy"
-        say(f"{self.run_is} is over: {reason}. Models: {self.output_dir}/iteration_*/{kind}")
+        say(f"{self.run_is} is over: {reason}. Models: {name_models(self.output_dir, 'iteration_*/')}")
 
     def ends_iteration(self, epoch: int) -> int | None:
         """The iteration that is over with an epoch. None: it goes on."""
@@ -225,6 +225,11 @@ class IterationClock(HoldsFolder):
             if self.stopped_because and not is_first_load:
                 raise StopIteration(self.stopped_because)
         return self._training_set
+
+    def begins_iteration(self) -> bool:
+        """Whether this fit begins with a new iteration, which needs the generator, as far as the run's folder tells."""
+        number, updates = find_place(self.output_dir)
+        return number < self.iterations and updates == 0
 
     def _begin_iteration(self, number: int, is_fresh: bool) -> None:
         started = time.monotonic()

@@ -37,7 +37,7 @@ from spin_lightning.runs.files import need_space, write_json
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import refuse_other_binding
 from spin_lightning.stages.clock import IterationClock
-from spin_lightning.stages.export import plain_card
+from spin_lightning.stages.export import name_models, plain_card
 from spin_lightning.stages.health import remarks_on_preferences, remarks_on_rewards
 from spin_lightning.stages.iteration import Iteration, PolicyView, Run
 from spin_lightning.stages.metrics import RewardAccuracy
@@ -275,6 +275,10 @@ class RecordedPairs(IterationClock):
     def folder(self, iteration: int) -> Path:
         return self.output_dir
 
+    def shorten(self, data: Any, batches: int) -> None:
+        super().shorten(data, batches)
+        data.val_prompts = data.val_prompts[: data.batch_size * batches]
+
     def refuse_unplayable(self, trainer: Any, module: Any) -> None:
         _refuse_epochs(trainer.max_epochs)
         self.set_epochs(trainer.max_epochs)
@@ -290,8 +294,8 @@ class RecordedPairs(IterationClock):
             write_json(self.output_dir / self.over_file, {"ended_because": reason})
 
     def say_over(self, reason: str) -> None:
-        kind = "policy" if (self.output_dir / "policy").exists() else "adapter"
-        say(f"the model is in {self.output_dir}/{kind}" if self.stopped_because is None else f"the run ended: {reason}")
+        where = f"the model is in {name_models(self.output_dir)}"
+        say(where if self.stopped_because is None else f"the run ended: {reason}")
 
     def on_generation_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]

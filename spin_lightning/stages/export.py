@@ -45,6 +45,17 @@ def export_policy(
     write_json(folder / "summary.json", summary)
 
 
+def name_models(folder: Path, within: str = "") -> str:
+    """Where models are that were exported into a folder, or into those of a pattern within it: merged, and as adapters.
+
+    Example:
+        >>> name_models(Path("/no/run/is/here"), "iteration_*/")
+        '/no/run/is/here/iteration_*/policy'
+    """
+    kinds = [kind for kind in ("policy", "adapter") if any(folder.glob(f"{within}{kind}"))]
+    return " and ".join(f"{folder}/{within}{kind}" for kind in kinds or ["policy"])
+
+
 def plain_card(tag: str, title: str, summary: Mapping[str, Any]) -> str:
     """The README of an exported policy: what its summary says."""
     return (
@@ -122,7 +133,9 @@ class ExportPolicy(L.Callback):
         if processes.is_first():
             self.write(policy, trainer, summary)
         processes.wait()
-        say(f"the model is in {self.find_model()}")
+        adapter = self.output_dir / "adapter"  # merged in the model, or what there is of it
+        folders = dict.fromkeys([self.find_model(), *([adapter] if adapter.exists() else [])])
+        say(f"the model is in {' and '.join(map(str, folders))}")
 
     def write(self, policy: Any, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         """Write the model, and then the summary. In the first process."""

@@ -86,7 +86,8 @@ class Health(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: ShardStore, report: dict[str, Any]
     ) -> None:
         if "completions/distinct" in report:
-            self._judge_rollouts(trainer, iteration, report)
+            compares = getattr(getattr(module, "advantage", None), "needs_group", True)
+            self._judge_rollouts(trainer, iteration, {**report, **({} if compares else {"groups/flat": 0.0})})
         if "identical_share" not in report:  # of a stage without pairs
             return
         real, generated = name_sides(report)

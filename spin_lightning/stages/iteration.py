@@ -42,7 +42,8 @@ from spin_lightning.models.model_card import render_model_card
 from spin_lightning.models.rope import refuse_crossing
 from spin_lightning.models.saving import save_model, weights_hash
 from spin_lightning.runs import processes
-from spin_lightning.runs.files import need_space
+from spin_lightning.runs.checkpoints import checkpoint_folder, checkpoints_in
+from spin_lightning.runs.files import need_space, read_json
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import ShardStore, refuse_broken_chain, refuse_other_binding
 from spin_lightning.stages.export import export_policy
@@ -58,6 +59,22 @@ if TYPE_CHECKING:
 def iteration_folder(run: Path, iteration: int) -> Path:
     """Where an iteration keeps what it made, in the folder of its run."""
     return run / f"iteration_{iteration}"
+
+
+def find_place(run: Path) -> tuple[int, int]:
+    """How many iterations of a run were exported, and how many updates its newest checkpoint has made after the last.
+
+    As far as names and summaries in its folder tell. Below zero: the checkpoint that belongs to the export is missing.
+
+    Example:
+        >>> find_place(Path("/no/run/is/here"))
+        (0, 0)
+    """
+    updates, number = 0, 0
+    while (summary := read_json(iteration_folder(run, number) / "summary.json")) is not None:
+        updates, number = updates + summary["updates"], number + 1
+    checkpoints = checkpoints_in(Path(checkpoint_folder(str(run))))
+    return number, (int(checkpoints[0].stem.removeprefix("step_")) if checkpoints else 0) - updates
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,7 @@ class PolicyView:
         numerics: A context with the precision of a training step.
         load: The policy exported in a folder, on the model's device; with None the model that the run started from.
         trust_remote_code: Whether code that comes with the model may run.
+        adapter: The folder of the adapter that the run started from on that model. None: there is none.
     """
 
     model: PreTrainedModel
@@ -98,6 +116,7 @@ class PolicyView:
     numerics: Callable[[], AbstractContextManager[Any]]
     load: Callable[[Path | None], PreTrainedModel]
     trust_remote_code: bool = False
+    adapter: str | None = None
 
 
 class Iteration(ABC):
@@ -288,7 +307,8 @@ class SpinIteration(Iteration):
             statistics["sampler_gap"] = gap
         if writes and processes.is_first():  # before the pairs are complete: nobody comes back for it then
             shutil.rmtree(self.folder / "opponent")
-        store.finish(names, opponent=self._opponent_name, versions=versions(), statistics=statistics)
+        start = {} if self.number or not self.policy.adapter else {"opponent_adapter": self.policy.adapter}
+        store.finish(names, opponent=self._opponent_name, **start, versions=versions(), statistics=statistics)
 
     def training_set(self, store: PairStore) -> TrainingSet:
         """All pairs but those that cannot teach this loss anything."""

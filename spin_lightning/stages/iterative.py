@@ -45,6 +45,7 @@ class IterativeModule(PolicyModule):
             self.precision_context,
             load,
             self.trust_remote_code,
+            None if self.adapter is None else self.adapter.path,
         )
 
     def check_schedules(self, iterations: int) -> None:

@@ -104,8 +104,8 @@ class PolicyModule(L.LightningModule):
             or ``plain``. What is not named is the first of these in float32; in bfloat16 one of attention's that a
             trial finds clearly faster takes its place. The run's record keeps the choice, and a resumed run takes the
             same.
-        adapter: Train this on the frozen model instead of all its weights: ``LoraAdapter`` with its settings. None: all
-            weights are trained.
+        adapter: Train this on the frozen model instead of all its weights: ``LoraAdapter``, such as
+            ``--model.adapter.r 16``. None: all weights are trained.
 
     Raises:
         UserError: A setting is outside its range.

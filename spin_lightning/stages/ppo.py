@@ -169,6 +169,7 @@ class PpoLightningModule(IterativeModule):
             trust_remote_code=self.trust_remote_code,
             attn_implementation=self.attn_implementation,
             dtype=torch.get_default_dtype(),
+            needs_head=False,
         )
         rows = [len(part.get_input_embeddings().weight) for part in (model, self.policy)]  # type: ignore[arg-type]
         if rows[0] < rows[1]:
@@ -187,7 +188,10 @@ class PpoLightningModule(IterativeModule):
         if self.critic_model is not None:
             groups[0][0].append(self.critic_model.head)
             if self.critic_model.trunk is not None:
-                groups.append((list(self.critic_model.trunk.parameters()), self.critic_learning_rate))
+                trained: list[Tensor] = [
+                    weight for weight in self.critic_model.trunk.parameters() if weight.requires_grad
+                ]
+                groups.append((trained, self.critic_learning_rate))
         return groups
 
     @property

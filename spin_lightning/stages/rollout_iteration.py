@@ -433,7 +433,7 @@ class PpoIteration(Iteration):
         """Export the policy, and its critic beside it, into a folder."""
         if self.scorer.critic is not None:
             weights = self.scorer.critic.named_parameters()  # tied ones once
-            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights}
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights if weight.requires_grad}
             with replacing(folder / "critic.safetensors") as temporary:
                 save_file(tensors, temporary)
         policy, encoder = self.policy, self.run.data.encoder

@@ -11,6 +11,7 @@ from spin_lightning.rewards.base import Reward, check_reward
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import write_json
 from spin_lightning.stages.clock import IterationClock
+from spin_lightning.stages.export import name_models
 from spin_lightning.stages.rollout_iteration import RolloutRun
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -156,8 +157,7 @@ class Rollouts(IterationClock):
         write_json(self.output_dir / self.over_file, result)
 
     def say_over(self, reason: str) -> None:
-        kind = "policy" if (self.output_dir / "policy").exists() else "adapter"
-        say(f"{self.run_is} is over: {reason}. The model is in {self.output_dir}/{kind}")
+        say(f"{self.run_is} is over: {reason}. The model is in {name_models(self.output_dir)}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.reward.close()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pyarrow as pa
 import torch
@@ -40,7 +40,7 @@ from spin_lightning.rewards.base import (
 )
 from spin_lightning.rewards.conclusions import best_rows, describe_rewards, describe_wins, pair_rows
 from spin_lightning.runs import signals
-from spin_lightning.runs.files import hold, refuse_links, replacing, run_folder, write_json
+from spin_lightning.runs.files import hold, read_json, refuse_links, replacing, run_folder, write_json
 from spin_lightning.runs.shards import ShardStore
 from spin_lightning.types import Prompt, UserError
 
@@ -94,6 +94,9 @@ class RecordedPairs(SyntheticDataModule):
 
     needs_rejected = True
     also_counted: ClassVar[tuple[str, ...]] = PreferenceDataModule.also_counted
+
+
+Store = TypeVar("Store", bound=ShardStore)
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,27 @@ class Scoring:
 
     # --- the tables ----------------------------------------------------------------------------------------------
 
+    def open(self, kind: type[Store], name: str, binding: Mapping[str, Any]) -> Store:
+        """A table of the run, begun or continued. One that others began and left empty begins anew.
+
+        Raises:
+            UserError: It holds what something else made.
+        """
+        folder = self.output_dir / name
+        manifest = folder.with_name(f"{name}_manifest.json")
+        kept = read_json(manifest)
+        if kept is not None and kept["binding"] != binding:
+            if kept["shards"]:
+                keys = {**binding, **kept["binding"]}
+                differing = [key for key in keys if binding.get(key) != kept["binding"].get(key)]
+                raise UserError(
+                    f"the {kind.rows_are} in {folder} were made by something else than this run; what differs: "
+                    f"{', '.join(differing)}. Use another score.output_dir, or remove {name}/ and {manifest.name} to "
+                    "have them made again."
+                )
+            manifest.unlink()
+        return kind(folder, binding)
+
     def fill(
         self,
         store: ShardStore,
@@ -245,7 +269,7 @@ class Scoring:
     def _take_recorded(self, data: SyntheticDataModule) -> ResponseStore:
         """The responses of the data in the place of a model's."""
         binding = {**self._rows_of(data), "answers_per_prompt": 0, "recorded": 1 + data.needs_rejected}
-        store = ResponseStore(self.output_dir / "responses", binding)
+        store = self.open(ResponseStore, "responses", binding)
 
         def take(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
             rows = []
@@ -271,12 +295,13 @@ class Scoring:
     def _score(self, responses: ResponseStore) -> RewardStore:
         said = {"reward": settings_kept(self.reward), "shard_size": self.shard_size}
         binding = {"responses_sha256": responses.sha256, **said}
-        store = RewardStore(self.output_dir / "rewards", binding)
+        store = self.open(RewardStore, "rewards", binding)
 
         def score(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
             rows = self._read(responses, prompts)
-            alone = [row for row in rows if row["real"] is None] if self.reward.compares else []
-            asked = [row for row in rows if row not in alone] if alone else rows
+            # a reward that compares has nothing to compare these with but each other
+            alone = [row for row in rows if self.reward.compares and row["real"] is None]
+            asked = [row for row in rows if not self.reward.compares or row["real"] is not None]
             values, parts = scored_with_parts(self.reward, self._answers(asked))
             for number, (row, value) in enumerate(zip(asked, values, strict=True)):
                 row["reward"] = value
@@ -305,7 +330,7 @@ class Scoring:
             "reward": settings_kept(self.reward),
             "shard_size": self.shard_size,
         }
-        store = ComparisonStore(self.output_dir / "comparisons", binding)
+        store = self.open(ComparisonStore, "comparisons", binding)
 
         def compare(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
             ours, theirs = self._read(responses, prompts), self._read(others, prompts)
@@ -395,7 +420,7 @@ class _Maker:
                 "dtype": str(dtype),
                 **({"engine": engine} if (engine := data.generator.engine) else {}),
             }
-            store = ResponseStore(scoring.output_dir / folder, binding)
+            store = scoring.open(ResponseStore, folder, binding)
             if not store.is_complete:
                 total = len(prompts) * per_prompt
                 with (

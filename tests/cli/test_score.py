@@ -84,6 +84,10 @@ def test_the_recorded_responses_need_no_model(rows: str, model: str, tmp_path: P
     flags = ("--data.answers_per_prompt=0", "--score.reward=TextMatch", "--score.reward.column=label")
     cli.main(args_of(model, str(tmp_path / "rows.jsonl"), tmp_path / "run", *flags))
     assert "3 responses of the data to 3 prompts\n  mean reward   1" in capsys.readouterr().out
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "q", "label": "A"}\n')
+    with pytest.raises(SystemExit):
+        cli.main(args_of(model, str(tmp_path / "prompts.jsonl"), tmp_path / "other", *flags))
+    assert "prompt" in capsys.readouterr().err  # whose responses are to be scored there?
 
 
 def test_what_a_config_has_for_other_commands_is_read_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

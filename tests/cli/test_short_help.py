@@ -144,3 +144,17 @@ STAGE = Stage(module="further_stage.Module", data="further_stage.Data", callback
     monkeypatch.setitem(commands.COMMANDS, "further", commands.Command("train on", "further_stage.STAGE"))
     main(["further", "--help"])
     assert "usage: spin-lightning further" in capsys.readouterr().out and "further" in COMMANDS
+
+
+def test_the_first_page_names_adapters_devices_and_servers(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    main(["fit", "--help"])
+    first = " ".join(capsys.readouterr().out.split())
+    for words in ("--model.adapter.r 16", "--trainer.devices", "--trainer.strategy With several devices ddp, or fsdp2",
+                  "(its python has vLLM)", "(its url is a vLLM's)"):  # fmt: skip
+        assert words in first, words
+    main([])
+    overview = capsys.readouterr().out
+    for words in ("--model.adapter.r 16", "--trainer.devices 2 --trainer.strategy ddp", "--data.generator.python"):
+        assert words in overview, words
+    assert max(map(len, overview.splitlines())) <= 80

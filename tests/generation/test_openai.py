@@ -15,7 +15,7 @@ from fake_vllm import Drop, FakeVllm, Sampler, uniform
 from games import Do, Game, Stopped, answers_of, pairs_of, read
 from helpers import load, save_tiny_model, tiny_model
 
-from spin_lightning import OpenAIGenerator, TransformersGenerator, UserError
+from spin_lightning import OpenAIGenerator, SpinLightningModule, TransformersGenerator, UserError
 from spin_lightning.generation import openai
 from spin_lightning.generation.base import Player, opened
 from spin_lightning.generation.server import Server
@@ -166,7 +166,9 @@ def test_a_game_stopped_in_the_middle_of_generation_goes_on_with_the_missing_sha
         assert pairs_of(tmp_path / "run", number) == pairs_of(tmp_path / "whole", number)
 
 
-def test_training_goes_on_without_the_server_that_sampled(model: str, rows: str, tmp_path: Path) -> None:
+def test_training_goes_on_without_the_server_that_sampled(
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stop(trainer: Any, *_: Any) -> None:
         if trainer.global_step == 2:
             raise Stopped
@@ -178,6 +180,9 @@ def test_training_goes_on_without_the_server_that_sampled(model: str, rows: str,
         with pytest.raises(Stopped):
             play(server, model, rows, tmp_path / "run", last=[], callbacks=[Do(on_train_batch_start=stop)], **short)
     assert play(server, model, rows, tmp_path / "run", **short).weights == whole.weights
+    said = capsys.readouterr().out
+    assert f"note: the server at {server.url} is not there" in said
+    assert "Training goes on without; the next iteration needs it." in said
 
 
 def without(key: str) -> Callable[[Any], Any]:
@@ -232,9 +237,7 @@ def drop() -> None:
 
 def test_a_server_that_dies_in_the_middle_is_asked_again_and_then_given_up(server: FakeVllm, opponent: Player) -> None:
     server.fault = after(4, drop)
-    words = (
-        r"does not answer, asked 3 times: no answer to /v1/completions \(RemoteDisconnected.*what is finished is kept"
-    )
+    words = r"does not answer, asked 3 times: no answer to /v1/completions \(Remote end closed .*is finished is kept"
     with pytest.raises(UserError, match=words):
         respond(server, opponent)
     server.fault = after(4, lambda: (500, "EngineCore encountered an issue"))
@@ -318,7 +321,9 @@ def test_a_server_of_another_model_is_refused_with_its_distance(
 UNSUITABLE: dict[str, tuple[str, Any, str]] = {
     "no development mode": ("/collective_rpc", (404, "Not Found"), r"\(status 404.*VLLM_SERVER_DEV_MODE=1 in its env"),
     "no such folder": ("/collective_rpc", (500, "No such file"), r"did not read the opponent's weights from '/.*No"),
-    "cache in use": ("/reset_prefix_cache", {"success": False}, r"the prefix cache is in use.*find that folder"),
+    "cache in use": ("/reset_prefix_cache", {"success": False},
+                     r"has read the opponent's weights, and cannot forget .*: it still answers requests that are not "
+                     r"of this iteration\. Wait until it has answered them .* let nobody else ask it"),
     "a wrong key": ("/v1/models", (401, "Unauthorized"), r"answered with status 401: for /v1/models: Unauthorized"),
     "no list": ("/v1/models", {"data": 5}, r"listed .* as its models"),
     "two models": ("/v1/models", {"data": [{"id": "b"}, {"id": "a"}]}, r"serves \['a', 'b'\]. Set data.generator"),
@@ -356,14 +361,24 @@ def test_a_model_s_name_is_taken_or_refused(server: FakeVllm, opponent: Player) 
         respond(server, opponent, model="c")
 
 
-def test_no_server_is_said_at_the_start_and_refused_where_it_is_needed(
-    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_server_that_an_iteration_needs_is_missed_before_the_model_loads(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(uniform(4)) as server:
         pass
-    with pytest.raises(UserError, match=rf"the server at {server.url} is not there: .*ConnectionRefused.*Start it"):
+    monkeypatch.setattr(SpinLightningModule, "configure_model", lambda self: pytest.fail("it loads"))
+    words = (
+        rf"the server at {server.url} is not there: no answer to /v1/models \(Connection refused\)\. Start it, or mend"
+    )
+    with pytest.raises(UserError, match=rf"^{words} data\.generator\.url; docs/vllm\.md"):
         play(server, model, rows, tmp_path)
-    assert f"note: the server at {server.url} does not list its models" in capsys.readouterr().out
+    with serving(uniform(4)) as server:
+        server.fault = lambda *_: (404, "Not Found")
+        with pytest.raises(
+            UserError, match=r"does not list its models: status 404: for /v1/models: Not Found\. It must"
+        ):
+            play(server, model, rows, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://host:port", "", "unix:socket"])

@@ -141,6 +141,10 @@ def test_a_base_model_is_no_judge(tmp_path: Path):
         check_reward(JudgeReward(str(tmp_path)))
     with pytest.raises(UserError, match="nowhere"):
         check_reward(JudgeReward("./nowhere"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(UserError, match="is a reward model: give its folder to ModelReward"):
+        check_reward(JudgeReward(str(tmp_path)))
 
 
 # --- a server -----------------------------------------------------------------------------------------------------
@@ -278,7 +282,7 @@ def test_a_server_that_hangs_is_left_after_its_time(serve: Serve):
 
 def test_a_server_that_is_not_there(tmp_path: Path):
     for model in ("m", None):
-        with pytest.raises(RewardUnavailable, match=r"the judge at http://127.0.0.1:9 did not reply"):
+        with pytest.raises(RewardUnavailable, match=r"the judge at http://127.0.0.1:9 does not reply .* run the same"):
             scored(JudgeReward(model, url="http://127.0.0.1:9"), [answer("a"), answer("b")])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import QUIET
+from helpers import QUIET, args_of
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from several import together
 
@@ -137,6 +138,23 @@ def test_strategies_with_which_a_run_would_not_learn_the_same_are_refused() -> N
     sharded.strategy.__class__ = FSDPStrategy
     with pytest.raises(UserError, match="FSDPStrategy shards weights in a form that the passes"):
         processes.refuse_strategy(sharded)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ("fsdp", "trainer.strategy 'fsdp' shards weights in a form that the passes of a batch do not go through"),
+        ("fsdp_cpu_offload", "trainer.strategy 'fsdp_cpu_offload' shards weights in a form"),
+        ("deepspeed", "trainer.strategy 'deepspeed' shards optimiser and weights out of sight"),
+        ("lightning.pytorch.strategies.DeepSpeedStrategy", "Strategy' shards optimiser and weights out of sight"),
+    ],
+)
+def test_a_strategy_that_is_refused_is_so_before_others_give_advice(
+    strategy: str, words: str, model: str, rows: str, tmp_path: Path, refusal: Callable[[Sequence[str]], str]
+) -> None:
+    said = " ".join(refusal(args_of("fit", model, rows, tmp_path / "run", f"--trainer.strategy={strategy}")).split())
+    assert words in said and "Set trainer.strategy: ddp for several devices, fsdp2 for weights" in said
+    processes.refuse_strategy_by_name("fsdp2")
 
 
 def test_an_error_of_a_single_process_stays_what_it_is() -> None:

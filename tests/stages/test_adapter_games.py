@@ -278,8 +278,9 @@ def test_sft_trains_and_exports_an_adapter(tuned: Path, model: str) -> None:
 
 
 def test_self_play_goes_on_with_the_adapter_of_sft_against_base_and_adapter(
-    tuned: Path, model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tuned: Path, model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """The opponent is what SFT made, not the bare base; and what is trained is its adapter, not a second one."""
     start: dict[str, Any] = {}
 
@@ -294,6 +295,15 @@ def test_self_play_goes_on_with_the_adapter_of_sft_against_base_and_adapter(
     assert start.keys() == kept.keys() and all(torch.equal(start[name], kept[name]) for name in kept)
     assert any(float(tensor.abs().max()) > 0 for name, tensor in kept.items() if "lora_B" in name)
     assert first_losses(game) == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    base, sft = Path(model).name, f"{tuned.name}/adapter"  # of a path a card has the end only
+    for kind in ("policy", "adapter"):
+        card = (tmp_path / "run" / "iteration_0" / kind / "README.md").read_text()
+        assert f"| opponent | `{base}` with the adapter `{sft}` (weights sha256" in card
+        card = (tmp_path / "run" / "iteration_1" / kind / "README.md").read_text()
+        assert "| opponent | `iteration_0/policy` (weights sha256" in card
+    folder = tmp_path / "run"
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].endswith(f"Models: {folder}/iteration_*/policy and {folder}/iteration_*/adapter")
     # stored log-probs of the opponent are those of the merged model that SFT exported
     by_base, by_tuned = load(model).eval(), load(tuned / "policy").eval()
     for pair in pairs_of(tmp_path / "run", 0)[:3]:

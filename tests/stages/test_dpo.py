@@ -407,6 +407,19 @@ def test_a_game_and_then_dpo_on_its_own_pairs(model: str, rows: str, tmp_path: P
     assert {row["generated_finish_reason"] for row in recorded} <= {"stop", "length"}
 
 
+def test_the_python_of_the_docs_trains_a_policy(
+    model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "dpo.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for name, value in {"runs/sft/policy": model, "my_pairs.jsonl": pairs, "runs/dpo": str(tmp_path / "run")}.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(value))
+    monkeypatch.chdir(tmp_path)  # where Lightning logs
+    exec(compile(code, "docs/dpo.md", "exec"), {})
+    assert read(tmp_path / "run" / "summary.json")["updates"] == 2  # 10 pairs
+
+
 # --- Several processes ------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import torch
 from games import Do, DoLast, Recorder, Stopped, read, weight_bits, without_seconds
 from helpers import QUIET, load, log_prob_by_hand, save_tiny_model
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from spin_lightning import (
     AtomicCheckpointIO,
@@ -359,6 +360,22 @@ def test_a_critic_of_its_own_has_a_learning_rate_of_its_own(
     assert [group["lr"] for group in run.trainer.optimizers[0].param_groups] == [1e-3, 3e-4]
     assert run.module.critic_model.head.dtype is torch.float32  # type: ignore[union-attr]
     assert "trunk.model.norm.weight" in load_file(tmp_path / "critic.safetensors")
+
+
+def test_a_reward_model_becomes_a_critic(model: str, rows: str, tmp_path: Path) -> None:
+    """Its folder has no head over tokens, and yet a run continues with the critic that it began with."""
+    config = LlamaConfig.from_pretrained(model, num_labels=1, tie_word_embeddings=False)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    settings = {"critic": str(tmp_path / "reward"), "critic_learning_rate": 1e-3}
+    first, second = (Run(model, rows, tmp_path / "run", module=settings, rollouts={"iterations": 1}) for _ in range(2))
+    with pytest.raises(Stopped), Breaks(PpoLightningModule, "training_step", 2):
+        first.play()
+    second.play()
+    trunk = second.module.critic_model.trunk  # type: ignore[union-attr]
+    own = load_file(tmp_path / "reward" / "model.safetensors")
+    assert not torch.equal(trunk.model.layers[0].mlp.up_proj.weight, own["model.layers.0.mlp.up_proj.weight"])
+    assert not trunk.lm_head.weight.requires_grad
+    assert "trunk.lm_head.weight" not in load_file(tmp_path / "run" / "critic.safetensors")
 
 
 def test_group_advantages_have_no_critic(model: str, rows: str, tmp_path: Path) -> None:

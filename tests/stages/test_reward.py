@@ -451,3 +451,13 @@ def test_the_page_on_reward_models_can_be_followed_to_the_letter(
     exec(compile(python[0][1], "reward_model.md", "exec"), {})
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == pytest.approx(by_hand["rewards"], abs=1e-3) and printed[0] != pytest.approx(printed[1], abs=1e-4)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+1?"}) + "\n" for a in range(9)))
+    _, *args = shlex.split(command[1].replace("\\\n", ""))
+    few = [
+        "--data.batch_size=4",
+        "--rollouts.iterations=1",
+        "--rollouts.prompts=4",
+        "--data.generator.max_new_tokens=12",
+    ]
+    main([*args, *few, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    assert Path("runs/ppo/policy/model.safetensors").exists()

@@ -147,6 +147,26 @@ def test_a_reward_model_of_its_pairs_scores_again(model: str, sums: str, tmp_pat
     assert all(right > wrong for right, wrong in zip(rewards[::2], rewards[1::2], strict=True))
 
 
+class Served(FakeGenerator):
+    """Reads the model from a folder, as a server does."""
+
+    needs_folder = True
+    folders: list[Path]
+
+    def generate(self, *args: Any) -> Any:
+        assert self.opponent.folder is not None and (self.opponent.folder / "model.safetensors").exists()
+        self.folders.append(self.opponent.folder)
+        return super().generate(*args)
+
+
+def test_a_model_that_lies_in_no_folder_is_written_for_a_server_and_removed_again(sums: str, tmp_path: Path):
+    data = read_data(sums)
+    data.generator = Served(lambda prompt, seed: [65], 16)
+    data.generator.folders = []
+    Scoring(Counting(), str(tmp_path / "run")).run(PLAYERS, data, 1)
+    assert data.generator.folders == [tmp_path / "run" / "served"] and not (tmp_path / "run" / "served").exists()
+
+
 def test_a_cut_response_is_no_row_for_sft(sums: str, tmp_path: Path):
     data = read_data(sums, by_text(lambda asked, number: "#" * 40 if number else "ok"))
     summary = Scoring(Counting(), str(tmp_path / "run")).run(PLAYERS, data, 2)
@@ -194,7 +214,10 @@ def test_a_judge_that_falls_silent_is_not_asked_again_about_what_it_said(sums: s
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"reward": NumberMatch(partial=0.2)}, "rewards in .* what differs: reward"),
+        (
+            {"reward": NumberMatch(partial=0.2)},
+            r"rewards in .* what differs: reward\. Use .* or remove rewards/",
+        ),
         ({"model": 1}, "responses in .* what differs: model_sha256"),
         ({"answers": 2}, "responses in .* what differs: answers_per_prompt"),
         ({"seed": 3}, "responses in .* what differs: seed"),
@@ -206,6 +229,14 @@ def test_other_settings_in_the_same_folder_are_refused(sums: str, tmp_path: Path
     data = read_data(sums, seed=change.get("seed", 0))
     with pytest.raises(UserError, match=words):
         Scoring(change.get("reward", NumberMatch()), str(tmp_path / "run")).run(players, data, change.get("answers", 1))
+
+
+def test_a_mistake_in_the_reward_can_be_mended_in_the_same_folder(sums: str, tmp_path: Path):
+    data = read_data(sums, by_text(lambda asked, number: "#### 1"))
+    with pytest.raises(UserError, match="gave 'x'"):
+        Scoring(Counting(lambda answer: "x"), str(tmp_path / "run")).run(PLAYERS, data, 1)  # type: ignore
+    summary = Scoring(NumberMatch(), str(tmp_path / "run")).run(PLAYERS, data, 1)
+    assert summary["pass_at"]["1"] == pytest.approx(1 / 6)
 
 
 def test_the_data_s_own_responses_are_scored(tmp_path: Path):
