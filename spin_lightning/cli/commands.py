@@ -306,7 +306,7 @@ COMMANDS = {
     "chain": Command(
         "a line of stages from one file, each from the last one's model",
         function=_run_chain,
-        usage="FILE [--output_dir FOLDER] [--STAGE.SECTION.SETTING VALUE ...]",
+        usage="FILE [--output_dir FOLDER] [--STAGE.KEY VALUE ...]",
         fits=lambda args: bool(args) and _folder_is_first(args),
         help=_OF_CHAIN,
     ),

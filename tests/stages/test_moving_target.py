@@ -15,6 +15,7 @@ from helpers import args_of, load, log_prob_by_hand, write_rows
 from test_resume import batches_in, play_undisturbed
 
 from spin_lightning import BestAsReal, RowDataModule, SyntheticDataModule, TextMatch, TSpinLoss, UserError
+from spin_lightning.cli.commands import main
 from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.rewards.base import Answer, Reward
 from spin_lightning.stages.best_as_real import CandidateStore
@@ -128,6 +129,15 @@ def test_a_loss_that_needs_the_first_responses_refuses_other_rows(model: str, la
 def test_lists_that_cannot_be_are_refused(make: Callable[[list[str]], Any], words: str, laws: list[str]) -> None:
     with pytest.raises(UserError, match=words):
         make(laws)
+
+
+def test_check_counts_the_rows_of_each_iteration(
+    model: str, laws: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = args_of("fit", model, f"[{','.join(laws)}]", "unused", "--data.val_fraction=0", "--data.batch_size=4")
+    main(["check", *flags[1:], "--self_play.iterations=2"])
+    printed = capsys.readouterr().out
+    assert "to train on in iteration 0: 8 rows" in printed and "to train on in iteration 1: 7 rows" in printed
 
 
 def test_there_is_one_source_an_iteration(
