@@ -24,6 +24,8 @@ from spin_lightning.types import UserError
 MAX_NEW_TOKENS = 48
 WARM_UP_UPDATES = 24
 ITERATIONS = 30
+#: More would be hundreds of epochs.
+MOST_CONTROL_UPDATES = 1000
 CONTROL = "control: more SFT"
 
 
@@ -71,7 +73,7 @@ def play(folder: str = "runs/reft", model: str | None = None, *overrides: str) -
     seconds = sum(sum(iteration["seconds"].values()) for iteration in iterations)
     say_step("3/4  The control: SFT goes on from the same model for as many seconds")
     updates = math.ceil(warm_up["updates"] * seconds / max(warm_up["seconds"], 1e-9))
-    sft_on(start, root / "control", max(1, updates), sft)
+    sft_on(start, root / "control", min(max(1, updates), MOST_CONTROL_UPDATES), sft)
     for name in ("sft", "ppo", "control"):
         shutil.rmtree(root / name / "checkpoints", ignore_errors=True)  # the exported model is what is wanted
 
