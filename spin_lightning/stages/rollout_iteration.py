@@ -110,6 +110,7 @@ class PpoIteration(Iteration):
         super().__init__(number, run, policy)
         self.scorer = scorer
         self._held_out: dict[str, float] = {}
+        self._is_resumed = False  # after training steps: the policy is not the one whose responses are there
 
     # --- the table --------------------------------------------------------------------------------------------------
 
@@ -131,6 +132,7 @@ class PpoIteration(Iteration):
 
     def _reopen(self, known: str | None) -> AnswerStore:
         """Back in the middle of the iteration: its responses are those it began with."""
+        self._is_resumed = True
         store = self._answers_of(self.number)
         if store.sha256 != known:
             raise UserError(
@@ -246,6 +248,8 @@ class PpoIteration(Iteration):
 
     def _open_held_out(self) -> AnswerStore:
         data = self.run.data
+        if self._is_resumed:
+            return AnswerStore(self.folder / "held_out")
         with greedy(data.generator):
             settings = {
                 "iteration": self.number,
