@@ -36,7 +36,7 @@ from spin_lightning import (
 from spin_lightning.generation.answer_store import AnswerStore
 from spin_lightning.models.batches import collate_rollouts
 from spin_lightning.rewards.base import Answer
-from spin_lightning.stages import rollout_iteration
+from spin_lightning.stages import export, rollout_iteration
 from spin_lightning.stages.critic import Critic
 from spin_lightning.stages.rollout_iteration import prompts_of_iteration
 from spin_lightning.types import Response
@@ -330,6 +330,22 @@ def test_it_continues_bit_for_bit_from_every_state(
     assert state_of(tmp_path) == state_of(plain.folder)
     # whatever was stored is not asked about again: at most a shard of two prompts is
     assert first.reward.asked + second.reward.asked <= plain.reward.asked + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
+def test_it_continues_between_an_export_and_its_summary(
+    model: str, rows: str, tmp_path: Path, plain: Any, after: bool
+) -> None:
+    each = {"rollouts": {"export_every": 1}, "checkpoint": {"every_n_iterations": 2}}
+    with pytest.raises(Stopped), Breaks(export, "write_json", 2, after=after):
+        Run(model, rows, tmp_path, **each).play()
+    assert (tmp_path / "iteration_1" / "policy").exists()
+    second = Run(model, rows, tmp_path, **each).play()
+    assert weight_bits(second.module) == weight_bits(plain.module)
+    assert state_of(tmp_path) == state_of(plain.folder)
+    for number in range(3):
+        assert load_file(tmp_path / f"iteration_{number}" / "critic.safetensors")["head"].any()
 
 
 def test_after_a_kill_stored_responses_are_trained_on_again(model: str, rows: str, tmp_path: Path, plain: Any) -> None:
