@@ -158,12 +158,13 @@ class Line:
             )
         common, common_flags = self._common_of(step)
         args = [step.word, *(f"--config={path}" for path in step.configs)]
-        for name, settings in (("common", common), ("own", own)):
+        # what is said last wins, so what is common comes before what is a stage's own
+        for name, settings, flags in (("common", common, common_flags), ("own", own, [])):
             if settings:
                 path = scratch / f"{step.name}_{name}.yaml"
                 path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
                 args.append(f"--config={path}")
-        args += [f"--{key}={value}" for key, value in common_flags]
+            args += [f"--{key}={value}" for key, value in flags]
         if (start := self._start_of(step)) is not None:
             args.append(f"--{START}={self._place(start, must_exist)}")
             if step.word != "score":  # of a copied folder; that the model is the same is seen to here

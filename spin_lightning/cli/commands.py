@@ -266,10 +266,10 @@ The same command continues a chain that was killed, in whatever stage.
 
 Where a setting is a path, {from: STAGE} is the model that a stage before this
 one has exported, and {from: STAGE, path: NAME} a file or folder in its run's
-folder. What is said last wins: a config, common, the stage, the command line.
+folder. What is said last wins: a config, common, the stage, its flags.
 
   --sft.model.learning_rate 1e-5       over what the file says
-  --common.trainer.accelerator cpu     the same for all stages
+  --common.trainer.accelerator cpu     the same for all stages without their own
   launcher: torchrun --nproc_per_node 8
                                        in a stage: takes the place of python
 

@@ -319,10 +319,12 @@ def test_configs_lie_beside_the_file_and_go_below_it(
     chained: Chained, model: str, tmp_path: Path, commands: list[list[str]]
 ) -> None:
     (tmp_path / "sft.yaml").write_text("data: {train_data: elsewhere.jsonl}\ntrainer: {max_epochs: 1}\n")
-    stage = {"config": "sft.yaml", "model": {"model_name_or_path": model}}
-    main([*chained([{"sft": stage}]), "--common.data.batch_size=8", "--sft.model.learning_rate=1e-3"])
+    stage = {"config": "sft.yaml", "model": {"model_name_or_path": model}, "data": {"seed": 3}}
+    flags = ["--common.data.batch_size=8", "--common.data.seed=4", "--sft.model.learning_rate=1e-3"]
+    main([*chained([{"sft": stage}]), *flags])
     config = yaml.safe_load((tmp_path / "line" / "sft" / "config.yaml").read_text())
     assert config["data"]["batch_size"] == 8 and config["model"]["learning_rate"] == 1e-3
+    assert config["data"]["seed"] == 3  # a stage's own setting goes over what is common, wherever that is said
     assert config["trainer"]["max_epochs"] == 1 and config["data"]["train_data"].endswith("rows.jsonl")
 
 
