@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fake_vllm import Drop, FakeVllm, Sampler, uniform
-from games import Do, Game, Stopped, answers_of, pairs_of, read
+from fake_vllm import Drop, FakeVllm, uniform
+from games import Do, FromModel, Game, Stopped, answers_of, pairs_of, read, serving
 from helpers import load, save_tiny_model, tiny_model
 
 from spin_lightning import OpenAIGenerator, SpinLightningModule, TransformersGenerator, UserError
@@ -25,32 +24,6 @@ from spin_lightning.types import Interrupted
 PROMPTS = [[5, 6, 7, number] for number in range(10)]
 SEEDS = [1000 + number for number in range(10)]
 END = 258
-
-
-class FromModel:
-    """Samples by the package's own sampler from a model, as it is in a folder or in memory."""
-
-    def __init__(self, model: Any) -> None:
-        self.lock = threading.Lock()
-        self.become(model)
-
-    def become(self, model: Any) -> None:
-        self.model = (load(model) if isinstance(model, str) else model).eval()
-
-    @torch.no_grad()
-    def __call__(self, prompt: list[int], seed: int, most: int, ends: list[int]) -> tuple[list[int], list[float]]:
-        with self.lock:
-            (response,) = answers_of(TransformersGenerator(most), self.model, [prompt], [seed], ends)
-            ids = response.ids
-            logits = self.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            return ids, logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-
-
-def serving(sample: Sampler) -> FakeVllm:
-    server = FakeVllm(sample)
-    if isinstance(sample, FromModel):
-        server.reload = sample.become
-    return server
 
 
 #: The scripted server's sockets, which it drops as real ones do, may be collected in a later test.
