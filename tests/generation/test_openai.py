@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import threading
 import time
@@ -17,7 +18,7 @@ from helpers import load, save_tiny_model, tiny_model
 from spin_lightning import OpenAIGenerator, SpinLightningModule, TransformersGenerator, UserError
 from spin_lightning.generation import openai
 from spin_lightning.generation.base import Player, opened
-from spin_lightning.generation.server import Server
+from spin_lightning.generation.server import Server, Unanswered
 from spin_lightning.runs import processes, signals
 from spin_lightning.types import Interrupted
 
@@ -375,6 +376,27 @@ def test_urls_as_others_write_them_and_a_key(server: FakeVllm, monkeypatch: pyte
     with pytest.raises(Drop):
         Server(server.url).ask("/version")
     assert seen[0]["Authorization"] == "Bearer canary"
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_request_that_begins_as_the_run_ends_is_not_waited_for(
+    server: FakeVllm, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, is_over = Server(server.url), threading.Event()
+    connect = http.client.HTTPConnection.connect
+
+    def end(connection: Any) -> None:
+        is_over.set()
+        asked.hang_up()
+        connect(connection)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(http.client.HTTPConnection, "connect", end if when == "while" else connect)
+        is_over.set() if when == "before" else None
+        with pytest.raises(Unanswered, match="nobody waits for it"):
+            asked.ask("/version", None, 60.0, is_over)
+    assert "/version" not in server.paths()
+    assert asked.ask("/version") == {"version": "0.32.0"}
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan])
