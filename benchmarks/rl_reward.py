@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 
-def right(completions: list[list[dict[str, str]]], answer: list[str], **others: Any) -> list[float]:
-    """1 for the right number behind ``answer is``, else 0."""
-    found = [re.findall(r"answer is (\d+)", completion[0]["content"]) for completion in completions]
-    return [float(numbers[-1:] == [wanted]) for numbers, wanted in zip(found, answer, strict=True)]
+def digits(completions: list[list[dict[str, str]]], **others: Any) -> list[float]:
+    """Share of a response's characters that are digits: responses differ in it, so none is left out of training."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(map(str.isdigit, text)) / max(1, len(text)) for text in texts]

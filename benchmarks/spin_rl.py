@@ -32,7 +32,7 @@ def main() -> None:
     shutil.rmtree(settings["runs"], ignore_errors=True)
     rollouts = Rollouts(
         settings["runs"],
-        reward=FunctionReward("benchmarks.rl_reward:right"),
+        reward=FunctionReward("benchmarks.rl_reward:digits"),
         iterations=settings["iterations"],
         prompts=settings["prompts"],
         eval_every=0,

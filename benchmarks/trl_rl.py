@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from benchmarks.measure import ON_GPU
-from benchmarks.rl_reward import right
+from benchmarks.rl_reward import digits
 from benchmarks.worker import Worker
 
 
@@ -62,11 +62,9 @@ def main() -> None:
     )
     trainer = make_trainer(
         model=settings["model"],
-        reward_funcs=right,
+        reward_funcs=digits,
         args=config,
-        train_dataset=Dataset.from_list(
-            [{"prompt": row["messages"][:-1], "answer": row["answer"]} for row in rows * settings["iterations"]]
-        ),
+        train_dataset=Dataset.from_list([{"prompt": row["messages"][:-1]} for row in rows * settings["iterations"]]),
         processing_class=AutoTokenizer.from_pretrained(settings["model"]),
         callbacks=[Turns(worker, settings["updates"])],
     )

@@ -280,6 +280,21 @@ def test_the_expected_gradient_is_that_of_the_objective(language: Language) -> N
     assert 0.001 < error(0.95) < 0.5  # which a smaller lambda believes
 
 
+def test_a_mean_over_each_response_first_is_another_gradient(language: Language) -> None:
+    """As some do it: short responses weigh more, and no length of step makes up for it."""
+    draw = torch.Generator().manual_seed(4)
+    logits = torch.randn(language.reference.shape, generator=draw, dtype=torch.float64)
+    exact, values = exact_gradient(language, logits), torch.zeros(2, language.num_states, dtype=torch.float64)
+    advantages = Gae(1.0, whiten=False).estimate(language.trajectories(logits, values)).advantages
+    weights = language.probabilities(logits).detach()
+    for divisor, is_right in ((torch.ones(80), True), (language.lengths, False)):
+        free = logits.clone().requires_grad_()
+        by_token = (weights / divisor).repeat_interleave(language.lengths) * language.log_probs(free) * advantages
+        (found,) = torch.autograd.grad(by_token.sum() / 2, free)
+        cosine = float((found * exact).sum() / found.norm() / exact.norm())
+        assert (cosine > 1 - 1e-12) == is_right and cosine > 0.8
+
+
 def test_the_gradient_of_one_left_out_is_that_of_the_objective(language: Language) -> None:
     """Over every pair of independent responses to a prompt, each with its probability."""
     draw = torch.Generator().manual_seed(5)
@@ -351,9 +366,9 @@ def learn(language: Language, advantage: Advantage, *, in_loss: Callable[[Tensor
 )
 def test_samples_lead_to_the_best_policy(language: Language, advantage: Advantage) -> None:
     start = language.divergence_from_best(language.reference)
-    assert learn(language, advantage) < 0.02 < 0.1 < start
+    assert learn(language, advantage) < 0.01 and start > 1
 
 
 def test_a_divergence_in_the_loss_leads_elsewhere(language: Language) -> None:
     """Why it is in the reward: a token's effect on later divergence is left out otherwise."""
-    assert learn(language, LeaveOneOut(), in_loss=k3) > 0.1
+    assert learn(language, LeaveOneOut(), in_loss=k3) > 0.2

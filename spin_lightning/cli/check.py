@@ -143,21 +143,22 @@ def _summarize(data: RowDataModule) -> list[str]:
     """What a run trains on, and the places of all that was dropped or is strange."""
     report = data.report
     lines = [f"format: {report['train_data']['format']}"]
-    for part, name in (("train", "to train on"), ("held_out", "held out")):
-        of = f", a sample of {report[part]['sample_of']}" if "sample_of" in report[part] else ""
-        lines.append(f"{name}: {report[part]['prompts']} rows{of}")
-        for kind in ("prompt_tokens", "real_tokens"):
-            if spread := report[part][kind]:
-                what = "prompts" if kind == "prompt_tokens" else "real answers"
+    parts = [(f"to train on in iteration {k}", part["train"]) for k, part in enumerate(report.get("iterations", ()))]
+    for name, part in [*(parts or [("to train on", report["train"])]), ("held out", report["held_out"])]:
+        of = f", a sample of {part['sample_of']}" if "sample_of" in part else ""
+        lines.append(f"{name}: {part['prompts']} rows{of}")
+        of_kinds = {"prompt_tokens": "prompts", "real_tokens": "real answers", "rejected_tokens": "rejected answers"}
+        for kind, what in of_kinds.items():
+            if spread := part.get(kind):
                 lines.append(
                     f"  tokens of {what}: median {spread['median']:g}, 90 % up to {spread['p90']}, most "
                     f"{spread['most']}"
                 )
-    for part in ("train_data", "val_data", "train", "held_out"):
-        section = report[part] or {}
+    for source in ("train_data", "val_data", "train", "held_out"):
+        section = report[source] or {}
         for kind, tally in {**section.get("dropped", {}), **section}.items():
             if isinstance(tally, Mapping) and tally.get("count", 0) > 1:  # the first one is on the screen already
-                lines += [f"{part}, {kind}: {tally['count']}", *(f"  {place}" for place in tally["first"])]
+                lines += [f"{source}, {kind}: {tally['count']}", *(f"  {place}" for place in tally["first"])]
     return lines
 
 
@@ -167,13 +168,16 @@ def show_pair(data: RowDataModule) -> list[str]:
     first = data.prompts[0]
     # one of another length, if there is any, so that there is padding to see
     other = max(data.prompts[1:], key=lambda prompt: len(prompt.real_ids) != len(first.real_ids), default=None)
-    rows = {"the first row, prompt and real answer": first.real_ids}
-    if other is not None:
+    rows = {"the first row, prompt and real answer": first.real_ids} if first.real_ids else {}
+    if first.rejected_ids is not None:
+        rows["the same prompt, and the answer that is not preferred"] = first.rejected_ids
+    elif other is not None and other.real_ids:
         rows["the same prompt; another row's real answer stands where the opponent's will be"] = other.real_ids
+    rows = rows or {"the first row, a prompt alone": []}
     longest = max(map(len, rows.values()))
     lines = ["One pair, token by token, with a blank between tokens. ␣ is a space, \\n a new line."]
     for title, response in rows.items():
-        is_whole = response[-1] in data.encoder.end_ids
+        is_whole = response[-1:] != [] and response[-1] in data.encoder.end_ids
         parts = {
             "prompt": first.prompt_ids,
             "response": response[:-1] if is_whole else response,

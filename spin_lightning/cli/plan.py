@@ -179,6 +179,12 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
         UserError: A run with these settings and data could not begin.
     """
     stage, settings, data = find_stage(args)
+    if "rollouts" in settings:
+        raise UserError(
+            "plan does not know the iterations of ppo. A training step of it takes the memory of one of sft with the "
+            "same model and data.micro_batch_tokens, and with model.beta above 0 the weights of the reference once "
+            "more: plan that, with the settings of sft."
+        )
     model, trainer = settings.model, settings.trainer
     if options.rows is None:
         data.sample = options.sample

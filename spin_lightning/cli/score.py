@@ -149,7 +149,7 @@ def _read(settings: Namespace, scoring: Scoring, recorded: bool = False, of: str
     named = data.tokenizer_name_or_path if of is None else None
     data.tokenizer = load_tokenizer(name, **where) if named is None else load_tokenizer(named)
     data.end_ids = end_ids(name, data.tokenizer, **where)
-    data.keep_columns, data.needs_real = scoring.reward.columns, False
+    data.keep_columns, data.needs_real = scoring.reward.columns, recorded
     if not recorded:
         data.generator.check_ready()
     data.setup("score")

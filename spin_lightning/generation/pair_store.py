@@ -6,6 +6,7 @@ The rows serve three readers at once: this package (token ids and log-probs), TR
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
@@ -79,6 +80,12 @@ class RankedPairStore(PairStore):
             ("rewards", pa.list_(pa.float64())),  # of all the opponent's responses to the prompt, in their order
         ]
     )
+
+
+def name_sides(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What the two sides of the pairs are called that a report is about."""
+    real, generated = report.get("sides", ("real", "generated"))
+    return real, generated
 
 
 def describe_rewards(table: pa.Table) -> dict[str, Any]:

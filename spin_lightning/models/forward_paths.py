@@ -201,15 +201,32 @@ def last_hidden(model: nn.Module, batch: ResponseBatch) -> Tensor:
     Raises:
         UserError: The model is not a causal language model, or does not show its hidden states.
     """
+    return _hidden_at(model, batch, last)
+
+
+def predicting_hidden(model: nn.Module, batch: ResponseBatch) -> Tensor:
+    """The last hidden states that predict the response tokens: those of :func:`log_probs_and_hidden`, without logits.
+
+    Returns:
+        Shape ``(N, H)``, in the model's dtype, with gradients.
+
+    Raises:
+        UserError: The model is not a causal language model, or does not show its hidden states.
+    """
+    return _hidden_at(model, batch, predicting)
+
+
+def _hidden_at(model: nn.Module, batch: ResponseBatch, pick: Pick) -> Tensor:
     forward_path_of(model)
 
-    def at_last(path: ForwardPath) -> Tensor:
+    def at_places(path: ForwardPath) -> Tensor:
         pieces = []
-        for places, part in _split_at_boundary(model, batch, last):
-            pieces.append((places, _shown(model, path.read(model, part, last).hidden)[: len(part)]))
+        for places, part in _split_at_boundary(model, batch, pick):
+            states = _shown(model, path.read(model, part, pick).hidden)
+            pieces.append((places, states[: len(_picked(part, pick))]))
         return _reorder(pieces)
 
-    return _on_its_path(model, at_last)
+    return _on_its_path(model, at_places)
 
 
 def in_one_pass(model: nn.Module, function: Callable[[nn.Module, ResponseBatch], T], batch: ResponseBatch) -> T:

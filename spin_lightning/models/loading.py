@@ -203,6 +203,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     quantize: str | None = None,
+    needs_head: bool = True,
 ) -> PreTrainedModel:
     """A causal language model in the dtype asked for, ready to be trained.
 
@@ -214,6 +215,8 @@ def load_policy(
         attn_implementation: The attention of ``transformers`` to use.
         quantize: The 4-bit format of ``bitsandbytes`` to pack the linear layers in, ``nf4`` or ``fp4``. Packed weights
             cannot be trained. None: they are not packed.
+        needs_head: Whether it is to predict tokens. If not, a head that the folder lacks, as a reward model's does, is
+            drawn, the same each time.
 
     Raises:
         UserError: Nothing can be loaded under that name; the message names what was tried.
@@ -251,7 +254,13 @@ def load_policy(
                 output_loading_info=True,
             )
         model, report = loaded
-        if missing := sorted(report["missing_keys"]):
+        missing = sorted(report["missing_keys"])
+        head = model.get_output_embeddings()
+        if not needs_head and missing == [name for name, weight in model.named_parameters() if weight is head.weight]:
+            missing = []
+            with torch.no_grad():
+                head.weight.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+        if missing:
             raise UserError(
                 f"{name_or_path!r} has no values for {len(missing)} of the weights of a {type(model).__name__}, such "
                 f"as {missing[0]}; they would be random. Give the whole model, with the config that belongs to it."

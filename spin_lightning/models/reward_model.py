@@ -103,6 +103,7 @@ def make_classifier(model: Any, pad_id: int, trust_remote_code: bool = False) ->
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     refuse_without_classifier(causal.config, trust_remote_code)
     config = copy.deepcopy(causal.config)
+    config.__dict__.pop("quantization_config", None)  # the weights are those that are there
     config.num_labels = 1
     for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
         part.pad_token_id = pad_id

@@ -69,6 +69,8 @@ class LocalJudge:
         where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         check_model(self.name, **where)
         config = load_config(self.name, **where)
+        if any("SequenceClassification" in str(name) for name in getattr(config, "architectures", None) or ()):
+            raise UserError(f"the judge {self.name!r} is a reward model: give its folder to ModelReward.")
         refuse_without_causal_head(config, self.trust_remote_code)
         tokenizer = load_tokenizer(self.name, **where)
         if not tokenizer.chat_template:

@@ -17,7 +17,7 @@ from spin_lightning.rewards.judge_model import NOW
 from spin_lightning.runs import signals
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.terminal import say
-from spin_lightning.types import Message, UserError
+from spin_lightning.types import Message, RewardUnavailable, UserError
 
 #: Seconds before a request that was not answered is sent again, up to half more by chance. After the last there is no
 #: reply.
@@ -199,7 +199,10 @@ class ServerJudge:
             except _Unreadable as error:
                 raise UserError(f"{self._who} is no server of chat completions: {error}.") from None
         except Unanswered as error:
-            refuse_unanswered(1, 1, self._who, str(error))
+            raise RewardUnavailable(
+                f"{self._who} does not reply ({error}). What is finished is saved: see to it that it does, and run the "
+                "same command again"
+            ) from None
         said = max(top, key=lambda token: top[token]).strip() if top else ""
         if said != labels[-1] and said in labels and labels[-1].startswith(said):
             raise UserError(

@@ -216,7 +216,8 @@ class FunctionReward(Reward):
         function: Where it is: ``module:function``, in any module that can be imported from the current folder.
         columns: Columns of the data that it is given beside those that it has parameters for.
         form: What it is given. ``conversational``: prompts are lists of messages, and completions lists of one message.
-            ``plain``: both are texts, as TRL has them where prompts in the data are texts.
+            ``plain``: both are texts, as TRL has them where prompts in the data are texts; several turns stand below
+            each other.
 
     Raises:
         UserError: There is no such function; or, in ``score``, it ends with an error.
@@ -280,12 +281,7 @@ class FunctionReward(Reward):
     def _form_prompt(self, prompt: Sequence[Message]) -> Any:
         if self.form == "conversational":
             return [dict(turn) for turn in prompt]
-        if len(prompt) != 1:
-            raise UserError(
-                f"the reward function {self.function} is to be given prompts as texts (form: plain), and a prompt has "
-                f"{len(prompt)} turns. Set form: conversational, and let it read messages."
-            )
-        return prompt[0]["content"]
+        return "\n\n".join(turn["content"] for turn in prompt)
 
     def _form_completion(self, text: str) -> Any:
         return text if self.form == "plain" else [{"role": "assistant", "content": text}]

@@ -74,14 +74,14 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
         f"data.generator.{key}": value for key, value in (generator.sampling if generator is not None else {}).items()
     }
     if data.prompts:
-        hashes = (data.prompts_hash, data.held_out_hash, data.encoder.fingerprint)
+        hashes = (data.hashes_of_rows, data.held_out_hash, data.encoder.fingerprint)
         found |= dict(zip(OF_DATA, hashes, strict=True))
     parts = _parts_of(trainer, module, data)
     for prefix, part in parts.items():
         found |= _arguments_of(part, prefix)
     if generator is not None:
         found.pop("data.max_response_tokens", None)  # the generator's max_new_tokens
-    if not any(hasattr(part, "total_epochs") for part in parts.values()):  # a clock has what they follow from
+    if not any("epochs" in parameters_of(type(part)) for part in parts.values()):  # a clock that they follow from
         found["trainer.max_epochs"] = trainer.max_epochs
     return redacted({key: value for key, value in sorted(found.items()) if key not in HARMLESS})
 

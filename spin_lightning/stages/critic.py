@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spin_lightning.models.forward_paths import log_probs_and_hidden, token_log_probs
+from spin_lightning.models.forward_paths import log_probs_and_hidden, predicting_hidden, token_log_probs
 from spin_lightning.types import ResponseBatch
 
 
@@ -21,12 +23,15 @@ class Critic(nn.Module):
         trunk: The model whose hidden states are taken. None: the policy's, which learn from the values too.
     """
 
-    def __init__(self, width: int, scale: float, trunk: nn.Module | None = None) -> None:
+    def __init__(self, width: int, scale: float, trunk: Any = None) -> None:
         super().__init__()
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.head = nn.Parameter(torch.zeros(width, dtype=dtype))
         self.scale = scale
         self.trunk = trunk
+        head = None if trunk is None else trunk.get_output_embeddings()
+        if head is not None and head.weight is not trunk.get_input_embeddings().weight:
+            head.requires_grad_(False)  # no value depends on it
 
     def forward(self, policy: nn.Module, batch: ResponseBatch, trains_policy: bool = True) -> tuple[Tensor, Tensor]:
         """The policy's log-prob of each response token, and what was expected before it; both of shape ``(N,)``.
@@ -42,6 +47,6 @@ class Critic(nn.Module):
             else:
                 log_probs = token_log_probs(policy, batch)
         if self.trunk is not None:
-            _, hidden = log_probs_and_hidden(self.trunk, batch)
+            hidden = predicting_hidden(self.trunk, batch)
         with torch.autocast(hidden.device.type, enabled=False):
             return log_probs, self.scale * (hidden.to(self.head.dtype) @ self.head)

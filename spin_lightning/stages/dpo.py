@@ -275,6 +275,10 @@ class RecordedPairs(IterationClock):
     def folder(self, iteration: int) -> Path:
         return self.output_dir
 
+    def shorten(self, data: Any, batches: int) -> None:
+        super().shorten(data, batches)
+        data.val_prompts = data.val_prompts[: data.batch_size * batches]
+
     def refuse_unplayable(self, trainer: Any, module: Any) -> None:
         _refuse_epochs(trainer.max_epochs)
         self.set_epochs(trainer.max_epochs)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from spin_lightning.generation.pair_store import name_sides
 from spin_lightning.losses import PairLoss, SpinLoss
 from spin_lightning.runs.shards import ShardStore
 from spin_lightning.stages.metrics import starting_metrics
@@ -43,6 +44,10 @@ NOTABLE: dict[str, tuple[float, str]] = {
 }
 #: So many iterations a critic may know less than nothing.
 UNTRAINED_CRITIC = 10
+
+
+#: A reward of the chosen responses that is nearer to 0 than this needs no remark.
+LEAST_FALL = 0.01
 
 
 class Health(L.Callback):
@@ -85,15 +90,17 @@ class Health(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: ShardStore, report: dict[str, Any]
     ) -> None:
         if "completions/distinct" in report:
-            self._judge_rollouts(trainer, iteration, report)
+            compares = getattr(getattr(module, "advantage", None), "needs_group", True)
+            self._judge_rollouts(trainer, iteration, {**report, **({} if compares else {"groups/flat": 0.0})})
         if "identical_share" not in report:  # of a stage without pairs
             return
+        real, generated = name_sides(report)
         identical, clipped = report["identical_share"], report["generated_clipped_share"]
         if identical >= EQUILIBRIUM_SHARE:
             self._say(
                 iteration,
-                f"{identical:.0%} of the generated answers equal the real ones: the game is at its equilibrium on this "
-                "data",
+                f"{identical:.0%} of the {generated} answers equal the {real} ones: the game is at its equilibrium on "
+                "this data",
             )
             if self.stop != "never":
                 trainer.datamodule.game.stop(f"equilibrium: {identical:.0%} of the answers are identical")  # type: ignore[attr-defined]
@@ -105,19 +112,21 @@ class Health(L.Callback):
         if clipped > report["real_clipped_share"] + 0.1:
             self._say(
                 iteration,
-                f"{clipped:.0%} of the generated answers hit the length cap (real {report['real_clipped_share']:.0%}): "
-                "the opponent may not know how to stop, or max_new_tokens is small",
+                f"{clipped:.0%} of the {generated} answers hit the length cap ({real} "
+                f"{report['real_clipped_share']:.0%}): the opponent may not know how to stop, or max_new_tokens is "
+                "small",
             )
         if report["empty_share"] > 0.05:
             self._say(
-                iteration, f"{report['empty_share']:.0%} of the generated answers are empty: check the prompt template"
+                iteration,
+                f"{report['empty_share']:.0%} of the {generated} answers are empty: check the prompt template",
             )
         gap = report["generated_mean_length"] / report["real_mean_length"]
         if not 2 / 3 <= gap <= 1.5:
             self._say(
                 iteration,
-                f"generated answers are {gap:.1f} times as long as real ones: length alone tells them apart, and the "
-                "policy may learn only that",
+                f"{generated} answers are {gap:.1f} times as long as {real} ones: length alone tells them apart, and "
+                "the policy may learn only that",
             )
 
     def on_iteration_end(
@@ -212,7 +221,7 @@ def remarks_on_preferences(report: Mapping[str, Any]) -> list[str]:
         )
     if report["chosen_cut"] > 0.05 * report["pairs"]:
         remarks.append(
-            f"{report['chosen_cut'] / report['pairs']:.0%} of the chosen answers are cut at the cap and never end: "
+            f"{report['chosen_cut'] / report['pairs']:.0%} of the chosen answers are cut and never end: "
             "raise data.max_response_tokens, or leave them out with data.too_long: drop"
         )
     return remarks
@@ -228,7 +237,7 @@ def remarks_on_rewards(metrics: Mapping[str, float], report: Mapping[str, Any], 
     """
     remarks = []
     chosen, rejected, accuracy = (metrics[f"rewards/{name}"] for name in ("real", "generated", "accuracies"))
-    if loss.reference is not None and chosen < 0:
+    if loss.reference is not None and chosen < -LEAST_FALL:
         both = f", and so are the rejected ones ({rejected:.3f})" if rejected < 0 else ""
         remarks.append(
             f"the chosen answers are less likely than at the start (reward {chosen:.3f}){both}. A pair's loss asks for "

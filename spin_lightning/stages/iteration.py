@@ -31,6 +31,7 @@ from spin_lightning.generation.pair_store import (
     describe_pairs,
     describe_rewards,
     identical,
+    name_sides,
     unranked,
 )
 from spin_lightning.generation.synthetic_data import SyntheticDataModule, TrainingSet
@@ -202,9 +203,7 @@ class SpinIteration(Iteration):
         data.refuse_longer_than(getattr(model.config, "max_position_embeddings", math.inf))
         refuse_crossing(model, [len(prompt.prompt_ids) for prompt in data.prompts], data.generator.max_new_tokens)
         depends_on = self._depends_on()
-        combined = set(range(max(0, number - data.history), number))
-        for k in combined | ({0} if self.loss.needs_initial_response and number else set()):
-            refuse_other_binding(self._pairs_of(k), depends_on, ("prompts_sha256", "encoding_sha256", *self._layout))
+        self._refuse_other_rows(depends_on)
         refuse_broken_chain([self._pairs_of(k) for k in range(number - 1, -1, -1)], known)
         weights = weights_hash(model)
         processes.refuse_different(weights, f"the weights at the start of iteration {number}")
@@ -217,6 +216,24 @@ class SpinIteration(Iteration):
         }
         kind = PairStore if self.run.ranking is None else RankedPairStore
         return kind(self.folder / "pairs", binding)
+
+    def _refuse_other_rows(self, depends_on: Mapping[str, Any]) -> None:
+        """Make sure that the pairs of earlier iterations can be combined with these.
+
+        Raises:
+            UserError: They were made with other settings; or of other rows, where rows stay or have to.
+        """
+        data, number = self.run.data, self.number
+        of_rows = () if data.rows_move else ("prompts_sha256",)
+        combined = set(range(max(0, number - data.history), number))
+        needs_first = self.loss.needs_initial_response and number > 0
+        for k in combined | ({0} if needs_first else set()):
+            refuse_other_binding(self._pairs_of(k), depends_on, (*of_rows, "encoding_sha256", *self._layout))
+        if needs_first and self._pairs_of(0).binding["prompts_sha256"] != depends_on["prompts_sha256"]:
+            raise UserError(
+                f"{type(self.loss).__name__} compares with the responses of iteration 0 to the same prompts, and the "
+                f"rows of iteration {number} are others. Give all iterations the same rows, or take another loss."
+            )
 
     def _reopen(self, known: str | None) -> PairStore:
         """Back in the middle of the iteration: the pairs and the opponent are those it began with."""
@@ -254,6 +271,7 @@ class SpinIteration(Iteration):
                 card = f"# The opponent of iteration {number}\n"
                 save_model(self.policy.model, data.encoder.tokenizer, folder, card, ends, trust_remote_code=trusted)
             processes.wait()
+        ranking = self.run.ranking
         maker = PairMaker(
             opponent=Player(self.policy.model, folder),
             encoder=data.encoder,
@@ -269,7 +287,7 @@ class SpinIteration(Iteration):
             initial=initial,
             initial_responses=self.loss.needs_initial_response,
             shard_size=self.run.shard_size,
-            **({} if (ranking := self.run.ranking) is None else ranking.for_maker(data.prompts)),
+            **({} if ranking is None else ranking.for_maker(data, map(self._pairs_of, range(number)))),
         )
         try:
             names = maker.make(store, {k: self._pairs_of(k) for k in range(number)}, data.history)
@@ -303,6 +321,8 @@ class SpinIteration(Iteration):
         statistics = store.manifest["statistics"]
         dropped = whole.num_rows - table.num_rows
         report = {**statistics, "training_pairs": table.num_rows, "training_pairs_dropped": dropped}
+        if ranking is not None and ranking.pairs == "best_worst":
+            report["sides"] = ["best", "worst"]
         why = "every generated answer equals the real one: there is nothing left to tell apart"
         if ranking is not None:
             why = f"no pair is left that {ranking.reward.name} tells apart"
@@ -321,11 +341,12 @@ class SpinIteration(Iteration):
             }
             if (mean := statistics["rewards"]["mean"]) is not None:
                 what += f"; all answers are worth {mean:.3f} on average"
+        real, generated = name_sides(report)
         sentence = (
             f"iteration {self.number}: {table.num_rows} pairs to train on ({what}); "
-            f"generated answers have {report['generated_mean_length']:.1f} tokens on average (real "
+            f"{generated} answers have {report['generated_mean_length']:.1f} tokens on average ({real} "
             f"{report['real_mean_length']:.1f}), {report['generated_clipped_share']:.0%} hit the cap, "
-            f"{report['empty_share']:.0%} are empty, {report['identical_share']:.0%} equal the real one"
+            f"{report['empty_share']:.0%} are empty, {report['identical_share']:.0%} equal the {real} one"
         )
         return TrainingSet(table, collate_pairs, report, metrics, sentence, why)
 

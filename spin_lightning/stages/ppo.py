@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spin_lightning.advantages import Advantage, Gae, sum_by_response
 from spin_lightning.models.forward_paths import rounding_of, token_log_probs
-from spin_lightning.models.loading import ModelOrName, check_model, load_policy
+from spin_lightning.models.loading import ModelOrName, check_model, disable_dropout, load_policy
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import evaluating
 from spin_lightning.ppo_loss import clipped_ratio_losses, is_clipped, k3, value_losses
@@ -169,6 +169,7 @@ class PpoLightningModule(IterativeModule):
             trust_remote_code=self.trust_remote_code,
             attn_implementation=self.attn_implementation,
             dtype=torch.get_default_dtype(),
+            needs_head=False,
         )
         rows = [len(part.get_input_embeddings().weight) for part in (model, self.policy)]  # type: ignore[arg-type]
         if rows[0] < rows[1]:
@@ -176,7 +177,11 @@ class PpoLightningModule(IterativeModule):
                 f"model.critic {self.critic!r} knows {rows[0]} tokens, and the policy {rows[1]}: it reads the policy's "
                 "ids, so it must have the same tokenizer."
             )
-        return model
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not self.dropout:
+            disable_dropout(model)
+        return model.train()
 
     def shard(self) -> None:
         raise UserError("ppo does not shard weights. Set trainer.strategy: ddp, or auto with trainer.devices: 1.")
@@ -187,7 +192,10 @@ class PpoLightningModule(IterativeModule):
         if self.critic_model is not None:
             groups[0][0].append(self.critic_model.head)
             if self.critic_model.trunk is not None:
-                groups.append((list(self.critic_model.trunk.parameters()), self.critic_learning_rate))
+                trained: list[Tensor] = [
+                    weight for weight in self.critic_model.trunk.parameters() if weight.requires_grad
+                ]
+                groups.append((trained, self.critic_learning_rate))
         return groups
 
     @property

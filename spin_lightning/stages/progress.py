@@ -88,7 +88,8 @@ class ShowProgress(ProgressBar):
         if self._is_enabled:
             batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
             total = sum(batches) if isinstance(batches, list) else batches
-            self._validation = progress("measuring held-out NLL", total, "batches").begin()
+            what = getattr(pl_module, "what_is_measured", "held-out NLL")
+            self._validation = progress(f"measuring {what}", total, "batches").begin()
 
     def on_validation_batch_end(
         self,

@@ -5,7 +5,7 @@ What it said is stored with the pairs, so it is asked about a response once, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from spin_lightning.data.module import RowDataModule
+from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.rewards.base import Reward, make_answer, scored, settings_kept
 from spin_lightning.types import Prompt, UserError
 
@@ -48,10 +50,20 @@ class Ranking:
         """What the pairs are."""
         return f"{PAIRS[self.pairs]}, by {self.reward.name}"
 
-    def for_maker(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What the maker of the pairs is told."""
-        by_id = {prompt.prompt_id: prompt for prompt in prompts}
-        return {"rank": partial(self.rank, by_id), "keeps_real": self.pairs == "real_wrong"}
+    def for_maker(self, data: RowDataModule, earlier: Iterable[PairStore]) -> dict[str, Any]:
+        """What the maker of the pairs is told.
+
+        Args:
+            data: Whose prompts are answered.
+            earlier: The pairs of the iterations before.
+        """
+        by_id = {prompt.prompt_id: prompt for prompt in data.prompts}
+        rank = partial(self.rank, by_id)
+        if self.pairs == "best_worst":
+            return {"rank": rank, "keeps_real": False}
+        prompts_hash = data.prompts_hash
+        same = (store for store in earlier if store.binding["prompts_sha256"] == prompts_hash)
+        return {"rank": rank, "judged": next(same, None)}
 
     def rank(
         self, prompts: Mapping[int, Prompt], rows: list[dict[str, Any]], known: Mapping[int, float | None]
@@ -103,14 +115,14 @@ class Ranking:
 
 
 def _pair_ends(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best response of a prompt in the place of the real one, against the worst; the first of equals."""
+    """The best response of a prompt, the first of equals, in the place of the real one, against the worst, the last."""
     known = [row for row in rows if row["generated_reward"] is not None]
     if len(known) < 2:
         known = [{**row, "generated_reward": None} for row in rows]
         best, worst = known[0], known[-1]
     else:
         best = max(known, key=lambda row: row["generated_reward"])
-        worst = min(known, key=lambda row: row["generated_reward"])
+        worst = min(reversed(known), key=lambda row: row["generated_reward"])
     return {
         **worst,
         "chosen": best["rejected"],

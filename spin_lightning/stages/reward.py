@@ -72,6 +72,9 @@ class RewardLightningModule(PolicyModule):
         >>> module = RewardLightningModule("HuggingFaceTB/SmolLM2-135M-Instruct", centring=0.01)
     """
 
+    #: What the display says.
+    what_is_measured = "held-out pairs"
+
     def __init__(
         self,
         model_name_or_path: ModelOrName,
@@ -92,6 +95,7 @@ class RewardLightningModule(PolicyModule):
         self.pad_id = -1
         self._of_update: list[Tensor] = []  # scores of the batches of the update in progress, (2, pairs) each
         self._held_out_pairs: list[Tensor] = []
+        self._gate_is_due = False
 
     def configure_model(self) -> None:
         if hasattr(self, "policy"):
@@ -122,8 +126,10 @@ class RewardLightningModule(PolicyModule):
         self.pad_id = choose_pad(data.encoder.tokenizer, data.encoder.end_ids, data.encoder.pad_id)
         prompt = data.prompts[0]
         ids = [*prompt.prompt_ids, *prompt.real_ids]
+        policy: Any = self.gather_policy()
+        self._gate_is_due = self.trainer.ckpt_path is None and not policy.score.weight.any()  # else a second fit
         with self.precision_context():
-            check_classifier(self.gather_policy(), self.pad_id, ids, self.trust_remote_code)
+            check_classifier(policy, self.pad_id, ids, self.trust_remote_code)
         self._release_policy()
 
     def on_train_start(self) -> None:
@@ -168,11 +174,11 @@ class RewardLightningModule(PolicyModule):
         Raises:
             UserError: It does not.
         """
-        if self.trainer.global_step == 0 and not self._of_update and scores.any():
+        if self._gate_is_due and self.trainer.global_step == 0 and scores.any():
             raise UserError(
-                f"a reward model does not start where it should: every score must be 0 at its first step, and one is "
-                f"{float(scores.abs().max()):.3g}. Its hidden states are NaN or infinite: its "
-                "weights are damaged, or the dtype overflows. Try float32, or another model."
+                "a reward model does not start where it should: every score must be 0 at its first step, and one is "
+                f"{float(scores.abs().max()):.3g}. Its hidden states are NaN or infinite: its weights are damaged, or "
+                "the dtype overflows. Try float32, or another model."
             )
 
     def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:
@@ -182,7 +188,7 @@ class RewardLightningModule(PolicyModule):
             losses = bradley_terry(real, generated, part.preference, part.margin, self.centring)
             lengths = part.responses.response_lengths
             columns = (part.pair_ids, real, generated, lengths[part.real], lengths[part.generated], losses)
-            self._held_out_pairs.append(torch.stack([column.double().cpu() for column in columns]))
+            self._held_out_pairs.append(torch.stack([column.cpu().double() for column in columns]))
 
     def on_validation_epoch_end(self) -> None:
         found = processes.join(torch.cat([torch.empty(6, 0, dtype=torch.float64), *self._held_out_pairs], 1))
@@ -304,6 +310,10 @@ def _refuse_cutting(settings: Any) -> None:
         raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
 
 
+def _find_exported(folder: Path) -> Path:
+    return folder / "reward_model"
+
+
 #: ``spin-lightning reward``.
 STAGE = Stage(
     module="spin_lightning.stages.reward.RewardLightningModule",
@@ -320,4 +330,6 @@ STAGE = Stage(
     },
     defaults={"trainer.max_epochs": 1, "data.too_long": "drop", "export.output_dir": "runs/reward"},
     refuse=_refuse_cutting,
+    exported=_find_exported,
+    makes_policy=False,
 )

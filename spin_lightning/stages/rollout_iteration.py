@@ -110,6 +110,7 @@ class PpoIteration(Iteration):
         super().__init__(number, run, policy)
         self.scorer = scorer
         self._held_out: dict[str, float] = {}
+        self._is_resumed = False  # after training steps: the policy is not the one whose responses are there
 
     # --- the table --------------------------------------------------------------------------------------------------
 
@@ -131,6 +132,7 @@ class PpoIteration(Iteration):
 
     def _reopen(self, known: str | None) -> AnswerStore:
         """Back in the middle of the iteration: its responses are those it began with."""
+        self._is_resumed = True
         store = self._answers_of(self.number)
         if store.sha256 != known:
             raise UserError(
@@ -187,7 +189,7 @@ class PpoIteration(Iteration):
     def _depends_on(self) -> dict[str, Any]:
         """What responses depend on beside the weights."""
         data, run = self.run.data, self.run
-        chosen = [[prompt.prompt_id, prompt.prompt_ids, answer] for prompt, answer in self._wanted]
+        chosen = [[prompt.prompt_id, prompt.prompt_ids, prompt.real_ids, answer] for prompt, answer in self._wanted]
         return {
             "prompts_sha256": sha256_of(chosen),
             "encoding_sha256": data.encoder.fingerprint,
@@ -246,6 +248,8 @@ class PpoIteration(Iteration):
 
     def _open_held_out(self) -> AnswerStore:
         data = self.run.data
+        if self._is_resumed:
+            return AnswerStore(self.folder / "held_out")
         with greedy(data.generator):
             settings = {
                 "iteration": self.number,
@@ -429,14 +433,14 @@ class PpoIteration(Iteration):
         """Export the policy, and its critic beside it, into a folder."""
         if self.scorer.critic is not None:
             weights = self.scorer.critic.named_parameters()  # tied ones once
-            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights}
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights if weight.requires_grad}
             with replacing(folder / "critic.safetensors") as temporary:
                 save_file(tensors, temporary)
         policy, encoder = self.policy, self.run.data.encoder
         export_policy(policy.model, encoder, folder, self.card(summary), summary, policy.trust_remote_code)
 
     def card(self, summary: Mapping[str, Any]) -> str:
-        return plain_card("ppo", f"Policy after {self.number + 1} iterations of PPO", summary)
+        return plain_card("ppo", f"Policy after {summary.get('iteration', -1) + 1} iterations of PPO", summary)
 
 
 def add_advantages(table: pa.Table, advantage: Advantage, beta: float) -> tuple[pa.Table, dict[str, float]]:

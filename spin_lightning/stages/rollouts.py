@@ -12,7 +12,7 @@ from spin_lightning.runs import processes
 from spin_lightning.runs.files import write_json
 from spin_lightning.stages.clock import IterationClock
 from spin_lightning.stages.export import name_models
-from spin_lightning.stages.rollout_iteration import PpoIteration, RolloutRun
+from spin_lightning.stages.rollout_iteration import RolloutRun
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -135,7 +135,7 @@ class Rollouts(IterationClock):
     def finish(self, summaries: list[dict[str, Any]]) -> None:
         """Export the last policy into the run's folder, and say what its held-out responses are worth."""
         number = len(summaries)
-        iteration: PpoIteration = self._make_iteration(number)
+        iteration: Any = self._make_iteration(number)
         held_out = {}
         if self.eval_every and self.trainer.datamodule.val_prompts:
             held_out = iteration.evaluate()
@@ -148,7 +148,7 @@ class Rollouts(IterationClock):
             )
         if processes.is_first():
             last = {**summaries[-1], **held_out} if summaries else held_out
-            self._make_iteration(max(number - 1, 0)).export(self.output_dir, last)
+            iteration.export(self.output_dir, last)
         processes.wait()
         self._held_out = held_out
 

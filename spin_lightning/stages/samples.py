@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from spin_lightning.generation.pair_store import PairStore
+from spin_lightning.generation.pair_store import PairStore, name_sides
 from spin_lightning.terminal import printable, say
 from spin_lightning.types import UserError
 
@@ -34,6 +34,8 @@ class ShowAnswers(L.Callback):
     ) -> None:
         if not isinstance(store, PairStore):  # of a stage without pairs
             return
+        real, generated = name_sides(report)
+        labels = (real, f"iteration {iteration}" if generated == "generated" else generated)
         columns = ["iteration", "prompt", "chosen", "rejected"]
         first = store.read_shard(store.manifest["shards"][0]["file"], columns).slice(0, self.num_prompts)
         width = max(40, min(self.width, shutil.get_terminal_size((self.width, 24)).columns))
@@ -42,8 +44,8 @@ class ShowAnswers(L.Callback):
                 side_by_side(
                     {
                         "prompt": row["prompt"][-1]["content"],
-                        "real": row["chosen"][0]["content"],
-                        f"iteration {iteration}": row["rejected"][0]["content"],
+                        labels[0]: row["chosen"][0]["content"],
+                        labels[1]: row["rejected"][0]["content"],
                     },
                     width,
                 )

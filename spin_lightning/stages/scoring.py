@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pyarrow as pa
 import torch
@@ -39,11 +38,14 @@ from spin_lightning.rewards.base import (
     scored_with_parts,
     settings_kept,
 )
-from spin_lightning.rewards.statistics import best_of, mean_and_error, pass_at, powers_up_to, wilson
+from spin_lightning.rewards.conclusions import best_rows, describe_rewards, describe_wins, pair_rows
 from spin_lightning.runs import signals
-from spin_lightning.runs.files import hold, refuse_links, replacing, run_folder, write_json
+from spin_lightning.runs.files import hold, read_json, refuse_links, replacing, run_folder, write_json
 from spin_lightning.runs.shards import ShardStore
 from spin_lightning.types import Prompt, UserError
+
+#: Prompts in a shard of responses, at least: with fewer, slots that are free early stay empty.
+LEAST_TOGETHER = 256
 
 _KEY = [("prompt_id", pa.int64()), ("answer", pa.int32())]
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -94,6 +96,9 @@ class RecordedPairs(SyntheticDataModule):
     also_counted: ClassVar[tuple[str, ...]] = PreferenceDataModule.also_counted
 
 
+Store = TypeVar("Store", bound=ShardStore)
+
+
 @dataclass(frozen=True)
 class Players:
     """How models are loaded and computed with.
@@ -125,7 +130,8 @@ class Scoring:
         right_from: A response is right if its reward is at least this: what pass@k counts. None: 1 where all rewards
             are within [0, 1]; of others, as a reward model's, nothing is right or wrong.
         best_from: Leave out of ``best.jsonl`` the prompts whose best response has a lower reward. None: no prompt.
-        shard_size: Prompts in one shard: the most that is asked again after a kill.
+        shard_size: Prompts in one shard of rewards: the most that a judge is asked again after a kill. Shards of
+            responses have at least 256, as several are generated together.
 
     Raises:
         UserError: A setting is outside its range.
@@ -185,7 +191,6 @@ class Scoring:
         signals.listen()
         try:
             self._prompts = {prompt.prompt_id: prompt for prompt in prompts}
-            self._starts = range(0, len(prompts), self.shard_size)
             if answers_per_prompt:
                 responses = _Maker(self, players, data, answers_per_prompt).make("responses", None)
             else:
@@ -220,6 +225,27 @@ class Scoring:
 
     # --- the tables ----------------------------------------------------------------------------------------------
 
+    def open(self, kind: type[Store], name: str, binding: Mapping[str, Any]) -> Store:
+        """A table of the run, begun or continued. One that others began and left empty begins anew.
+
+        Raises:
+            UserError: It holds what something else made.
+        """
+        folder = self.output_dir / name
+        manifest = folder.with_name(f"{name}_manifest.json")
+        kept = read_json(manifest)
+        if kept is not None and kept["binding"] != binding:
+            if kept["shards"]:
+                keys = {**binding, **kept["binding"]}
+                differing = [key for key in keys if binding.get(key) != kept["binding"].get(key)]
+                raise UserError(
+                    f"the {kind.rows_are} in {folder} were made by something else than this run; what differs: "
+                    f"{', '.join(differing)}. Use another score.output_dir, or remove {name}/ and {manifest.name} to "
+                    "have them made again."
+                )
+            manifest.unlink()
+        return kind(folder, binding)
+
     def fill(
         self,
         store: ShardStore,
@@ -229,10 +255,10 @@ class Scoring:
         prompts: Sequence[Prompt] = (),
     ) -> None:
         """Make the shards that are missing, and finish the table."""
-        names, prompts = [], prompts or list(self._prompts.values())
-        for start in self._starts:
+        names, prompts, size = [], prompts or list(self._prompts.values()), store.binding["shard_size"]
+        for start in range(0, len(prompts), size):
             names.append(name := _shard_name(start))
-            own = prompts[start : start + self.shard_size]
+            own = prompts[start : start + size]
             if store.has_shard(name):
                 phase.skip(len(own) * per_prompt)
             else:
@@ -243,7 +269,7 @@ class Scoring:
     def _take_recorded(self, data: SyntheticDataModule) -> ResponseStore:
         """The responses of the data in the place of a model's."""
         binding = {**self._rows_of(data), "answers_per_prompt": 0, "recorded": 1 + data.needs_rejected}
-        store = ResponseStore(self.output_dir / "responses", binding)
+        store = self.open(ResponseStore, "responses", binding)
 
         def take(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
             rows = []
@@ -263,16 +289,19 @@ class Scoring:
 
     def _rows_of(self, data: SyntheticDataModule) -> dict[str, Any]:
         sha256 = data.prompts_hash if self.part == "train" else data.held_out_hash
-        return {"prompts_sha256": sha256, "encoding_sha256": data.encoder.fingerprint, "shard_size": self.shard_size}
+        size = self.shard_size * math.ceil(LEAST_TOGETHER / self.shard_size)
+        return {"prompts_sha256": sha256, "encoding_sha256": data.encoder.fingerprint, "shard_size": size}
 
     def _score(self, responses: ResponseStore) -> RewardStore:
-        binding = {"responses_sha256": responses.sha256, "reward": settings_kept(self.reward)}
-        store = RewardStore(self.output_dir / "rewards", binding)
+        said = {"reward": settings_kept(self.reward), "shard_size": self.shard_size}
+        binding = {"responses_sha256": responses.sha256, **said}
+        store = self.open(RewardStore, "rewards", binding)
 
         def score(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
             rows = self._read(responses, prompts)
-            alone = [row for row in rows if row["real"] is None] if self.reward.compares else []
-            asked = [row for row in rows if row not in alone] if alone else rows
+            # a reward that compares has nothing to compare these with but each other
+            alone = [row for row in rows if self.reward.compares and row["real"] is None]
+            asked = [row for row in rows if not self.reward.compares or row["real"] is not None]
             values, parts = scored_with_parts(self.reward, self._answers(asked))
             for number, (row, value) in enumerate(zip(asked, values, strict=True)):
                 row["reward"] = value
@@ -299,8 +328,9 @@ class Scoring:
             "responses_sha256": responses.sha256,
             "against_sha256": others.sha256,
             "reward": settings_kept(self.reward),
+            "shard_size": self.shard_size,
         }
-        store = ComparisonStore(self.output_dir / "comparisons", binding)
+        store = self.open(ComparisonStore, "comparisons", binding)
 
         def compare(prompts: Sequence[Prompt], phase: Phase) -> list[dict[str, Any]]:
             ours, theirs = self._read(responses, prompts), self._read(others, prompts)
@@ -318,8 +348,10 @@ class Scoring:
         return store
 
     def _read(self, store: ShardStore, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = store.read_shard(_shard_name(prompts[0].prompt_id)).to_pylist()
-        return rows
+        """The rows of some prompts, which one shard holds."""
+        first, last, size = prompts[0].prompt_id, prompts[-1].prompt_id, store.binding["shard_size"]
+        table = store.read_shard(_shard_name(first - first % size))
+        return [row for row in table.to_pylist() if first <= row["prompt_id"] <= last]
 
     def _answers(self, rows: Iterable[Mapping[str, Any]]) -> list[Answer]:
         answers = []
@@ -339,123 +371,28 @@ class Scoring:
         comparisons: ComparisonStore | None,
         answers_per_prompt: int,
     ) -> dict[str, Any]:
-        found = rewards.read().to_pylist()
+        compares, found = self.reward.compares, rewards.read().to_pylist()
         rows = [{**response, **said} for response, said in zip(responses.read().to_pylist(), found, strict=True)]
         groups = [list(group) for _, group in groupby(rows, lambda row: row["prompt_id"])]
-        best, pairs = list(self._best_rows(groups)), list(self._pair_rows(groups))
+        best = list(best_rows(groups, self._prompts, self.best_from))
+        pairs = list(pair_rows(groups, self._prompts, compares))
         summary = {
             "model": players.name if answers_per_prompt else None,
             "reward": settings_kept(self.reward),
             "prompts": len(groups),
             "responses": len(rows),
             "answers_per_prompt": answers_per_prompt,
-            **self._describe(rows, groups),
-            "against": None if comparisons is None else self._describe_against(comparisons),
+            **describe_rewards(groups, self.right_from, compares),
+            "against": None,
             "best_rows": len(best),
             "pair_rows": len(pairs),
         }
+        if comparisons is not None:
+            summary["against"] = {"model": self.against, **describe_wins(comparisons.read().to_pylist(), compares)}
         _write_lines(self.output_dir / "best.jsonl", best)
         _write_lines(self.output_dir / "pairs.jsonl", pairs)
         write_json(self.output_dir / "summary.json", summary)  # last: where it is, all is there
         return summary
-
-    def _describe(self, rows: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Mapping[str, Any]]]) -> Any:
-        judged = [[row["reward"] for row in group if row["reward"] is not None] for group in groups]
-        mean, error = mean_and_error(judged)
-        names = dict.fromkeys(name for row in rows for name, _ in row["rewards"] or ())
-        by_name = {
-            name: mean_and_error(
-                [[v for row in group for n, v in row["rewards"] if n == name and v is not None] for group in groups]
-            )[0]
-            for name in names
-        }
-        ks = powers_up_to(most) if (most := max(map(len, judged))) else []
-        right_from = self.right_from
-        if right_from is None and not self.reward.compares and all(0 <= v <= 1 for values in judged for v in values):
-            right_from = 1.0
-        pass_at_k = {}
-        if right_from is not None:
-            right = [(sum(value >= right_from for value in values), len(values)) for values in judged]
-            pass_at_k = {str(k): _mean([pass_at(k, r, n) for r, n in right if n >= k]) for k in ks}
-        lengths = [len(row["response_ids"]) for row in rows if row["response_ids"] is not None]
-        return {
-            "unjudged": sum(row["reward"] is None and row["over_next"] is None for row in rows),
-            "mean": mean,
-            "standard_error": error,
-            **({"mean_by_reward": by_name} if by_name else {}),
-            "right_from": right_from,
-            "pass_at": pass_at_k,
-            "best_of": {str(k): _mean([best_of(k, values) for values in judged if len(values) >= k]) for k in ks},
-            "cut_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-            "mean_tokens": fmean(lengths) if lengths else None,
-        }
-
-    def _describe_against(self, comparisons: ComparisonStore) -> dict[str, Any]:
-        rows = comparisons.read().to_pylist()
-        pairs = [(row["prompt_id"], row["shown_first"], row["shown_second"]) for row in rows]
-        judged = [(prompt, (one + two) / 2, abs(one - two)) for prompt, one, two in pairs if one is not None]
-        by_prompt = [[value for _, value, _ in group] for _, group in groupby(judged, lambda pair: pair[0])]
-        rate, _ = mean_and_error(by_prompt)
-        values = [value for _, value, _ in judged]
-        return {
-            "model": self.against,
-            "pairs": len(judged),
-            "unjudged": len(rows) - len(judged),
-            "win_rate": rate,
-            # of the prompts: several responses to one are no independent trials
-            "interval": None if rate is None else list(wilson(rate, len(by_prompt))),
-            "wins": sum(value > 0.5 for value in values),
-            "ties": sum(value == 0.5 for value in values),
-            "losses": sum(value < 0.5 for value in values),
-            "order_sensitivity": _mean([gap for *_, gap in judged]) if self.reward.compares else None,
-        }
-
-    def _best_rows(self, groups: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
-        """Of each prompt the best response that came to its end, as a row for ``sft``."""
-        for group in groups:
-            ended = [row for row in group if row["reward"] is not None and row["finish_reason"] == "stop"]
-            best = max(ended, key=lambda row: row["reward"], default=None)  # the first of equals
-            if best is not None and (self.best_from is None or best["reward"] >= self.best_from):
-                prompt = self._prompts[best["prompt_id"]]
-                turns = [*prompt.row.prompt, {"role": "assistant", "content": best["response"]}]
-                yield {"messages": turns, **_tools_of(prompt), "reward": best["reward"]}
-
-    def _pair_rows(self, groups: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
-        """Pairs of a better and a worse response, as rows for ``reward`` and ``dpo``.
-
-        By scores the best and the worst response to a prompt. Of a reward that compares, each pair that it compared:
-        a response with the real one, or with the prompt's next.
-        """
-        for group in groups:
-            if not self.reward.compares:
-                judged = sorted((row for row in group if row["reward"] is not None), key=lambda row: row["reward"])
-                if judged and judged[-1]["reward"] > judged[0]["reward"]:
-                    yield self._pair(judged[-1], judged[0], 1.0, judged[-1]["reward"] - judged[0]["reward"])
-                continue
-            for place, row in enumerate(group):
-                if row["over_next"] is not None:
-                    yield from self._labelled(row, group[place + 1], row["over_next"])
-                elif row["reward"] is not None and 0 <= row["reward"] <= 1 and row["response"] != row["real"]:
-                    prompt = self._prompts[row["prompt_id"]]
-                    real = {**row, "response": row["real"], "finish_reason": prompt.row.real_finish_reason}
-                    yield from self._labelled(row, real, row["reward"])
-
-    def _labelled(self, first: Mapping[str, Any], second: Mapping[str, Any], p: float) -> Iterator[dict[str, Any]]:
-        if p != 0.5 and first["response"] != second["response"]:
-            yield self._pair(first, second, p, 0.0) if p > 0.5 else self._pair(second, first, 1 - p, 0.0)
-
-    def _pair(self, better: Mapping[str, Any], worse: Mapping[str, Any], preference: float, margin: float) -> Any:
-        prompt = self._prompts[better["prompt_id"]]
-        return {
-            "prompt": list(prompt.row.prompt),
-            **_tools_of(prompt),
-            "chosen": [{"role": "assistant", "content": better["response"]}],
-            "rejected": [{"role": "assistant", "content": worse["response"]}],
-            "chosen_finish_reason": better["finish_reason"],
-            "rejected_finish_reason": worse["finish_reason"],
-            "preference": preference,
-            "margin": margin,
-        }
 
 
 class _Maker:
@@ -483,7 +420,7 @@ class _Maker:
                 "dtype": str(dtype),
                 **({"engine": engine} if (engine := data.generator.engine) else {}),
             }
-            store = ResponseStore(scoring.output_dir / folder, binding)
+            store = scoring.open(ResponseStore, folder, binding)
             if not store.is_complete:
                 total = len(prompts) * per_prompt
                 with (
@@ -542,16 +479,8 @@ def _row_of(prompt: Prompt, answer: int, text: str, finish_reason: str) -> dict[
     }
 
 
-def _tools_of(prompt: Prompt) -> dict[str, Any]:
-    return {"tools": list(prompt.row.tools)} if prompt.row.tools else {}
-
-
 def _in_twos(rows: list[Any]) -> Iterator[tuple[Any, Any]]:
     return zip(rows[::2], rows[1::2], strict=False)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

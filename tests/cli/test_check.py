@@ -240,3 +240,12 @@ def test_help_teaches(capsys):
         "NO_COLOR",
     ):
         assert words in printed
+
+
+def test_of_pairs_both_answers_are_shown(tmp_path, model, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f'{{"prompt": "q{n}", "chosen": "yes", "rejected": "never"}}\n' for n in range(9)))
+    check.main([f"--model.model_name_or_path={model}", f"--data.train_data={path}", "--data.too_long=drop"])
+    printed = capsys.readouterr().out
+    assert "tokens of rejected answers: median 6" in printed
+    assert "the same prompt, and the answer that is not preferred" in printed and "n e v e r" in printed

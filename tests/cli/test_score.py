@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_judge import FakeJudge, shown
+from fake_vllm import Drop
 from games import read
-from helpers import save_tiny_model
+from helpers import save_tiny_model, write_rows
 
 from spin_lightning.cli import commands as cli
 from spin_lightning.cli.score import parse
+from spin_lightning.rewards import judge_server
 
 Refusal = Callable[[Sequence[str]], str]
 
@@ -81,6 +84,10 @@ def test_the_recorded_responses_need_no_model(rows: str, model: str, tmp_path: P
     flags = ("--data.answers_per_prompt=0", "--score.reward=TextMatch", "--score.reward.column=label")
     cli.main(args_of(model, str(tmp_path / "rows.jsonl"), tmp_path / "run", *flags))
     assert "3 responses of the data to 3 prompts\n  mean reward   1" in capsys.readouterr().out
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "q", "label": "A"}\n')
+    with pytest.raises(SystemExit):
+        cli.main(args_of(model, str(tmp_path / "prompts.jsonl"), tmp_path / "other", *flags))
+    assert "prompt" in capsys.readouterr().err  # whose responses are to be scored there?
 
 
 def test_what_a_config_has_for_other_commands_is_read_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -128,6 +135,44 @@ def test_a_judge_that_does_not_reply_ends_with_75(
         cli.main(args_of(model, rows, tmp_path / "run", f"--score.reward={rewards}.Silent"))
     assert stop.value.code == 75
     assert capsys.readouterr().err == "spin-lightning: error: the judge is gone\n"
+
+
+def test_a_judge_that_is_back_goes_on_where_it_was_left(
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(judge_server, "PAUSES", (0.01,))
+    asked: dict[str, int] = {}
+
+    def reply(question: str, body: Any) -> Any:
+        text = shown(question, "conversation")
+        if len(asked) >= 4 and is_tired and text not in asked:
+            raise Drop
+        asked[text] = asked.get(text, 0) + 1
+        return {"7": 1.0}
+
+    is_tired = True
+    with FakeJudge(reply) as server:
+        flags = ("--score.reward=JudgeReward", f"--score.reward.url={server.url}", "--score.shard_size=4")
+        with pytest.raises(SystemExit) as stop:
+            cli.main(args_of(model, rows, tmp_path / "run", *flags, "--score.reward.concurrency=2"))
+        assert stop.value.code == 75 and "run the same command again" in capsys.readouterr().err
+        is_tired = False
+        cli.main(args_of(model, rows, tmp_path / "run", *flags))
+    assert list(asked.values()) == [1] * 10
+    assert read(tmp_path / "run" / "summary.json")["mean"] == pytest.approx(1.5 / 4.5)
+
+
+def test_what_is_best_is_trained_on_and_the_policy_is_scored_again(model: str, tmp_path: Path):
+    """``score``, ``sft``, ``score``: each reads what the one before wrote."""
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    flags = ("--score.reward=FunctionReward", "--score.reward.function=fake_judge:count_vowels")
+    flags += ("--data.generator.max_new_tokens=40",)
+    cli.main(args_of(model, rows, tmp_path / "scored", *flags, "--data.answers_per_prompt=4"))
+    best, folder = tmp_path / "scored" / "best.jsonl", tmp_path / "sft"
+    args = ["sft", f"--model.model_name_or_path={model}", f"--data.train_data={best}", f"--export.output_dir={folder}"]
+    cli.main([*args, "--data.batch_size=2", "--trainer.enable_progress_bar=false"])
+    cli.main(args_of(str(folder / "policy"), rows, tmp_path / "again", *flags, f"--score.against={model}"))
+    assert read(tmp_path / "again" / "summary.json")["against"]["pairs"] == 12
 
 
 def test_its_help_teaches_it_at_once(capsys: pytest.CaptureFixture[str]):

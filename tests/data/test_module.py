@@ -12,7 +12,7 @@ import pytest
 from helpers import byte_tokenizer
 from jsonargparse import ArgumentParser, Namespace
 
-from spin_lightning import ContinuousGenerator, RowDataModule, SyntheticDataModule
+from spin_lightning import ContinuousGenerator, PreferenceDataModule, RowDataModule, SyntheticDataModule
 from spin_lightning.types import ResponseBatch, UserError
 
 
@@ -100,7 +100,7 @@ def test_the_clock_hands_over_rows_and_what_makes_batches_of_them(path: str) -> 
     assert abs(rows.index((4, 0, "a")) - rows.index((4, 1, "b"))) == 1
 
 
-@pytest.mark.parametrize("kind", [RowDataModule, SyntheticDataModule])
+@pytest.mark.parametrize("kind", [RowDataModule, SyntheticDataModule, PreferenceDataModule])
 def test_a_parser_finds_every_setting_with_its_type_default_and_help(kind: type[RowDataModule]) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "data")
@@ -110,6 +110,7 @@ def test_a_parser_finds_every_setting_with_its_type_default_and_help(kind: type[
         "data_revision": None, "on_bad_row": "error", "prompt_template": None, "max_prompt_tokens": 512, "seed": 0,
         "max_response_tokens": 256, "batch_size": 8, "micro_batch_tokens": 1024, "num_workers": 0, "train_data": None,
         "tokenizer_name_or_path": None, **(of_game if kind is SyntheticDataModule else {}),
+        **({"too_long": "cut"} if kind is PreferenceDataModule else {}),
     }  # fmt: skip
     if kind is SyntheticDataModule:
         expected["max_response_tokens"] = None

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OP
 
 from spin_lightning.models import forward_paths, shared_prompt
 from spin_lightning.models.batches import pack
-from spin_lightning.models.forward_paths import last_hidden, log_probs_and_hidden, token_log_probs
+from spin_lightning.models.forward_paths import last_hidden, log_probs_and_hidden, predicting_hidden, token_log_probs
 from spin_lightning.types import UserError
 
 #: With what each forward path makes, and one model for it.
@@ -65,6 +65,7 @@ def test_states_and_log_probs_are_those_of_separate_rows_and_so_are_their_gradie
     log_probs, hidden = log_probs_and_hidden(model, batch)
     assert forward_paths.forward_path_of(model).read.__name__ == path
     assert torch.equal(log_probs, token_log_probs(model, batch))
+    assert torch.equal(hidden, predicting_hidden(model, batch))
     rows = plainly(reference, ROWS)
     states = torch.cat([h[len(prompt) - 1 : -1] for (prompt, _), (_, h) in zip(ROWS, rows, strict=True)])
     assert_close(log_probs, torch.cat([values for values, _ in rows]), rounding(reference))

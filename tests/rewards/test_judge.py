@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_vllm import Drop, FakeVllm
+from fake_judge import FakeJudge, shown
+from fake_vllm import Drop
 from helpers import load, log_prob_by_hand, save_tiny_model
 
 from spin_lightning import JudgeReward, RewardUnavailable, UserError
@@ -29,51 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:py
 
 def answer(text: str, asked: str = "2+2?", real: str | None = "4") -> Answer:
     return Answer([{"role": "user", "content": asked}], text, real)
-
-
-def shown(question: str, name: str = "response") -> str:
-    """What stands between the marks of a question."""
-    mark, _, text = question.split(f"<{name} ")[-1].partition(">\n")
-    return text.split(f"\n</{name} {mark}>")[0]
-
-
-def completion(text: str, law: dict[str, float] | None = None) -> dict[str, Any]:
-    choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "length"}
-    if law is not None:
-        top = [{"token": token, "logprob": math.log(p)} for token, p in law.items()]
-        choice["logprobs"] = {"content": [{"token": text, "logprob": 0.0, "top_logprobs": top}]}
-    return {"choices": [choice]}
-
-
-class FakeJudge(FakeVllm):
-    """Replies to chats by ``reply(question, body)``: a text, the law of its first token, a status, or anything."""
-
-    request_queue_size = 64  # or connections that are made together wait for a second
-
-    def __init__(self, reply: Callable[[str, Any], Any]) -> None:
-        super().__init__(lambda *args: ([], []))
-        self.reply_to = reply
-        self.models = [{"id": "judge"}]
-        self.has_log_probs, self.hears_probe = True, False
-
-    def answer(self, path: str, body: Any) -> Any:
-        if path != "/v1/chat/completions":
-            return super().answer(path, body)
-        question = body["messages"][-1]["content"]
-        if question.startswith("Repeat this number") and not self.hears_probe:
-            given: Any = {question.split()[-1]: 1.0} if self.has_log_probs else question.split()[-1]
-        else:
-            given = self.reply_to(question, body)
-        if isinstance(given, dict) and not given.keys() & {"choices"}:
-            law = given if "logprobs" in body else None
-            return completion(max(given, key=lambda token: given[token]), law)
-        return completion(given) if isinstance(given, str) else given
-
-    @property
-    def chats(self) -> list[Any]:
-        """What it was asked, but for the question by which it is got to know."""
-        asked = [body for path, body in self.asked if path == "/v1/chat/completions"]
-        return [body for body in asked if not body["messages"][-1]["content"].startswith("Repeat this number")]
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +141,10 @@ def test_a_base_model_is_no_judge(tmp_path: Path):
         check_reward(JudgeReward(str(tmp_path)))
     with pytest.raises(UserError, match="nowhere"):
         check_reward(JudgeReward("./nowhere"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
+    with pytest.raises(UserError, match="is a reward model: give its folder to ModelReward"):
+        check_reward(JudgeReward(str(tmp_path)))
 
 
 # --- a server -----------------------------------------------------------------------------------------------------
@@ -322,7 +282,7 @@ def test_a_server_that_hangs_is_left_after_its_time(serve: Serve):
 
 def test_a_server_that_is_not_there(tmp_path: Path):
     for model in ("m", None):
-        with pytest.raises(RewardUnavailable, match=r"the judge at http://127.0.0.1:9 did not reply"):
+        with pytest.raises(RewardUnavailable, match=r"the judge at http://127.0.0.1:9 does not reply .* run the same"):
             scored(JudgeReward(model, url="http://127.0.0.1:9"), [answer("a"), answer("b")])
 
 

@@ -211,9 +211,8 @@ def test_a_function_that_raises_is_named_with_its_line(functions: str):
         scored(FunctionReward(f"{functions}:broken"), [Answer(ASKED, "4")])
 
 
-def test_plain_prompts_have_one_turn(functions: str):
-    with pytest.raises(UserError, match=r"a prompt has 2 turns\. Set form: conversational"):
-        FunctionReward(f"{functions}:plain", form="plain").score([Answer([*ASKED, *ASKED], "4")])
+def test_several_turns_of_a_plain_prompt_stand_below_each_other(functions: str):
+    assert scored(FunctionReward(f"{functions}:plain", form="plain"), [Answer([*ASKED, *ASKED], "4")]) == [11.0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spin_lightning import (
+    DpoLightningModule,
     RewardLightningModule,
     RowDataModule,
     SelfPlay,
@@ -76,6 +77,7 @@ def test_every_setting_of_a_stage_is_recorded_wherever_it_is_declared(model: str
     for module, own in (
         (SpinLightningModule(model), ["beta", "loss", "opponent"]),
         (RewardLightningModule(model), ["centring"]),
+        (DpoLightningModule(model), ["beta", "loss"]),
         (SftLightningModule(model), ["average", "max_updates"]),
     ):
         found = settings(module)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from games import Do, DoLast, Recorder, Stopped, read, weight_bits, without_seconds
 from helpers import QUIET, load
+from several import thorough, together
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -404,3 +405,58 @@ def test_a_game_and_then_dpo_on_its_own_pairs(model: str, rows: str, tmp_path: P
     assert read(tmp_path / "dpo" / "summary.json")["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
     recorded = PreferenceStore(tmp_path / "dpo" / "pairs").read(["generated_finish_reason"]).to_pylist()
     assert {row["generated_finish_reason"] for row in recorded} <= {"stop", "length"}
+
+
+def test_the_python_of_the_docs_trains_a_policy(
+    model: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "dpo.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for name, value in {"runs/sft/policy": model, "my_pairs.jsonl": pairs, "runs/dpo": str(tmp_path / "run")}.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', repr(value))
+    monkeypatch.chdir(tmp_path)  # where Lightning logs
+    exec(compile(code, "docs/dpo.md", "exec"), {})
+    assert read(tmp_path / "run" / "summary.json")["updates"] == 2  # 10 pairs
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def train_in_float64(model: str, pairs: str, folder: Path, **trainer: Any) -> None:
+    losses: list[float] = []
+    note = Do(on_train_batch_end=lambda made, module, *_: losses.append(float(module.update_loss)))
+    made, module, _ = train(
+        model, pairs, folder, note, precision="64-true", data={"micro_batch_tokens": 60}, **trainer
+    )  # two passes in a batch
+    (folder / f"losses_{made.global_rank}.json").write_text(json.dumps(losses))
+    (folder / f"weights_{made.global_rank}").write_bytes(weight_bits(module.gather_policy()))
+
+
+def train_by_two(model: str, pairs: str, folder: Path, strategy: str) -> None:
+    train_in_float64(model, pairs, folder, devices=2, strategy=strategy)
+
+
+@thorough
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_score_and_train_as_one_does(strategy: str, model: str, pairs: str, tmp_path: Path) -> None:
+    train_in_float64(model, pairs, tmp_path / "one")
+    ended = together(tmp_path, train_by_two, model, pairs, tmp_path / "two", strategy)
+    assert ended.codes == [0, 0], ended.printed
+    one = json.loads((tmp_path / "one" / "losses_0.json").read_text())
+    for rank in (0, 1):
+        assert json.loads((tmp_path / "two" / f"losses_{rank}.json").read_text()) == pytest.approx(one, abs=1e-6, rel=0)
+    stores = [PreferenceStore(tmp_path / name / "pairs").read().to_pylist() for name in ("one", "two")]
+    assert len(stores[0]) == 8
+    for a, b in zip(*stores, strict=True):
+        assert {key: value for key, value in a.items() if "log_prob" not in key} == {
+            key: value for key, value in b.items() if "log_prob" not in key
+        }
+        assert a["opponent_real_log_prob"] == pytest.approx(b["opponent_real_log_prob"], abs=1e-9)
+    summaries = [read(tmp_path / name / "summary.json") for name in ("one", "two")]
+    assert summaries[1]["held_out"] == pytest.approx(summaries[0]["held_out"], abs=1e-5)
+    weights = [
+        torch.frombuffer(bytearray((tmp_path / name).read_bytes()), dtype=torch.float64)
+        for name in ("one/weights_0", "two/weights_0", "two/weights_1")
+    ]
+    assert torch.equal(weights[1], weights[2]) and float((weights[0] - weights[1]).abs().max()) < 1e-5

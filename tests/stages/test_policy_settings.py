@@ -8,7 +8,13 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from spin_lightning import PpoLightningModule, RewardLightningModule, SftLightningModule, SpinLightningModule
+from spin_lightning import (
+    DpoLightningModule,
+    PpoLightningModule,
+    RewardLightningModule,
+    SftLightningModule,
+    SpinLightningModule,
+)
 from spin_lightning.stages.policy import PolicyModule
 from spin_lightning.types import UserError
 
@@ -24,6 +30,7 @@ OWN: dict[type[PolicyModule], dict[str, Any]] = {
         "clip": 0.2, "value_coef": 0.1, "value_clip": None, "value_scale": 100.0, "critic": None,
         "critic_learning_rate": 1e-5, "critic_warmup": 0, "average": "token", "sampler_cap": None,
     },
+    DpoLightningModule: {"beta": 0.1, "loss": None, "learning_rate": 5e-7},
     SftLightningModule: {"learning_rate": 2e-5, "average": "token", "max_updates": None},
     RewardLightningModule: {"learning_rate": 1e-5, "centring": 0.0},
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from games import Do, DoLast, Recorder, Stopped, read, weight_bits, without_seconds
 from helpers import QUIET, load, log_prob_by_hand, save_tiny_model
 from safetensors.torch import load_file
+from several import thorough, together
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from spin_lightning import (
     AtomicCheckpointIO,
@@ -36,6 +39,7 @@ from spin_lightning.rewards.base import Answer
 from spin_lightning.stages import rollout_iteration
 from spin_lightning.stages.critic import Critic
 from spin_lightning.stages.rollout_iteration import prompts_of_iteration
+from spin_lightning.types import Response
 
 
 class Vowels(Reward):
@@ -233,6 +237,31 @@ def test_responses_that_teach_nothing_are_counted_and_not_computed() -> None:
     assert len(collate_rollouts(rollout_rows(True), 1000)[0]) == 6
 
 
+def test_a_token_that_the_sampler_found_likelier_weighs_less(model: str) -> None:
+    """Truncated importance sampling: min(pi_old / sampler, cap)."""
+    module = PpoLightningModule(model, sampler_cap=2.0)
+    rows = rollout_rows(True)
+    for row in rows:
+        row["sampler_log_probs"] = [value + 0.5 for value in row["log_probs"]]
+    rows[0]["sampler_log_probs"] = [value - 3.0 for value in rows[0]["log_probs"]]
+    (part,) = collate_rollouts(rows, 1000)
+    weights = module._sampler_weights(part)
+    assert weights.tolist() == pytest.approx([2.0] * 3 + [math.exp(-0.5)] * 13)
+
+
+def test_a_cap_needs_log_probs_token_by_token(model: str, rows: str, tmp_path: Path) -> None:
+    class SumsAlone(ContinuousGenerator):
+        def generate(self, *args: Any) -> Any:
+            for index, response in super().generate(*args):
+                yield index, Response(response.ids, response.finish_reason, response.log_prob)
+
+    data = {"generator": SumsAlone(max_new_tokens=6)}
+    with pytest.raises(UserError, match="SumsAlone gives their sum alone"):
+        Run(model, rows, tmp_path / "a", module={"sampler_cap": 2.0}, data=data).play()
+    Run(model, rows, tmp_path / "b", data=data, rollouts={"iterations": 1}).play()
+    assert answers_of(tmp_path / "b", 0)[0]["sampler_log_probs"] is None
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +390,22 @@ def test_a_critic_of_its_own_has_a_learning_rate_of_its_own(
     assert "trunk.model.norm.weight" in load_file(tmp_path / "critic.safetensors")
 
 
+def test_a_reward_model_becomes_a_critic(model: str, rows: str, tmp_path: Path) -> None:
+    """Its folder has no head over tokens, and yet a run continues with the critic that it began with."""
+    config = LlamaConfig.from_pretrained(model, num_labels=1, tie_word_embeddings=False)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    settings = {"critic": str(tmp_path / "reward"), "critic_learning_rate": 1e-3}
+    first, second = (Run(model, rows, tmp_path / "run", module=settings, rollouts={"iterations": 1}) for _ in range(2))
+    with pytest.raises(Stopped), Breaks(PpoLightningModule, "training_step", 2):
+        first.play()
+    second.play()
+    trunk = second.module.critic_model.trunk  # type: ignore[union-attr]
+    own = load_file(tmp_path / "reward" / "model.safetensors")
+    assert not torch.equal(trunk.model.layers[0].mlp.up_proj.weight, own["model.layers.0.mlp.up_proj.weight"])
+    assert not trunk.lm_head.weight.requires_grad
+    assert "trunk.lm_head.weight" not in load_file(tmp_path / "run" / "critic.safetensors")
+
+
 def test_group_advantages_have_no_critic(model: str, rows: str, tmp_path: Path) -> None:
     run = Run(model, rows, tmp_path, module={"advantage": LeaveOneOut()}, rollouts={"iterations": 1}).play()
     assert run.module.critic_model is None and not (tmp_path / "critic.safetensors").exists()
@@ -482,3 +527,27 @@ def test_dropout_is_named_at_the_first_step(rows: str, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", attention_dropout=0.5)
     with pytest.raises(UserError, match="the policy is random"):
         Run(folder, rows, tmp_path / "run", module={"dropout": True}).play()
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def play_in_processes(model: str, rows: str, folder: Path, strategy: str = "") -> None:
+    several = {"devices": 2, "strategy": strategy} if strategy else {}
+    settings = {"advantage": Gae(0.95), "learning_rate": 1e-3, "value_scale": 1.0}
+    Run(model, rows, folder, module=settings, data={"micro_batch_tokens": 64}, trainer=several).play()
+
+
+@thorough
+def test_two_processes_learn_what_one_does(model: str, rows: str, tmp_path: Path) -> None:
+    play_in_processes(model, rows, tmp_path / "one")
+    assert together(tmp_path, play_in_processes, model, rows, tmp_path / "two", "ddp").codes == [0, 0]
+    tables = [[answers_of(tmp_path / name, number) for number in range(3)] for name in ("one", "two")]
+    for mine, theirs in zip(*tables, strict=True):
+        assert [row["response_ids"] for row in mine] == [row["response_ids"] for row in theirs]
+        assert [row["reward"] for row in mine] == [row["reward"] for row in theirs]
+        for row, other in zip(mine, theirs, strict=True):
+            assert row["values"] == pytest.approx(other["values"], abs=1e-4)
+    one, two = (load(tmp_path / name / "policy").state_dict() for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=0)

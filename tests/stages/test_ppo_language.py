@@ -174,7 +174,7 @@ def learn(start: str, folder: Path, advantage: Advantage, iterations: int, rate:
 @pytest.mark.parametrize(
     ("advantage", "iterations", "rate", "share"),
     [
-        (LeaveOneOut(), 40, 5e-3, 0.5),
+        (LeaveOneOut(), 24, 5e-3, 0.3),
         *(
             pytest.param(kind, 300, 3e-3, share, marks=pytest.mark.slow)
             for kind, share in ((LeaveOneOut(), 0.95), (Gae(1.0), 0.95), (Gae(0.95), 0.95))

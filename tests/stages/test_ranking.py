@@ -63,7 +63,7 @@ def test_best_against_worst_is_taken_of_each_prompt_s_answers_and_ties_are_not_t
         of_prompt = answers[row["prompt_id"]]
         values = [value_of(other["rejected"][0]["content"], 2) for other in of_prompt]
         assert row["rewards"] == values
-        best, worst = values.index(max(values)), values.index(min(values))
+        best, worst = values.index(max(values)), 2 - values[::-1].index(min(values))
         assert (row["real_reward"], row["generated_reward"]) == (values[best], values[worst])
         assert row["real_ids"] == of_prompt[best]["generated_ids"]
         assert row["generated_ids"] == of_prompt[worst]["generated_ids"]

@@ -157,6 +157,15 @@ def test_scores_that_are_not_zero_at_first_end_a_run(model: str, pairs: str, tmp
         fit(model, data_of(pairs), tmp_path / "run", [Do(on_train_start=damage)])
 
 
+def test_a_module_may_be_trained_twice(model: str, pairs: str, tmp_path: Path) -> None:
+    """Its second fit begins with the scores that the first one left."""
+    module = RewardLightningModule(model, learning_rate=1e-2)
+    for _ in range(2):
+        recorder = Recorder()
+        Trainer(max_epochs=2, callbacks=[recorder], enable_checkpointing=False, **QUIET).fit(module, data_of(pairs))
+    assert recorder.losses[0] != pytest.approx(math.log(2), abs=1e-4)
+
+
 # --- What is measured -----------------------------------------------------------------------------------------------
 
 
@@ -442,3 +451,13 @@ def test_the_page_on_reward_models_can_be_followed_to_the_letter(
     exec(compile(python[0][1], "reward_model.md", "exec"), {})
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == pytest.approx(by_hand["rewards"], abs=1e-3) and printed[0] != pytest.approx(printed[1], abs=1e-4)
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+1?"}) + "\n" for a in range(9)))
+    _, *args = shlex.split(command[1].replace("\\\n", ""))
+    few = [
+        "--data.batch_size=4",
+        "--rollouts.iterations=1",
+        "--rollouts.prompts=4",
+        "--data.generator.max_new_tokens=12",
+    ]
+    main([*args, *few, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    assert Path("runs/ppo/policy/model.safetensors").exists()

@@ -13,6 +13,7 @@ from games import FakeGenerator, read
 from helpers import byte_tokenizer, tiny_model
 
 from spin_lightning import (
+    ModelReward,
     NumberMatch,
     Reward,
     RewardUnavailable,
@@ -21,6 +22,7 @@ from spin_lightning import (
     TextMatch,
     UserError,
 )
+from spin_lightning.cli import commands as cli
 from spin_lightning.data.preferences import PreferenceDataModule
 from spin_lightning.rewards import Answer
 from spin_lightning.rewards.base import refuse_unanswered
@@ -132,12 +134,57 @@ def test_its_rows_are_read_by_the_stages_that_follow(sums: str, tmp_path: Path):
     ]
 
 
+def test_a_reward_model_of_its_pairs_scores_again(model: str, sums: str, tmp_path: Path):
+    data = read_data(sums, by_text(lambda asked, number: ["#### 1", "no"][number]))
+    Scoring(NumberMatch(), str(tmp_path / "run")).run(PLAYERS, data, 2)
+    args = ["reward", f"--model.model_name_or_path={model}", f"--data.train_data={tmp_path / 'run' / 'pairs.jsonl'}"]
+    args += [f"--export.output_dir={tmp_path / 'reward'}", "--data.batch_size=2", "--trainer.enable_progress_bar=false"]
+    cli.main([*args, "--model.learning_rate=0.01", "--trainer.max_epochs=3"])
+    reward = ModelReward(str(tmp_path / "reward" / "reward_model"))
+    summary = Scoring(reward, str(tmp_path / "again")).run(PLAYERS, data, 2)
+    assert summary["unjudged"] == 0 and summary["reward"]["sha256"]
+    rewards = [row["reward"] for row in RewardStore(tmp_path / "again" / "rewards").read().to_pylist()]
+    assert all(right > wrong for right, wrong in zip(rewards[::2], rewards[1::2], strict=True))
+
+
+class Served(FakeGenerator):
+    """Reads the model from a folder, as a server does."""
+
+    needs_folder = True
+    folders: list[Path]
+
+    def generate(self, *args: Any) -> Any:
+        assert self.opponent.folder is not None and (self.opponent.folder / "model.safetensors").exists()
+        self.folders.append(self.opponent.folder)
+        return super().generate(*args)
+
+
+def test_a_model_that_lies_in_no_folder_is_written_for_a_server_and_removed_again(sums: str, tmp_path: Path):
+    data = read_data(sums)
+    data.generator = Served(lambda prompt, seed: [65], 16)
+    data.generator.folders = []
+    Scoring(Counting(), str(tmp_path / "run")).run(PLAYERS, data, 1)
+    assert data.generator.folders == [tmp_path / "run" / "served"] and not (tmp_path / "run" / "served").exists()
+
+
 def test_a_cut_response_is_no_row_for_sft(sums: str, tmp_path: Path):
     data = read_data(sums, by_text(lambda asked, number: "#" * 40 if number else "ok"))
     summary = Scoring(Counting(), str(tmp_path / "run")).run(PLAYERS, data, 2)
     assert summary["cut_share"] == 0.5
     best = [json.loads(line) for line in (tmp_path / "run" / "best.jsonl").read_text().splitlines()]
     assert {row["messages"][-1]["content"] for row in best} == {"ok"}
+
+
+def test_what_the_data_cannot_hold_is_no_row(sums: str, tmp_path: Path):
+    texts = ["", "a\0bcdef", "fine"]
+    data = read_data(sums, by_text(lambda asked, number: texts[number]))
+    summary = Scoring(Counting(), str(tmp_path / "run")).run(PLAYERS, data, 3)
+    assert (summary["empty_or_nul"], summary["best_rows"], summary["pair_rows"]) == (12, 6, 6)
+    read_data(str(tmp_path / "run" / "best.jsonl"))
+    (pair, *_) = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
+    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("fine", "")
+    worse = Scoring(Counting(lambda answer: -len(answer.text)), str(tmp_path / "worse")).run(PLAYERS, data, 3)
+    assert (worse["best_rows"], worse["pair_rows"]) == (6, 0)  # an empty response is not learnt from as the better one
 
 
 def test_a_judge_that_falls_silent_is_not_asked_again_about_what_it_said(sums: str, tmp_path: Path):
@@ -153,6 +200,7 @@ def test_a_judge_that_falls_silent_is_not_asked_again_about_what_it_said(sums: s
     with pytest.raises(RewardUnavailable, match="run the same command again"):
         scoring.run(PLAYERS, data, 1)
     assert len(reward.asked) == 4 and len(calls) == 6
+    assert len([*(tmp_path / "run").glob("responses/*")]) == 1 and len([*(tmp_path / "run").glob("rewards/*")]) == 2
     reward.breaks_at = None
     summary = Scoring(reward, str(tmp_path / "run"), shard_size=2).run(PLAYERS, data, 1)
     assert sorted(reward.asked) == [f"{a}+1?" for a in range(6)] and len(calls) == 6
@@ -166,7 +214,10 @@ def test_a_judge_that_falls_silent_is_not_asked_again_about_what_it_said(sums: s
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"reward": NumberMatch(partial=0.2)}, "rewards in .* what differs: reward"),
+        (
+            {"reward": NumberMatch(partial=0.2)},
+            r"rewards in .* what differs: reward\. Use .* or remove rewards/",
+        ),
         ({"model": 1}, "responses in .* what differs: model_sha256"),
         ({"answers": 2}, "responses in .* what differs: answers_per_prompt"),
         ({"seed": 3}, "responses in .* what differs: seed"),
@@ -178,6 +229,14 @@ def test_other_settings_in_the_same_folder_are_refused(sums: str, tmp_path: Path
     data = read_data(sums, seed=change.get("seed", 0))
     with pytest.raises(UserError, match=words):
         Scoring(change.get("reward", NumberMatch()), str(tmp_path / "run")).run(players, data, change.get("answers", 1))
+
+
+def test_a_mistake_in_the_reward_can_be_mended_in_the_same_folder(sums: str, tmp_path: Path):
+    data = read_data(sums, by_text(lambda asked, number: "#### 1"))
+    with pytest.raises(UserError, match="gave 'x'"):
+        Scoring(Counting(lambda answer: "x"), str(tmp_path / "run")).run(PLAYERS, data, 1)  # type: ignore
+    summary = Scoring(NumberMatch(), str(tmp_path / "run")).run(PLAYERS, data, 1)
+    assert summary["pass_at"]["1"] == pytest.approx(1 / 6)
 
 
 def test_the_data_s_own_responses_are_scored(tmp_path: Path):
@@ -229,7 +288,7 @@ def test_a_judge_that_compares_labels_pairs_of_responses_where_none_is_real(tmp_
     )
     judge = Comparing()
     summary = Scoring(judge, str(tmp_path / "run")).run(PLAYERS, data, 4)
-    assert (summary["mean"], summary["unjudged"], summary["pair_rows"], summary["best_rows"]) == (None, 6, 3, 0)
+    assert (summary["mean"], summary["unjudged"], summary["pair_rows"], summary["best_rows"]) == (None, 0, 3, 0)
     pairs = [json.loads(line) for line in (tmp_path / "run" / "pairs.jsonl").read_text().splitlines()]
     assert [(row["chosen"][0]["content"], row["rejected"][0]["content"], row["preference"]) for row in pairs] == [
         ("bbb", "a", 0.625)
