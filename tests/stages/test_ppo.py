@@ -271,13 +271,14 @@ STATES = {
     "between shards and manifest": Breaks(AnswerStore, "finish", 3),
     "before the first update": Breaks(PpoLightningModule, "training_step", 5),
     "in the middle of an epoch": Breaks(PpoLightningModule, "training_step", 6),
+    "in the middle of an evaluated one": Breaks(PpoLightningModule, "training_step", 10),
     "between two epochs": Breaks(PpoLightningModule, "training_step", 7),
     "before an iteration's summary": Breaks(rollout_iteration, "write_json", 2),
     "between summary and checkpoint": Breaks(rollout_iteration, "write_json", 2, after=True),
     "in the last evaluation": Breaks(Rollouts, "finish", 1),
     "between export and the end": Breaks(Rollouts, "finish", 1, after=True),
 }
-QUICK = ["after a shard's rewards", "in the middle of an epoch", "between export and the end"]
+QUICK = ["after a shard's rewards", "in the middle of an evaluated one", "between export and the end"]
 
 
 def state_of(folder: Path) -> Any:
@@ -300,6 +301,7 @@ def test_it_continues_bit_for_bit_from_every_state(
     assert weight_bits(second.module) == weight_bits(plain.module)
     assert {**first.recorder.losses, **second.recorder.losses} == plain.recorder.losses
     assert state_of(tmp_path) == state_of(plain.folder)
+    assert not [*tmp_path.glob("*.set_aside")]
     # whatever was stored is not asked about again: at most a shard of two prompts is
     assert first.reward.asked + second.reward.asked <= plain.reward.asked + 4
 
