@@ -156,6 +156,23 @@ def test_a_prompt_that_comes_twice_gets_other_responses(model: str, rows: str, t
     assert sorted(Counter(row["prompt_id"] for row in table).values()) == [2] * 6 + [4] * 2
 
 
+def test_the_last_evaluation_is_where_the_training_was(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning moves a module to the CPU where a fit ends, and only then says so."""
+    run, moves = Run(model, rows, tmp_path, rollouts={"iterations": 1}), []
+
+    def note(owner: Any, name: str) -> None:
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, *args: moves.append((name, *args)) or own(self, *args))
+
+    note(PpoLightningModule, "cpu")
+    note(PpoLightningModule, "to")
+    note(rollout_iteration.PpoIteration, "evaluate")
+    run.play()
+    assert moves[-3:] == [("cpu",), ("to", torch.device("cpu")), ("evaluate",)]
+
+
 # --- the loss against a second implementation ------------------------------------------------------------------------
 
 
