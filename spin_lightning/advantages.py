@@ -216,7 +216,7 @@ def sum_by_response(by_token: Tensor, lengths: Tensor) -> Tensor:
     Returns:
         Shape ``(R,)``.
     """
-    index = torch.arange(len(lengths)).repeat_interleave(lengths)
+    index = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(by_token))
     return by_token.new_zeros(len(lengths)).index_add(0, index, by_token)
 
 

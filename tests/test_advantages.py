@@ -372,3 +372,9 @@ def test_samples_lead_to_the_best_policy(language: Language, advantage: Advantag
 def test_a_divergence_in_the_loss_leads_elsewhere(language: Language) -> None:
     """Why it is in the reward: a token's effect on later divergence is left out otherwise."""
     assert learn(language, LeaveOneOut(), in_loss=k3) > 0.2
+
+
+def test_sums_over_responses_stay_on_their_device() -> None:
+    by_token, lengths = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 2])
+    assert sum_by_response(by_token, lengths).tolist() == [1.0, 6.0]
+    assert sum_by_response(by_token.to("meta"), lengths.to("meta")).device.type == "meta"  # of a GPU, say

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.runs.settings import parameters_of
@@ -284,7 +287,8 @@ def scored_with_parts(
     for answer in answers:
         asked.setdefault(answer.key, answer)
     distinct = list(asked.values())
-    values = _checked(reward, "score", reward.score(distinct) if distinct else [], len(distinct))
+    with _plain_numerics():
+        values = _checked(reward, "score", reward.score(distinct) if distinct else [], len(distinct))
     if len(values) >= ALL_NONE and all(value is None for value in values):
         raise UserError(
             f"the reward {reward.name} judged none of {len(values)} answers. {reward.explain_none(distinct)}"
@@ -327,7 +331,8 @@ def preferred_by_order(
 
 
 def _probabilities(reward: Reward, first: Sequence[Answer], second: Sequence[Answer]) -> list[float | None]:
-    values = _checked(reward, "prefer", reward.prefer(first, second) if first else [], len(first))
+    with _plain_numerics():
+        values = _checked(reward, "prefer", reward.prefer(first, second) if first else [], len(first))
     if wrong := [value for value in values if value is not None and not 0 <= value <= 1]:
         raise UserError(
             f"the reward {reward.name} prefers with {wrong[0]!r}. Mend its prefer: give probabilities, 0 to 1."
@@ -359,6 +364,18 @@ def _checked(reward: Reward, method: str, given: Any, wanted: int) -> list[float
     if wrong := [value for value in values if value is not None and not _is_finite(value)]:
         raise UserError(f"the reward {reward.name} gave {wrong[0]!r}, of {len(wrong)} values that are none. {mend}")
     return [None if value is None else float(value) for value in values]
+
+
+@contextmanager
+def _plain_numerics() -> Iterator[None]:
+    """A reward computes as it always does, whatever the precision of the policy is that is trained meanwhile."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _is_finite(value: Any) -> bool:

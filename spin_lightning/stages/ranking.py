@@ -5,14 +5,11 @@ What it said is stored with the pairs, so it is asked about a response once, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
-
-import torch
 
 from spin_lightning.data.module import RowDataModule
 from spin_lightning.generation.pair_store import PairStore
@@ -96,8 +93,7 @@ class Ranking:
             make_answer(prompts[i], prompts[i].real_ids, prompts[i].row.real, prompts[i].row.real_finish_reason)
             for i in sorted(asked)
         ]
-        with _plain_numerics():
-            values = scored(self.reward, [*answers, *reals])
+        values = scored(self.reward, [*answers, *reals])
         known = {**known, **dict(zip(sorted(asked), values[len(answers) :], strict=True))}
         judged = [{**row, "generated_reward": value} for row, value in zip(rows, values, strict=False)]
         found: list[dict[str, Any]] = []
@@ -131,18 +127,6 @@ def _pair_ends(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "real_finish_reason": best["generated_finish_reason"],
         "real_reward": best["generated_reward"],
     }
-
-
-@contextmanager
-def _plain_numerics() -> Iterator[None]:
-    """A reward computes as it always does, whatever the precision of the policy is."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def make_ranking(pairs: str, reward: Reward | None) -> Ranking | None:

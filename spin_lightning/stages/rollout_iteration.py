@@ -44,13 +44,12 @@ from spin_lightning.rewards.base import Reward, make_answer, scored_with_parts, 
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import need_space, read_json, replacing, sha256_of, write_json
 from spin_lightning.runs.settings import versions
+from spin_lightning.runs.shards import refuse_other_binding
 from spin_lightning.stages.export import export_policy, plain_card
 from spin_lightning.stages.iteration import Iteration, PolicyView, Run, iteration_folder
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, ResponseBatch, UserError
 
-#: What of a binding are the weights, and follows from them.
-_WEIGHTS = ("policy_sha256", "critic_sha256", AnswerStore.chained_by)
 #: Settings that a table was made with, which may not change while it is trained on.
 _SETTINGS = ("prompts_sha256", "encoding_sha256", "sampling", "seed", "prompts", "answers_per_prompt", "shard_size")
 
@@ -110,13 +109,17 @@ class PpoIteration(Iteration):
         super().__init__(number, run, policy)
         self.scorer = scorer
         self._held_out: dict[str, float] = {}
-        self._is_resumed = False  # after training steps: the policy is not the one whose responses are there
+        self._is_fresh = True
 
     # --- the table --------------------------------------------------------------------------------------------------
 
     def open(self, known: str | None, is_fresh: bool) -> AnswerStore:
+        self._is_fresh = is_fresh
         if not is_fresh:
-            return self._reopen(known)
+            store = self._answers_of(self.number)
+            self.refuse_other_table(store, known)
+            refuse_other_binding(store, self._depends_on(), _SETTINGS)
+            return store
         data, model = self.run.data, self.policy.model
         if self.number == 0:
             data.refuse_longer_than(getattr(model.config, "max_position_embeddings", math.inf))
@@ -126,20 +129,13 @@ class PpoIteration(Iteration):
             refuse_crossing(model, lengths, data.generator.max_new_tokens)
         else:
             self._refuse_other_past(known)
-        return self._open_store(
-            "answers", {"iteration": self.number, AnswerStore.chained_by: known, **self._depends_on()}
-        )
-
-    def _reopen(self, known: str | None) -> AnswerStore:
-        """Back in the middle of the iteration: its responses are those it began with."""
-        self._is_resumed = True
-        store = self._answers_of(self.number)
-        if store.sha256 != known:
-            raise UserError(
-                f"the responses in {store.folder} are not those that iteration {self.number} began with, so it cannot "
-                "be continued. Restore the folder, or use another rollouts.output_dir."
-            )
-        return store
+        binding = {
+            "iteration": self.number,
+            AnswerStore.chained_by: known,
+            **self._depends_on(),
+            **({"engine": engine} if (engine := data.generator.engine) else {}),
+        }
+        return self._open_store("answers", binding)
 
     def _refuse_other_past(self, known: str | None) -> None:
         before = self._answers_of(self.number - 1)
@@ -203,7 +199,6 @@ class PpoIteration(Iteration):
             "cut": run.cut,
             "beta": self.scorer.beta,
             "reference_sha256": self._reference_hash,
-            **({"engine": engine} if (engine := data.generator.engine) else {}),
         }
 
     @property
@@ -234,9 +229,8 @@ class PpoIteration(Iteration):
 
     def fill(self, store: AnswerStore) -> None:
         """Make what is missing: the held-out responses where they are due, then those of the iteration."""
-        every, data = self.run.eval_every, self.run.data
-        held_out = self._open_held_out() if every and self.number % every == 0 and data.val_prompts else None
-        self._make([(held_out, data.val_prompts), (store, [prompt for prompt, _ in self._wanted])])
+        held_out = self._find_held_out()
+        self._make([(held_out, self.run.data.val_prompts), (store, [prompt for prompt, _ in self._wanted])])
         if held_out is not None:
             self._held_out = describe_held_out(held_out)
 
@@ -246,10 +240,18 @@ class PpoIteration(Iteration):
         self._make([(store, self.run.data.val_prompts)])
         return describe_held_out(store)
 
+    def _find_held_out(self) -> AnswerStore | None:
+        """The held-out responses of this iteration, if it has any; in its middle, those of the policy it began with."""
+        every = self.run.eval_every
+        if not every or self.number % every or not self.run.data.val_prompts:
+            return None
+        if self._is_fresh:
+            return self._open_held_out()
+        folder = self.folder / "held_out"
+        return AnswerStore(folder) if folder.is_dir() else None
+
     def _open_held_out(self) -> AnswerStore:
         data = self.run.data
-        if self._is_resumed:
-            return AnswerStore(self.folder / "held_out")
         with greedy(data.generator):
             settings = {
                 "iteration": self.number,

@@ -138,6 +138,8 @@ class Rollouts(IterationClock):
         iteration: Any = self._make_iteration(number)
         held_out = {}
         if self.eval_every and self.trainer.datamodule.val_prompts:
+            # Lightning has moved it to the CPU, as it does where a fit ends
+            self.trainer.lightning_module.to(self.trainer.strategy.root_device)
             held_out = iteration.evaluate()
             for logger in self.trainer.loggers:
                 logger.log_metrics({**held_out, "iteration": float(number)}, step=self.trainer.global_step)

@@ -182,3 +182,21 @@ def test_a_reward_that_compares_is_asked_in_both_orders():
     ((one, two), *_) = preferred_by_order(judge, ours, theirs)  # type: ignore[misc]
     assert one - two == pytest.approx(0.683633, abs=1e-6)
     assert preferred_by_order(By(lambda asked: [1.0, 0.0]), answers("x"), answers("y")) == [(1.0, 1.0)]
+
+
+class OfTensors(Reward):
+    """What a function of somebody's does: a number from a tensor, with what torch takes for the dtype."""
+
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
+        return [float(torch.tensor([len(answer.text) / 3]) @ torch.ones(1)) for answer in answers]
+
+
+def test_a_reward_computes_alike_whatever_the_precision_of_the_policy() -> None:
+    third = float(torch.tensor(1 / 3))
+    torch.set_default_dtype(torch.bfloat16)  # as trainer.precision bf16-true does around a pass
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert scored(OfTensors(), [Answer([], "a")]) == [third]
+        assert torch.get_default_dtype() is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -159,6 +159,23 @@ def test_a_prompt_that_comes_twice_gets_other_responses(model: str, rows: str, t
     assert sorted(Counter(row["prompt_id"] for row in table).values()) == [2] * 6 + [4] * 2
 
 
+def test_the_last_evaluation_is_where_the_training_was(
+    model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning moves a module to the CPU where a fit ends, and only then says so."""
+    run, moves = Run(model, rows, tmp_path, rollouts={"iterations": 1}), []
+
+    def note(owner: Any, name: str) -> None:
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, *args: moves.append((name, *args)) or own(self, *args))
+
+    note(PpoLightningModule, "cpu")
+    note(PpoLightningModule, "to")
+    note(rollout_iteration.PpoIteration, "evaluate")
+    run.play()
+    assert moves[-3:] == [("cpu",), ("to", torch.device("cpu")), ("evaluate",)]
+
+
 # --- the loss against a second implementation ------------------------------------------------------------------------
 
 
@@ -299,13 +316,14 @@ STATES = {
     "between shards and manifest": Breaks(AnswerStore, "finish", 3),
     "before the first update": Breaks(PpoLightningModule, "training_step", 5),
     "in the middle of an epoch": Breaks(PpoLightningModule, "training_step", 6),
+    "in the middle of an evaluated one": Breaks(PpoLightningModule, "training_step", 10),
     "between two epochs": Breaks(PpoLightningModule, "training_step", 7),
     "before an iteration's summary": Breaks(rollout_iteration, "write_json", 2),
     "between summary and checkpoint": Breaks(rollout_iteration, "write_json", 2, after=True),
     "in the last evaluation": Breaks(Rollouts, "finish", 1),
     "between export and the end": Breaks(Rollouts, "finish", 1, after=True),
 }
-QUICK = ["after a shard's rewards", "in the middle of an epoch", "between export and the end"]
+QUICK = ["after a shard's rewards", "in the middle of an evaluated one", "between export and the end"]
 
 
 def state_of(folder: Path) -> Any:
@@ -328,6 +346,7 @@ def test_it_continues_bit_for_bit_from_every_state(
     assert weight_bits(second.module) == weight_bits(plain.module)
     assert {**first.recorder.losses, **second.recorder.losses} == plain.recorder.losses
     assert state_of(tmp_path) == state_of(plain.folder)
+    assert not [*tmp_path.glob("*.set_aside")]
     # whatever was stored is not asked about again: at most a shard of two prompts is
     assert first.reward.asked + second.reward.asked <= plain.reward.asked + 4
 
