@@ -23,7 +23,7 @@ from spin_lightning.types import UserError
 
 MAX_NEW_TOKENS = 48
 WARM_UP_UPDATES = 24
-ITERATIONS = 30
+ITERATIONS = 20
 #: More would be hundreds of epochs.
 MOST_CONTROL_UPDATES = 1000
 CONTROL = "control: more SFT"
