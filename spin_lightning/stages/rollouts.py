@@ -12,7 +12,7 @@ from spin_lightning.runs import processes
 from spin_lightning.runs.files import write_json
 from spin_lightning.stages.clock import IterationClock
 from spin_lightning.stages.export import name_models
-from spin_lightning.stages.rollout_iteration import RolloutRun
+from spin_lightning.stages.rollout_iteration import RolloutRun, refuse_sums_alone
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -103,6 +103,8 @@ class Rollouts(IterationClock):
                 "PPO learns from responses of the policy as it is, so data.generator must have temperature 1 and top_p "
                 f"1, got {sampling['temperature']!r} and {sampling['top_p']!r}. Otherwise no ratio is right."
             )
+        if module.sampler_cap is not None and not data.generator.gives_token_log_probs:
+            refuse_sums_alone(data.generator)
         if advantage.needs_group and data.answers_per_prompt < 2:
             raise UserError(
                 f"{type(advantage).__name__} compares the responses to one prompt, so data.answers_per_prompt must be "
