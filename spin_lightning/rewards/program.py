@@ -150,7 +150,8 @@ def _read_number(text: str, is_alone: bool = False) -> Fraction | None:
     if found is None or (is_alone and re.search(r"\w", text[: found.start()])):
         return None
     exponent = found["exponent"] or ""
-    if len(found["number"]) + len(found["under"] or "") > MOST_DIGITS or abs(int(exponent[1:5] or 0)) > MOST_DIGITS:
+    power = exponent.lstrip("eE+-").lstrip("0") or "0"
+    if len(found["number"]) + len(found["under"] or "") > MOST_DIGITS or len(power) > 3 or int(power) > MOST_DIGITS:
         return None
     number = Fraction(found["number"].replace(",", "") + exponent)
     if found["under"] is not None:
