@@ -91,6 +91,10 @@ class NumberMatch(Reward):
         self.pattern, self.partial, self.tolerance, self.column = pattern, partial, tolerance, column
         self.columns = () if column is None else (column,)
 
+    @property
+    def needs_real(self) -> bool:
+        return self.column is None
+
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         return [self._score_one(answer) for answer in answers]
 
@@ -176,6 +180,10 @@ class TextMatch(Reward):
     def __init__(self, column: str | None = None) -> None:
         self.column = column
         self.columns = () if column is None else (column,)
+
+    @property
+    def needs_real(self) -> bool:
+        return self.column is None
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         scores: list[float | None] = []

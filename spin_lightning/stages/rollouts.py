@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 
-from spin_lightning.rewards.base import Reward, check_reward
+from spin_lightning.rewards.base import Reward, check_reward, refuse_without_real
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import write_json
 from spin_lightning.stages.clock import IterationClock
@@ -111,6 +111,7 @@ class Rollouts(IterationClock):
                 f"at least 2, got {data.answers_per_prompt}. Take 4 or more, or Gae with its critic."
             )
         check_reward(self.reward)
+        refuse_without_real(self.reward, data.prompts)
         if self.cut == "score" and not self.reward.judges_cut:
             raise UserError(
                 f"{self.reward.name} never saw a response without an end, so it cannot score one that was cut. Set "

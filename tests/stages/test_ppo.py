@@ -23,6 +23,7 @@ from spin_lightning import (
     Gae,
     Health,
     LeaveOneOut,
+    NumberMatch,
     PpoLightningModule,
     Reward,
     Rollouts,
@@ -500,6 +501,7 @@ class WholeOnly(Vowels):
             {"rollouts": {"reward": SumOfRewards({"a": WholeOnly()})}},
             "SumOfRewards never saw a response without an end",
         ),
+        ({"rollouts": {"reward": NumberMatch()}, "rows": "prompts"}, "NumberMatch can judge nothing"),
         ({"rollouts": {"reward": None}}, r"rollouts\.reward is missing"),
         ({"rollouts": {"cut": "never"}}, r"rollouts\.cut must be score, drop or a number, got 'never'"),
         ({"rollouts": {"prompts": 0}}, r"rollouts\.prompts must be at least 1, got 0"),
@@ -509,8 +511,13 @@ class WholeOnly(Vowels):
 def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded(
     model: str, rows: str, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
+    given = dict(settings)
+    if given.pop("rows", None):
+        rows = str(tmp_path / "prompts.jsonl")
+        Path(rows).write_text("".join(json.dumps({"prompt": f"{number}?"}) + "\n" for number in range(9)))
+
     def play() -> None:
-        run = Run(model, rows, tmp_path, **settings)
+        run = Run(model, rows, tmp_path, **given)
         run.module.configure_model = lambda: pytest.fail("a model was loaded")  # type: ignore[method-assign]
         run.play()
 
