@@ -12,6 +12,7 @@
 # make lock    renew constraints.txt, the versions that all of the above install, to those of `make newest`
 # make bench   install TRL beside it, then measure speed and memory against it (three to four hours on two CPU cores)
 # make bench-brief  the same with little work: a step, generation and an iteration (at most 15 minutes)
+# make bench-rl      an iteration of reinforcement learning beside TRL's (about fifteen minutes)
 # make bench-vllm   install vLLM for CPU too (a large install, about 10 minutes), then measure generation with it
 # make vllm-test    install vLLM for CPU too, then play a tiny game and one of SmolLM2 with it, kill and continue one (about 15 minutes)
 
@@ -26,7 +27,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo reft lab test slow processes style check newest oldest wheel lock bench bench-brief bench-vllm vllm-test gpu install clean
+.PHONY: demo reft lab test slow processes style check newest oldest wheel lock bench bench-brief bench-rl bench-vllm vllm-test gpu install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -104,6 +105,9 @@ bench: install .bench/trl/installed
 
 bench-brief: install .bench/trl/installed
 	$(BIN)/python -m benchmarks.run --brief
+
+bench-rl: install .bench/trl/installed
+	$(BIN)/python -m benchmarks.rl
 
 bench-vllm: install .bench/trl/installed .bench/vllm/installed
 	$(BIN)/python -m benchmarks.run generation several_answers

@@ -213,15 +213,15 @@ class Display:
             head += f" {_share_done(phase):.0%}" if has_total else f" {phase.done:,}" if phase.unit else ""
         elif is_over:
             head += (
-                f": {phase.done:,} {phase.unit} in {_format_time(seconds)}"
+                f": {phase.done:,} {phase.unit} in {format_time(seconds)}"
                 if phase.unit
-                else f": {_format_time(seconds)}"
+                else f": {format_time(seconds)}"
             )
         elif phase.unit:
             of = f" of {phase.total:,.0f} {phase.unit} ({_share_done(phase):.0%})" if has_total else f" {phase.unit}"
             head += f": {phase.done:,}{of}"
         if has_total and not is_over and new > 0 and phase.done < phase.total:
-            parts.append(f"{_format_time(seconds / new * (phase.total - phase.done))} left")
+            parts.append(f"{format_time(seconds / new * (phase.total - phase.done))} left")
         parts += [f"{name} {value}" for name, value in phase.facts().items()]
         rate = phase.tokens / max(seconds - phase.elsewhere, 1e-9)
         if phase.tokens:
@@ -291,11 +291,11 @@ def _format_number(value: float) -> str:
     return f"{value:.0f}" if value < 1000 else f"{value / 1000:.1f}k" if value < 99_950 else f"{value / 1000:.0f}k"
 
 
-def _format_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """A time in the two largest units that matter.
 
     Example:
-        >>> [_format_time(seconds) for seconds in (0.4, 99, 119, 5000)]
+        >>> [format_time(seconds) for seconds in (0.4, 99, 119, 5000)]
         ['0 s', '99 s', '2 min', '1 h 23 min']
     """
     if seconds < 99.5:

@@ -10,7 +10,9 @@ import torch
 from games import Do, Game
 from helpers import save_tiny_model, write_rows
 from lightning.pytorch.loggers import CSVLogger
+from several import Forked
 
+from spin_lightning.cli import children
 from spin_lightning.cli.commands import main
 
 torch.set_num_threads(1)  # sums are added up in the same order on every machine
@@ -63,3 +65,12 @@ def plain(model: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Ga
     ).play()
     game.hooks, game.folder = hooks, folder  # type: ignore[attr-defined]
     return game
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> type[Forked]:
+    """Commands that start others start them without the time that imports take."""
+    monkeypatch.setattr(children.subprocess, "Popen", Forked)
+    monkeypatch.setattr(Forked, "commands", [])
+    monkeypatch.setattr(Forked, "fates", {})
+    return Forked

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from helpers import QUIET
+from fake_vllm import FakeVllm, Sampler
+from helpers import QUIET, load
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
@@ -132,6 +134,32 @@ def answers_of(
     found = sorted(answering(generator, model, prompts, seeds, ends, pad_id), key=lambda item: item[0])
     assert [index for index, _ in found] == list(range(len(prompts)))
     return [response for _, response in found]
+
+
+class FromModel:
+    """Samples by the package's own sampler from a model, as it is in a folder or in memory."""
+
+    def __init__(self, model: Any) -> None:
+        self.lock = threading.Lock()
+        self.become(model)
+
+    def become(self, model: Any) -> None:
+        self.model = (load(model) if isinstance(model, str) else model).eval()
+
+    @torch.no_grad()
+    def __call__(self, prompt: list[int], seed: int, most: int, ends: list[int]) -> tuple[list[int], list[float]]:
+        with self.lock:
+            (response,) = answers_of(TransformersGenerator(most), self.model, [prompt], [seed], ends)
+            ids = response.ids
+            logits = self.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            return ids, logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+
+
+def serving(sample: Sampler) -> FakeVllm:
+    server = FakeVllm(sample)
+    if isinstance(sample, FromModel):
+        server.reload = sample.become
+    return server
 
 
 class Stopped(Exception):

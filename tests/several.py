@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,41 @@ def run_command(args: list[str], fate: str = "") -> None:
 
     os.environ[FATE] = fate
     main(args)
+
+
+class Forked:
+    """In the place of ``Popen``: the command of a stage, in a process that need not import everything."""
+
+    commands: list[list[str]] = []
+    #: What is to happen to the stage of a number.
+    fates: dict[int, str] = {}
+
+    def __init__(self, command: Sequence[str], start_new_session: bool) -> None:
+        assert command[0] == sys.executable and start_new_session
+        self.commands.append(list(command))
+        fate = self.fates.get(len(self.commands), "")
+        self.process = CONTEXT.Process(target=_run_stage, args=(list(command[3:]), fate))
+        self.process.start()
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)  # type: ignore[arg-type]
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+
+def _run_stage(args: list[str], fate: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    run_command(args, fate)
 
 
 def flags_of(model: str, rows: str, folder: Path, *more: str) -> list[str]:

@@ -143,21 +143,22 @@ def _summarize(data: RowDataModule) -> list[str]:
     """What a run trains on, and the places of all that was dropped or is strange."""
     report = data.report
     lines = [f"format: {report['train_data']['format']}"]
-    for part, name in (("train", "to train on"), ("held_out", "held out")):
-        of = f", a sample of {report[part]['sample_of']}" if "sample_of" in report[part] else ""
-        lines.append(f"{name}: {report[part]['prompts']} rows{of}")
+    parts = [(f"to train on in iteration {k}", part["train"]) for k, part in enumerate(report.get("iterations", ()))]
+    for name, part in [*(parts or [("to train on", report["train"])]), ("held out", report["held_out"])]:
+        of = f", a sample of {part['sample_of']}" if "sample_of" in part else ""
+        lines.append(f"{name}: {part['prompts']} rows{of}")
         of_kinds = {"prompt_tokens": "prompts", "real_tokens": "real answers", "rejected_tokens": "rejected answers"}
         for kind, what in of_kinds.items():
-            if spread := report[part].get(kind):
+            if spread := part.get(kind):
                 lines.append(
                     f"  tokens of {what}: median {spread['median']:g}, 90 % up to {spread['p90']}, most "
                     f"{spread['most']}"
                 )
-    for part in ("train_data", "val_data", "train", "held_out"):
-        section = report[part] or {}
+    for source in ("train_data", "val_data", "train", "held_out"):
+        section = report[source] or {}
         for kind, tally in {**section.get("dropped", {}), **section}.items():
             if isinstance(tally, Mapping) and tally.get("count", 0) > 1:  # the first one is on the screen already
-                lines += [f"{part}, {kind}: {tally['count']}", *(f"  {place}" for place in tally["first"])]
+                lines += [f"{source}, {kind}: {tally['count']}", *(f"  {place}" for place in tally["first"])]
     return lines
 
 

@@ -83,6 +83,12 @@ def _run_slurm(args: list[str]) -> None:
     main(args)
 
 
+def _run_chain(args: list[str]) -> None:
+    from spin_lightning.cli.chain import main
+
+    main(args)
+
+
 def _run_demo(args: list[str]) -> None:
     from spin_lightning.demos.small_model import play
 
@@ -149,11 +155,14 @@ Takes what `spin-lightning fit` takes, or `sft`, and also:
   --sample 1000                        of the rows, encode and count only these
   --probe                              load the model, and take the time of a
                                        pass and of some responses
-  --price-per-hour 2.50                of one device, for the cost of all that
+  --price-per-hour 2.50                of one device, for the cost of all that:
+                                       with --probe
   --json                               for tools: bytes, tokens and seconds
 
 On a CPU the figures of memory are within 15 % of what was measured; on a GPU
-they are arithmetic. docs/scale.md has the equations.
+within 10 % of ten measurements on an H200, where a step with compiled layers
+takes 5 to 25 % less than is planned. docs/scale.md has the equations,
+docs/gpu.md the measurements.
 The exit code is 0 if the run could begin, whether or not it fits, else 2."""
 
 _OF_PLAY = """The game of `spin-lightning fit`, with the same settings, folder and results.
@@ -229,12 +238,45 @@ is, such as --partition gpu or --account mine:
   --nodes 1
   --gpus-per-node 1
   --time 24:00:00
-After it, a command of this package: fit, play or sft. Its processes are one for
-each GPU, started by srun; trainer.num_nodes and trainer.devices are added. The
-run's folder has to be on a disk that all nodes see.
+After it, a command of this package that trains: fit, play, sft, dpo, reward or
+ppo. Its processes are one for each GPU, started by srun; trainer.num_nodes and
+trainer.devices are added. The run's folder has to be on a disk that all nodes
+see.
 
 Five minutes before its time is over the job is sent SIGUSR1: the run saves what
 it has and ends, and the script queues the job again, which continues it."""
+
+_OF_CHAIN = """Runs the stages of a file in order, each from the model that the last one has
+exported, and prints what each gained: updates, time, held-out NLL and reward.
+The same command continues a chain that was killed, in whatever stage.
+
+  output_dir: runs/line            # each stage has a folder of its name in it
+  common:                          # for all stages that have these settings
+    data: {train_data: rows.jsonl, val_data: held_out.jsonl}
+    trainer: {precision: bf16-true}
+  stages:
+    - sft:                         # the word, and settings as in its config
+        model: {model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}
+    - fit:                         # starts from runs/line/sft/policy
+        config: spin.yaml          # a file of settings, beside this one
+        self_play: {iterations: 2}
+    - fit:
+        name: again                # a word that is there twice needs names
+        model: {model_name_or_path: {from: sft}}
+
+Where a setting is a path, {from: STAGE} is the model that a stage before this
+one has exported, and {from: STAGE, path: NAME} a file or folder in its run's
+folder. What is said last wins: a config, common, the stage, its flags.
+
+  --sft.model.learning_rate 1e-5       over what the file says
+  --common.trainer.accelerator cpu     the same for all stages without their own
+  launcher: torchrun --nproc_per_node 8
+                                       in a stage: takes the place of python
+
+All settings and files are looked at before the first stage starts. A stage that
+is over is skipped; where the file has changed since, its command says whether
+it may be. A stage that fails ends the chain with its exit code, a signal ends
+both where they can be continued."""
 
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
@@ -260,10 +302,17 @@ COMMANDS = {
         help=_OF_SCORE,
     ),
     "slurm": Command(
-        "a batch script for fit, play or sft on a cluster",
+        "a batch script for a run on a cluster",
         function=_run_slurm,
         usage="[--nodes N] [--gpus-per-node N] [--time D] [--OPTION VALUE ...] -- COMMAND ...",
         help=_OF_SLURM,
+    ),
+    "chain": Command(
+        "a line of stages from one file, each from the last one's model",
+        function=_run_chain,
+        usage="FILE [--output_dir FOLDER] [--STAGE.KEY VALUE ...]",
+        fits=lambda args: bool(args) and _folder_is_first(args),
+        help=_OF_CHAIN,
     ),
     "demo": Command(
         "the whole game on a small real model, on CPU",

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,8 @@ from spin_lightning.types import UserError
 
 #: Rows that are drawn and cut into passes to see how many these are.
 DRAWN = 1024
+#: Of what a phase takes, the most that a setting may leave which is advised although the phase does not fit with it.
+HELPS = 0.9
 #: Share of a device's memory that a plan may fill. The rest is for what no plan knows.
 FILLED = 0.95
 
@@ -145,6 +148,10 @@ def take_options(args: Sequence[str]) -> tuple[Options, list[str]]:
             "--rows, --prompt-tokens and --response-tokens stand in for the data together, got only "
             f"{', '.join(lengths)}. Give all three, or none to read the data."
         )
+    if "price_per_hour" in taken and "probe" not in taken:
+        raise UserError(
+            "--price-per-hour is the price of the time that --probe takes, and there is no --probe. Give both, or none."
+        )
     if lengths and "probe" in taken:
         raise UserError("--probe needs rows to compute, and --rows stands in for them. Give one of the two.")
     return Options(**taken), rest
@@ -172,6 +179,12 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
         UserError: A run with these settings and data could not begin.
     """
     stage, settings, data = find_stage(args)
+    if "rollouts" in settings:
+        raise UserError(
+            "plan does not know the iterations of ppo. A training step of it takes the memory of one of sft with the "
+            "same model and data.micro_batch_tokens, and with model.beta above 0 the weights of the reference once "
+            "more: plan that, with the settings of sft."
+        )
     model, trainer = settings.model, settings.trainer
     if options.rows is None:
         data.sample = options.sample
@@ -186,21 +199,29 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
     adapter = find_adapter(settings)
     setup = _find_setup(settings, adapter, None if adapter is None else count_adapter(on_meta, adapter))
     is_game = "generator" in settings.data
-    updates = _plan_updates(settings, data, work, setup.devices, is_game, is_assumed=options.rows is not None)
-    load = Load(
-        updates["largest_pass"], updates["largest_scored"], updates["passes"], trainer.accumulate_grad_batches > 1
-    )
+    is_assumed, is_accumulated = options.rows is not None, trainer.accumulate_grad_batches > 1
+
+    def count_updates(micro_batch_tokens: int) -> tuple[dict[str, Any], Load]:
+        cut = copy(data)
+        cut.micro_batch_tokens = micro_batch_tokens
+        found = _plan_updates(settings, cut, work, setup.devices, is_game, is_assumed=is_assumed)
+        return found, Load(found["largest_pass"], found["largest_scored"], found["passes"], is_accumulated)
+
+    updates, load = count_updates(data.micro_batch_tokens)
     memory = {"training": training_memory(size, load, setup)}
     generator = getattr(data, "generator", None)
-    if isinstance(generator, TransformersGenerator):  # others have an engine of their own
-        slots = min(generator.batch_size, math.ceil(work.rows * data.examples_per_prompt / setup.devices))
-        prompt = data.max_prompt_tokens if options.rows is not None else max(work.prompts)
+    at_once = generator.batch_size if isinstance(generator, TransformersGenerator) else 0  # others have own engines
+
+    def measure_generation(batch_size: int) -> dict[str, float]:
+        slots = min(batch_size, math.ceil(work.rows * data.examples_per_prompt / setup.devices))
+        prompt = data.max_prompt_tokens if is_assumed else max(work.prompts)
         if setup.device == "cpu":  # where what no row uses takes no memory; the longest prompts come first
             prompt = math.ceil(fmean(sorted(work.prompts)[-slots:]))
         keeps_optimiser = not settings.self_play.reset_optimizer
-        memory["generation"] = generation_memory(
-            size, slots, prompt, data.max_response_tokens, setup, keeps_optimiser=keeps_optimiser
-        )
+        return generation_memory(size, slots, prompt, data.max_response_tokens, setup, keeps_optimiser=keeps_optimiser)
+
+    if at_once:
+        memory["generation"] = measure_generation(at_once)
     has = options.memory if options.memory is not None else _find_memory(setup.device)
     plan: dict[str, Any] = {
         "stage": next(word for word, path in STAGES.items() if resolve_name(path) is stage),
@@ -226,7 +247,20 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
     room = None if has is None else int(has * FILLED) - (CONTEXT if setup.device != "cpu" else 0)
     plan["devices"]["usable"] = room
     lora = setup.adapter or (count_adapter(on_meta, {"r": 16}) if size.packable else None)
-    plan["advice"] = _advise(size, load, setup, lora, plan, room)
+    half = max(1, data.micro_batch_tokens // 2)
+    others = [
+        (f"data.micro_batch_tokens: {half}", count_updates(half)[1], setup),
+        *_alternatives(load, setup, lora),
+    ]
+    alternatives = {
+        "training": [(setting, peak(training_memory(size, other_load, other))) for setting, other_load, other in others]
+    }
+    if at_once:
+        sizes = [at_once >> times for times in range(1, at_once.bit_length())]
+        alternatives["generation"] = [
+            (f"data.generator.batch_size: {count}", peak(measure_generation(count))) for count in sizes
+        ]
+    plan["advice"] = _advise(plan, room, alternatives)
     if options.probe:
         from spin_lightning.cli.probe import measure
 
@@ -464,31 +498,31 @@ def _plan_disk(
 
 
 def _advise(
-    size: ModelSize, load: Load, setup: Setup, lora: int | None, plan: Mapping[str, Any], room: int | None
+    plan: Mapping[str, Any], room: int | None, alternatives: Mapping[str, Sequence[tuple[str, float]]]
 ) -> list[dict[str, Any]]:
-    """What does not fit, and for each setting that would help what it would leave to be taken."""
+    """What does not fit, and for each setting that would help what it would leave to be taken.
+
+    Args:
+        plan: As far as it is made.
+        room: Bytes that may be filled. None: that is not known.
+        alternatives: For each phase settings, and the bytes that the phase would take with each, the mildest first.
+    """
     advice: list[dict[str, Any]] = []
     if plan["disk"]["total"] > plan["disk"]["free"]:
         advice.append({"what": "disk", "setting": "self_play.output_dir or export.output_dir on a larger disk"})
-    if room is None:
-        return advice
-    needs = peak(plan["memory"]["training"])
-    if needs > room:
-        for setting, other_load, other in _alternatives(load, setup, lora):
-            takes = peak(training_memory(size, other_load, other))
-            if takes < 0.98 * needs:
-                advice.append({"what": "training", "setting": setting, "takes": round(takes), "fits": takes <= room})
-    if "generation" in plan["memory"] and (needs := peak(plan["memory"]["generation"])) > room:
-        cache = plan["memory"]["generation"]["cache"]
-        for setting, share in (
-            ("half the data.generator.batch_size", 2),
-            ("an eighth of data.generator.batch_size", 8),
-        ):
-            takes = needs - cache * (1 - 1 / share)
-            advice.append({"what": "generation", "setting": setting, "takes": round(takes), "fits": takes <= room})
-        advice.append(
-            {"what": "generation", "setting": "VLLMGenerator on devices of its own", "takes": 0, "fits": True}
-        )
+    for phase, others in alternatives.items():
+        if room is None or (needs := peak(plan["memory"][phase])) <= room:
+            continue
+        before = needs
+        for setting, takes in others:
+            fits, is_more = takes <= room, setting.startswith("the same with")
+            without, before = (before if is_more else needs), takes
+            if takes < HELPS * without or (fits and without > room):
+                advice.append({"what": phase, "setting": setting, "takes": round(takes), "fits": fits})
+            if fits and phase == "generation":  # the smaller ones are the same setting
+                break
+        if phase == "generation" and plan["devices"]["kind"] != "cpu":
+            advice.append({"what": phase, "setting": "VLLMGenerator on devices of its own", "takes": 0, "fits": True})
     return advice
 
 
@@ -498,8 +532,6 @@ def _alternatives(load: Load, setup: Setup, lora: int | None) -> list[tuple[str,
     true = NUMERICS["bf16-true"]
     if setup.numerics != true:
         found.append(("trainer.precision: bf16-true", load, replace(setup, numerics=true)))
-    half = replace(load, tokens=load.tokens // 2, scored=load.scored // 2, passes=2 * load.passes)
-    found.append(("half of data.micro_batch_tokens, if no row is longer", half, setup))
     if setup.resident_opponent:
         found.append(("model.opponent: stored", load, replace(setup, resident_opponent=False)))
     if not setup.recomputes:

@@ -6,28 +6,21 @@ for it. So this loop only guesses which one is next, and a wrong guess costs the
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from spin_lightning.cli.children import Children, command_of, read_launcher, refuse_several
 from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.runs.files import read_json, run_folder
 from spin_lightning.stages.iteration import find_place, iteration_folder
 from spin_lightning.stages.spin import STAGE
 from spin_lightning.terminal import say
-from spin_lightning.types import Interrupted, StageFailed, UserError
+from spin_lightning.types import UserError
 
 #: What one process is told that is to generate alone, whatever the settings say of training.
 _ALONE = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 @dataclass(frozen=True)
@@ -46,8 +39,7 @@ class Options:
         """The command of a stage."""
         launcher = self.launcher if stage == "train" else self.generate_launcher
         alone = _ALONE if self.launcher and not launcher else ()
-        ours = ["-m", "spin_lightning", "fit", *args, *alone, f"--self_play.stage={stage}"]
-        return [*(launcher or (sys.executable,)), *ours]
+        return command_of(["fit", *args, *alone, f"--self_play.stage={stage}"], launcher)
 
 
 def main(args: list[str]) -> None:
@@ -65,12 +57,12 @@ def main(args: list[str]) -> None:
     settings = parse_settings("fit", args)
     refuse_unplayable(settings)
     folder = run_folder(settings.self_play.output_dir, "self_play.output_dir")
-    with _Stages() as stages:
+    with Children() as children:
         is_over, fruitless = _is_over(folder, settings), False
         iteration, stage = find_next(folder)
         while True:
             before = _look(folder)
-            stages.run(options.command(stage, args), f"the stage {stage} of iteration {iteration}")
+            children.run(options.command(stage, args), f"the stage {stage} of iteration {iteration}")
             if is_over or _is_over(folder, settings):
                 return
             if _look(folder) != before:
@@ -102,25 +94,10 @@ def take_options(args: Sequence[str]) -> tuple[Options, list[str]]:
     for arg in remaining:
         flag, equals, value = arg.partition("=")
         if flag in ("--launcher", "--generate-launcher"):
-            taken[flag[2:].replace("-", "_")] = _read_launcher(flag, value if equals else next(remaining, ""))
+            taken[flag[2:].replace("-", "_")] = read_launcher(flag, value if equals else next(remaining, ""))
         else:
             rest.append(arg)
     return Options(**taken), rest
-
-
-def _read_launcher(flag: str, value: str) -> tuple[str, ...]:
-    example = "Give what takes the place of python in `python -m spin_lightning fit`: 'torchrun --nproc_per_node 8'."
-    try:
-        words = shlex.split(value)
-    except ValueError as error:
-        raise UserError(f"{flag} must be a command, got {value!r}: {error}. {example}") from None
-    if not words:
-        raise UserError(f"{flag} must be a command, got {value!r}. {example}")
-    beside = str(Path(sys.executable).parent)  # torchrun of an environment that is not activated
-    found = shutil.which(words[0]) or shutil.which(words[0], path=beside)
-    if found is None:
-        raise UserError(f"{flag}: there is no program {words[0]!r}. {example}")
-    return (found, *words[1:])
 
 
 def refuse_unplayable(settings: Any) -> None:
@@ -138,11 +115,7 @@ def refuse_unplayable(settings: Any) -> None:
     for name, (value, why) in refused.items():
         if value:
             raise UserError(f"{name} cannot be {value!r} with play. {why}. Leave it out, or use spin-lightning fit.")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(
-            "play starts the processes of a stage itself, and was started several times (WORLD_SIZE is "
-            f"{os.environ['WORLD_SIZE']!r}). Start it once, and give what starts processes as --launcher."
-        )
+    refuse_several("play", "--launcher")
 
 
 def find_next(folder: Path) -> tuple[int, str]:
@@ -168,44 +141,3 @@ def _look(folder: Path) -> dict[Path, int]:
 def _is_over(folder: Path, settings: Any) -> bool:
     result = read_json(folder / STAGE.over_file)
     return result is not None and STAGE.is_over(result, settings)
-
-
-class _Stages:
-    """Runs one command after another; signals are handed on to the one that runs, and end both."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Stages:
-        self._before = {number: signal.signal(number, self._hand_on) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def run(self, command: Sequence[str], what: str) -> None:
-        """Run a command to its end.
-
-        Raises:
-            StageFailed: It failed.
-            Interrupted: A signal was received.
-        """
-        # a session of its own: Ctrl-C in the terminal reaches it once, from here
-        if not self._received:
-            with subprocess.Popen(command, start_new_session=True) as self._process:
-                if self._received:  # while it was started
-                    self._process.send_signal(self._received)
-                code = self._process.wait()
-            self._process = None
-        if self._received:
-            raise Interrupted(self._received)
-        if code:
-            raise StageFailed(what, code)
-
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        self._received = self._received or number
-        if self._process is not None:
-            self._process.send_signal(number)

@@ -10,11 +10,12 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from spin_lightning.cli.commands import STAGES
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
-#: Commands that a job may run, and what starts their processes.
-WORDS = ("fit", "play", "sft")
+#: Commands that a job may run.
+WORDS = (*STAGES, "play")
 #: Seconds before the job's time is over in which the run is asked to end.
 NOTICE_SECONDS = 300
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from itertools import repeat
@@ -21,7 +22,7 @@ from spin_lightning.data.encoding import Encoded, Encoder
 from spin_lightning.data.formats import Tally, prompt_key
 from spin_lightning.data.loader import ResumableLoader, ResumableSampler
 from spin_lightning.data.report import as_dicts, describe_source, refusal_of, say_noted, spread
-from spin_lightning.data.rows import load_rows
+from spin_lightning.data.rows import LoadedRows, load_rows
 from spin_lightning.data.training_set import PairDataset, TrainingSet
 from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import end_ids, end_ids_of, load_tokenizer
@@ -80,6 +81,8 @@ class RowDataModule(L.LightningDataModule):
     needs_rejected = False
     #: What is counted of rows with two responses, beside what is of all.
     also_counted: ClassVar[tuple[str, ...]] = ()
+    #: Whether ``train_data`` may be a list, with one source an iteration.
+    has_iterations = False
     #: What a prompt gives to train on.
     examples_per_prompt = 1
 
@@ -111,6 +114,8 @@ class RowDataModule(L.LightningDataModule):
             raise UserError(
                 f"data.val_fraction must be in [0, 1), got {val_fraction!r}. 0.05 holds out one row in twenty."
             )
+        if isinstance(train_data, list):
+            self._check_list(train_data, val_data, val_fraction)
         if not -(2**63) <= seed < 2**63 - 2**32:  # an epoch's number is added
             raise UserError(f"data.seed must have less than 64 bits, got {seed!r}. Give a smaller one.")
         self.train_data = train_data
@@ -142,8 +147,11 @@ class RowDataModule(L.LightningDataModule):
         #: Columns that ``Row.columns`` keeps, beside those that a ``reward`` of the module or of a callback names.
         self.keep_columns: Sequence[str] = ()
         self._began: str | None = None  # when the first process began, if the template asks
+        #: The rows of the iteration in progress; where all iterations have the same, those.
         self.prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
+        self._of_iterations: list[list[Prompt]] = []  # of a list of sources
+        self._as_read: list[Prompt] | None = None  # where real responses were replaced since
         #: What was read, dropped, cut and found strange, in exact counts. Made in ``setup``.
         self.report: dict[str, Any] = {}
 
@@ -155,7 +163,7 @@ class RowDataModule(L.LightningDataModule):
         if not self.prompts:
             self._read_rows()
         if processes.world_size() > 1:
-            processes.refuse_different(f"{self.prompts_hash} {self.held_out_hash}", "the rows")
+            processes.refuse_different(f"{self.hashes_of_rows} {self.held_out_hash}", "the rows")
         if stage == "fit":
             self._refuse_less_than_a_batch()
         if stage == "validate" and not self.val_prompts:
@@ -182,8 +190,9 @@ class RowDataModule(L.LightningDataModule):
             needs_real=all(getattr(part, "needs_real", True) for part in (self, *self._parts)),
             keep_columns=self._find_columns(),
         )
-        train = read(self.train_data)
-        self.report = {"train_data": describe_source("data", self.train_data, train), "val_data": None}
+        sources = self.train_data if isinstance(self.train_data, list) else [self.train_data]
+        train, *later = [read(source) for source in sources]
+        self.report = {"train_data": describe_source("data", sources[0], train), "val_data": None}
         rows = list(zip(train.places, train.rows, train.times, strict=True))
         if self.val_data is not None:
             val = read(self.val_data)
@@ -194,24 +203,96 @@ class RowDataModule(L.LightningDataModule):
             val_rows = [(where, row, 1) for where, row, _ in val_rows]
         tokenizer = self._load_tokenizer() if self.tokenizer is None else self.tokenizer
         self.encoder = self._make_encoder(tokenizer)
-        self.prompts = self._encode_rows(_repeat_rows(rows), "train")
-        if not self.prompts:
+        self.prompts = self._encode_train_rows(rows, sources[0])
+        if later:
+            self._add_iterations(sources, later)
+        self.val_prompts = self._encode_rows(_repeat_rows(val_rows), "held_out")
+        self.report["prompts_sha256"] = self.prompts_hash
+        self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
+
+    def _encode_train_rows(self, rows: list[tuple[str, Row, int]], source: Any) -> list[Prompt]:
+        prompts = self._encode_rows(_repeat_rows(rows), "train")
+        if not prompts:
             left_out = {name: self.report["train"][name]["count"] for name in self.also_counted}
             if any(left_out.values()):
                 counts = ", ".join(f"{name} {count}" for name, count in left_out.items())
                 raise UserError(
-                    f"all {self.report['train']['rows']} rows of {self.train_data} are left out ({counts}, "
+                    f"all {self.report['train']['rows']} rows of {source} are left out ({counts}, "
                     f"long_prompts {self.report['train']['long_prompts']['count']}), so nothing is left to train on. "
                     "Give rows with two different answers, or raise data.max_prompt_tokens or max_response_tokens."
                 )
             raise UserError(
-                f"all {self.report['train']['rows']} prompts of {self.train_data} are longer than "
+                f"all {self.report['train']['rows']} prompts of {source} are longer than "
                 f"max_prompt_tokens={self.max_prompt_tokens}, so nothing is left to train on. Raise "
                 "data.max_prompt_tokens."
             )
-        self.val_prompts = self._encode_rows(_repeat_rows(val_rows), "held_out")
-        self.report["prompts_sha256"] = self.prompts_hash
-        self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
+        return prompts
+
+    # --- rows that differ from iteration to iteration ---------------------------------------------------------------
+
+    def _check_list(self, sources: list[Any], val_data: Any, val_fraction: float) -> None:
+        if not self.has_iterations:
+            raise UserError(
+                f"data.train_data is a list, {sources!r}, which has one source an iteration, and there are none here. "
+                "Give one source, or a map from each of several to its weight: {a.jsonl: 1.0, b.jsonl: 0.5}."
+            )
+        if not sources:
+            raise UserError("data.train_data is an empty list. Give one source an iteration.")
+        if val_data is None and val_fraction:
+            raise UserError(
+                "data.train_data is a list with one source an iteration, so no row of one of them is surely held out "
+                "from the others. Give data.val_data, or set data.val_fraction: 0."
+            )
+
+    def _add_iterations(self, sources: list[Any], later: list[LoadedRows]) -> None:
+        """Encode the rows of all iterations but the first. No two prompts have the same id unless they are the same."""
+        first = {name: self.report[name] for name in ("train_data", "train")}
+        known = {_hash_of(self.prompts): self.prompts}
+        reports = [{**first, "prompts_sha256": _hash_of(self.prompts)}]
+        for number, (source, loaded) in enumerate(zip(sources[1:], later, strict=True), 1):
+            described = describe_source(f"data of iteration {number}", source, loaded)
+            rows = list(zip(loaded.places, loaded.rows, loaded.times, strict=True))
+            prompts = self._encode_train_rows(rows, source)
+            start = sum(map(len, known.values()))
+            renumbered = [replace(prompt, prompt_id=start + prompt.prompt_id) for prompt in prompts]
+            known.setdefault(sha256 := _hash_of(prompts), renumbered)
+            reports.append({"train_data": described, "train": self.report["train"], "prompts_sha256": sha256})
+        self._of_iterations = [known[report["prompts_sha256"]] for report in reports]
+        self.report |= {**first, "iterations": reports}
+
+    def begin_iteration(self, number: int) -> None:
+        """Serve the rows of an iteration, with the real responses that the data have."""
+        if self._of_iterations:
+            self.prompts = self._of_iterations[min(number, len(self._of_iterations) - 1)]
+        elif self._as_read is not None:
+            self.prompts = self._as_read
+
+    def replace_real(self, prompts: list[Prompt]) -> None:
+        """Serve these until the next iteration begins: the same prompts with other real responses."""
+        if self._as_read is None:
+            self._as_read = self.prompts
+        self.prompts = prompts
+
+    def shorten(self, count: int) -> None:
+        """Leave the first prompts only, for a trial."""
+        self.prompts = self.prompts[:count]
+        self._of_iterations = [prompts[:count] for prompts in self._of_iterations]
+
+    @property
+    def rows_move(self) -> bool:
+        """Whether iterations may have different rows."""
+        return bool(self._of_iterations) or self._as_read is not None
+
+    @property
+    def hashes_of_rows(self) -> str | list[str]:
+        """Hash of the rows, as they were read: one, or one an iteration."""
+        if self._of_iterations:
+            return [_hash_of(prompts) for prompts in self._of_iterations]
+        return _hash_of(self.prompts if self._as_read is None else self._as_read)
+
+    @property
+    def _all_prompts(self) -> list[Prompt]:
+        return [prompt for prompts in self._of_iterations or [self.prompts] for prompt in prompts]
 
     @property
     def _module(self) -> Any:
@@ -229,14 +310,19 @@ class RowDataModule(L.LightningDataModule):
         return list(dict.fromkeys([*self.keep_columns, *named]))
 
     def _refuse_less_than_a_batch(self) -> None:
-        num_prompts = self.report["train"].get("sample_of", len(self.prompts))
+        reports = self.report.get("iterations", [self.report])
+        report = min(reports, key=lambda report: report["train"]["prompts"])
+        train = report["train"]
+        num_prompts = train.get("sample_of", train["prompts"])
         if num_prompts * self.examples_per_prompt < self.batch_size:
             answers = f" with {self.examples_per_prompt} answers each" if self.examples_per_prompt > 1 else ""
-            train, num_rows = self.report["train"], self.report["train_data"]["rows_kept"]
+            num_rows = report["train_data"]["rows_kept"]
             refused = train["refused_rows"]["count"]
+            of_iteration = f" in iteration {reports.index(report)}" if len(reports) > 1 else ""
             raise UserError(
-                f"{num_prompts} rows to train on{answers} are fewer than data.batch_size {self.batch_size}: of "
-                f"{num_rows} rows {num_rows - train['rows']} are held out and {train['long_prompts']['count']} have "
+                f"{num_prompts} rows to train on{answers}{of_iteration} are fewer than data.batch_size "
+                f"{self.batch_size}: of {num_rows} rows {num_rows - train['rows']} are held out and "
+                f"{train['long_prompts']['count']} have "
                 f"prompts that are too long{f', {refused} are refused by the chat template' if refused else ''}. "
                 "Lower data.batch_size, or give more rows."
             )
@@ -247,7 +333,7 @@ class RowDataModule(L.LightningDataModule):
         Raises:
             UserError: The longest prompt and the longest response do not fit.
         """
-        longest = max(len(prompt.prompt_ids) for prompt in [*self.prompts, *self.val_prompts])
+        longest = max(len(prompt.prompt_ids) for prompt in [*self._all_prompts, *self.val_prompts])
         longest += self.max_response_tokens
         if longest > limit:
             takes, mend = f"the model takes {limit}", ""
@@ -331,7 +417,7 @@ class RowDataModule(L.LightningDataModule):
             )
         }
         noted |= {"also_trained_on": Tally()} if part == "held_out" else {}
-        trained_on = {prompt_key(prompt.row) for prompt in self.prompts} if rows and part == "held_out" else set()
+        trained_on = {prompt_key(prompt.row) for prompt in self._all_prompts} if rows and part == "held_out" else set()
         prompts: list[Prompt] = []
         encoded_rows = self.encoder.encode_rows((row for _, row in rows), self.max_response_tokens)
         others: Iterable[Encoded | UserError | None] = repeat(None, len(rows))
@@ -388,7 +474,7 @@ class RowDataModule(L.LightningDataModule):
 
     @property
     def prompts_hash(self) -> str:
-        """Hash of all training prompts and responses as token ids, and of what else of their rows is used."""
+        """Hash of the iteration's prompts and responses as token ids, and of what else of their rows is used."""
         return _hash_of(self.prompts)
 
     @property

@@ -397,8 +397,7 @@ def open_source(name: str, split: str, revision: str | None) -> Source:
     base, _, behind = name.rpartition(":")
     if behind and not path.exists() and _kind_of(Path(base))[0] in (".json", ".jsonl", ".ndjson"):
         path, key = Path(base).expanduser(), behind
-    looks_local = name.startswith((".", "/", "~")) or _kind_of(path)[0] or glob.has_magic(name)
-    if not path.exists() and not looks_local:
+    if not path.exists() and not (looks_local(name) or looks_local(str(path))):
         source.records = _read_hub(name, split, revision)
         return source
     if revision is not None:
@@ -416,3 +415,13 @@ def open_source(name: str, split: str, revision: str | None) -> Source:
     if not is_split_used and split != "train":
         source.notes.append(f"split {split!r} is ignored, there are no splits here")
     return source
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be that of data on this machine, whether or not they are there.
+
+    Example:
+        >>> looks_local("rows.jsonl"), looks_local("HuggingFaceH4/ultrachat_200k")
+        (True, False)
+    """
+    return name.startswith((".", "/", "~")) or bool(_kind_of(Path(name))[0]) or glob.has_magic(name)

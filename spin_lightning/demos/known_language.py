@@ -119,6 +119,8 @@ class Laboratory:
         settings: Sizes and settings.
 
     Attributes:
+        held_out: The prompts that no row has.
+        encoder: How prompts and responses become tokens.
         before: The pre-trained model's distance.
         start: Folder of the model that all arms start from.
     """
@@ -127,11 +129,12 @@ class Laboratory:
         self.folder, self.settings = folder, settings
         shutil.rmtree(folder, ignore_errors=True)
         language, seed = settings.language, settings.seed
-        held_out = language.draw_prompts(settings.held_out_prompts, seed)
+        self.held_out = held_out = language.draw_prompts(settings.held_out_prompts, seed)
         prompts = language.draw_prompts(language.num_prompts - len(held_out), seed + 1, without=held_out)
         self.rows = language.rows(prompts[: settings.many.num_rows], seed + 2)
         random = save_start(language, folder / "random", seed, hidden_size=settings.hidden_size)
-        self.distance = ExactDistance(language, held_out, Encoder(load_tokenizer(random)))
+        self.encoder = Encoder(load_tokenizer(random))
+        self.distance = ExactDistance(language, held_out, self.encoder)
 
         other = replace(language, probabilities=settings.pretraining_law).rows(prompts, seed + 3)
         data = self._data("pretraining", other, Scale(len(other), 1, 1, 1, settings.pretraining_batch_size))
@@ -204,7 +207,7 @@ def play(folder: str | Path = "runs/lab", *, settings: Settings | None = None) -
     began = time.monotonic()
     rules = ", ".join(f"{rule} {p:g}" for rule, p in zip(RULES, settings.language.probabilities, strict=True))
     say(f"language: {settings.language.num_prompts} prompts of {settings.language.length} digits; answers: {rules}")
-    with _quiet(log):
+    with quiet(log):
         laboratory = Laboratory(folder / "work", settings)
     results = _run(laboratory, settings, log)
     said = conclusions(results)
@@ -248,7 +251,7 @@ def _run(laboratory: Laboratory, settings: Settings, log: Path) -> list[Result]:
     """All arms, the games of a regime before its SFT, which takes its number of updates from them."""
     results: list[Result] = []
     for arm in sorted(settings.arms, key=lambda arm: arm.beta is None):
-        with _quiet(log):
+        with quiet(log):
             if arm.beta is not None:
                 result = laboratory.spin(arm)
             else:
@@ -292,7 +295,7 @@ def _fit(
 
 
 @contextlib.contextmanager
-def _quiet(log: Path) -> Iterator[None]:
+def quiet(log: Path) -> Iterator[None]:
     """Send the output of many small runs to a log, and compute on one thread: the matrices are too small for two."""
     logger = logging.getLogger("lightning.pytorch")
     level, threads = logger.level, torch.get_num_threads()

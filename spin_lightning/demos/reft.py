@@ -23,6 +23,9 @@ from spin_lightning.types import UserError
 
 MAX_NEW_TOKENS = 48
 WARM_UP_UPDATES = 24
+ITERATIONS = 20
+#: More would be hundreds of epochs.
+MOST_CONTROL_UPDATES = 1000
 CONTROL = "control: more SFT"
 
 
@@ -48,7 +51,8 @@ def play(folder: str = "runs/reft", model: str | None = None, *overrides: str) -
     if known != base:
         raise UserError(f"{root} holds the demo of {known!r}, got {base!r}. Give this demo another folder.")
     precision = [] if has_bf16_units() else ["--trainer.precision", "32-true"]
-    data = ["--data.train_data", str(train), "--data.val_data", str(held_out), *precision, *overrides]
+    data = ["--data.train_data", str(train), "--data.val_data", str(held_out), "--trainer.accelerator", "cpu"]
+    data += [*precision, *overrides]
     sft = [
         "--data.batch_size",
         "16",
@@ -64,12 +68,12 @@ def play(folder: str = "runs/reft", model: str | None = None, *overrides: str) -
     start, warm_up = str(root / "sft" / "policy"), read_json(root / "sft" / "summary.json")
     say_step("2/4  PPO: it learns from its own responses, by whether their last number is right")
     ppo = ["--model.model_name_or_path", start, "--rollouts.output_dir", str(root / "ppo")]
-    run_step("ppo", "reft_demo.yaml", *ppo, *data)
+    run_step("ppo", "reft.yaml", *ppo, "--rollouts.iterations", str(ITERATIONS), "--rollouts.eval_every", "0", *data)
     iterations = read_json(root / "ppo" / "rollouts.json")["iterations"]
     seconds = sum(sum(iteration["seconds"].values()) for iteration in iterations)
     say_step("3/4  The control: SFT goes on from the same model for as many seconds")
     updates = math.ceil(warm_up["updates"] * seconds / max(warm_up["seconds"], 1e-9))
-    sft_on(start, root / "control", max(1, updates), sft)
+    sft_on(start, root / "control", min(max(1, updates), MOST_CONTROL_UPDATES), sft)
     for name in ("sft", "ppo", "control"):
         shutil.rmtree(root / name / "checkpoints", ignore_errors=True)  # the exported model is what is wanted
 

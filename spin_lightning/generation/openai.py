@@ -154,7 +154,7 @@ class ServedGenerator(ResponseGenerator):
         is_over = is_over or threading.Event()
         for pause in (*PAUSES, None):
             try:
-                return self.server.ask(path, body, self.timeout_seconds)
+                return self.server.ask(path, body, self.timeout_seconds, is_over)
             except Refused as refusal:
                 raise self._make_error(f"answered with {refusal}", "See that it is a vLLM of this opponent.") from None
             except Unanswered as error:

@@ -6,6 +6,7 @@ shard's content is in the store's binding; nothing else may.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ class PairMaker:
         """
         starts = range(0, len(self.prompts), self.shard_size)
         sources = range(self.iteration - 1, max(-1, self.iteration - 1 - history), -1)
-        names = [self._shard_name(source, start) for source in (self.iteration, *sources) for start in starts]
+        of_earlier = {source: _own_shards(earlier[source], source) for source in sources}
+        names = [*(self._shard_name(self.iteration, start) for start in starts), *itertools.chain(*of_earlier.values())]
         own = processes.deal(starts)
         done = [store.has_shard(self._shard_name(self.iteration, start)) for start in own]
         total = sum(len(self.prompts[start : start + self.shard_size]) for start in own) * self.answers_per_prompt
@@ -110,12 +112,12 @@ class PairMaker:
                     store.write_shard(
                         self._shard_name(self.iteration, start), self._make_pairs(prompts, earlier, phase)
                     )
-            for source in sources:
-                for start in track(own, f"scoring the pairs of iteration {source}", len(own), "shards"):
-                    name = self._shard_name(source, start)
+            for source, all_shards in of_earlier.items():
+                shards = processes.deal(all_shards)
+                for name in track(shards, f"scoring the pairs of iteration {source}", len(shards), "shards"):
                     if not store.has_shard(name):
                         self.poll()
-                        store.write_shard(name, self._rescore(earlier[source].read_shard(name), store, start))
+                        store.write_shard(name, self._rescore(name, earlier[source], store))
         return names
 
     @staticmethod
@@ -168,16 +170,16 @@ class PairMaker:
             rows = self.rank(rows, self._read_real_rewards(prompts))
         return self._score_rows(rows)
 
-    def _rescore(self, table: pa.Table, store: PairStore, start: int) -> list[dict[str, Any]]:
-        """Rows of an earlier iteration as this one's opponent sees them. It has scored the real responses already."""
-        if not self.keeps_real:
-            return self._score_rows(table.to_pylist(), is_sampled=False)
-        own = store.read_shard(
-            self._shard_name(self.iteration, start), ["prompt_id", "opponent_real_log_prob", "initial_real_log_prob"]
-        )
+    def _rescore(self, name: str, earlier: PairStore, store: PairStore) -> list[dict[str, Any]]:
+        """Rows of an earlier iteration as this one's opponent sees them."""
+        rows = earlier.read_shard(name).to_pylist()
+        if not (self.keeps_real and _have_same_rows(earlier, store)):
+            return self._score_rows(rows, is_sampled=False)
+        # the real responses are the same, and scored already
+        own_name = self._shard_name(self.iteration, int(name.removesuffix(".parquet").rpartition("-")[2]))
+        own = store.read_shard(own_name, ["prompt_id", "opponent_real_log_prob", "initial_real_log_prob"])
         known = {row.pop("prompt_id"): row for row in own.to_pylist()}
-        rows = [{**row, **known[row["prompt_id"]]} for row in table.to_pylist()]
-        return self._score_rows(rows, ["generated"], is_sampled=False)
+        return self._score_rows([{**row, **known[row["prompt_id"]]} for row in rows], ["generated"], is_sampled=False)
 
     def _score_rows(
         self, rows: list[dict[str, Any]], sides: Sequence[str] = ("real", "generated"), is_sampled: bool = True
@@ -206,7 +208,7 @@ class PairMaker:
         """What the real responses to these prompts were said to be worth in an earlier iteration."""
         if self.judged is None:
             return {}
-        name = self._shard_name(self.judged.binding["iteration"], prompts[0].prompt_id)
+        name = self._shard_name(self.judged.binding["iteration"], prompts[0].prompt_id - self.prompts[0].prompt_id)
         table = self.judged.read_shard(name, ["prompt_id", "real_reward"])
         return dict(zip(table["prompt_id"].to_pylist(), table["real_reward"].to_pylist(), strict=True))
 
@@ -248,6 +250,17 @@ def add_log_probs(
                 for side, response in zip(sides, place, strict=True):
                     rows[index][f"{player}_{side}_log_prob"] = values[response]
             phase.advance(len(indices), tokens=len(batch.input_ids))
+
+
+def _have_same_rows(store: PairStore, other: PairStore) -> bool:
+    """Whether two iterations have the same prompts and real responses."""
+    return bool(store.binding.get("prompts_sha256") == other.binding.get("prompts_sha256"))
+
+
+def _own_shards(store: PairStore, iteration: int) -> list[str]:
+    """The names of the shards with responses that were generated in this iteration."""
+    names = [str(shard["file"]) for shard in store.manifest["shards"]]
+    return [name for name in names if name.startswith(f"iteration_{iteration}-")]
 
 
 def own_pairs(table: pa.Table, iteration: int) -> pa.Table:

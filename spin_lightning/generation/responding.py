@@ -104,6 +104,8 @@ class Responder:
                 f"gave {response.log_prob!r} as log_prob, which must be a finite number of nats (a model with NaN "
                 "or infinite weights gives none)"
             )
+        if response.log_probs is not None and len(response.log_probs) != len(ids):
+            raise self._make_error(f"gave {len(response.log_probs)} log_probs to an answer of {len(ids)} tokens")
         return number, response
 
     def _make_error(self, what: str) -> UserError:

@@ -95,10 +95,12 @@ class Server:
         else:
             raise UserError(f"the URL of a server must be such as 'http://localhost:8000', got {url!r}.")
 
-    def ask(self, path: str, body: Any = None, seconds: float = 600.0) -> Any:
+    def ask(self, path: str, body: Any = None, seconds: float = 600.0, is_over: threading.Event | None = None) -> Any:
         """What the server answers: to a POST of ``body`` as JSON, or without one to a GET. None if it says nothing.
 
         A key in the environment variable ``key_variable``, by default one that vLLM's server reads too, is sent along.
+
+        ``is_over``, set before ``hang_up``, ends a request too that begins while that is called.
 
         Raises:
             Unanswered: It cannot be reached, has not answered after ``seconds``, is overloaded or has failed.
@@ -111,6 +113,10 @@ class Server:
         with self._lock:
             self._under_way.add(connection)
         try:
+            connection.connect()
+            with self._lock:  # who hung up meanwhile found no socket
+                if connection not in self._under_way or (is_over is not None and is_over.is_set()):
+                    raise Unanswered(f"no answer to {path} (nobody waits for it)")
             text = None if body is None else json.dumps(body)
             connection.request("GET" if body is None else "POST", self.prefix + path, text, headers)
             answer = connection.getresponse()
@@ -143,6 +149,7 @@ class Server:
                 if (sock := connection.sock) is not None:
                     with suppress(OSError):
                         sock.shutdown(socket.SHUT_RDWR)
+            self._under_way.clear()
 
 
 def _shorten(text: str) -> str:

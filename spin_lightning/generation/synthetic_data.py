@@ -27,8 +27,8 @@ class SyntheticDataModule(RowDataModule):
     Args:
         train_data: A file (JSON, JSONL, CSV, TSV, Parquet; also .gz or .zst), a folder, or a hub name. Several: a map
             from each to its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random
-            half, 2 each row twice.
-        val_data: The same, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
+            half, 2 each row twice. A target that moves: a list with one source, or such a map, an iteration.
+        val_data: One source or such a map, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
         generator: What answers the prompts, with its settings: ``ContinuousGenerator``, ``TransformersGenerator``,
             ``VLLMGenerator`` (its ``python`` has vLLM), ``OpenAIGenerator`` (its ``url`` is a vLLM's), or the class
             path of your own. Its ``max_new_tokens`` also caps the real responses.
@@ -49,10 +49,11 @@ class SyntheticDataModule(RowDataModule):
     """
 
     cap_setting = "data.generator.max_new_tokens"
+    has_iterations = True
 
     def __init__(
         self,
-        train_data: str | dict[str, float],
+        train_data: str | dict[str, float] | list[str | dict[str, float]],
         val_data: str | dict[str, float] | None = None,
         generator: ResponseGenerator | None = None,
         answers_per_prompt: int = 1,
@@ -74,7 +75,8 @@ class SyntheticDataModule(RowDataModule):
                 f"{generator.max_new_tokens!r}: real and generated responses are cut at one length, or their lengths "
                 "would give the generated ones away. Set data.generator.max_new_tokens alone."
             )
-        super().__init__(train_data, val_data, max_response_tokens=generator.max_new_tokens, **rows)
+        source: Any = train_data  # the base takes a list of a class that has iterations
+        super().__init__(source, val_data, max_response_tokens=generator.max_new_tokens, **rows)
         refuse_below(1, answers_per_prompt=answers_per_prompt)
         refuse_below(0, history=history)
         self.generator = generator
@@ -115,5 +117,7 @@ class SyntheticDataModule(RowDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Pairs of the iteration the next epoch belongs to; without a game, the real responses."""
         if self.game is None:
+            if isinstance(self.train_data, list):
+                raise UserError("data.train_data is a list with one source an iteration, and nothing plays iterations.")
             return super().train_dataloader()
         return self._serve(self.game.ensure_iteration(), self.keep_prompts_together)

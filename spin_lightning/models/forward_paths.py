@@ -447,6 +447,8 @@ def _choose_forward_path(model: nn.Module, paths: Sequence[tuple[Read, str, str]
                 differences = (_token_log_probs(chosen, model, probe) - expected).abs()
                 totals = differences.new_zeros(len(probe)).index_add(0, probe.response_index, differences)
                 difference = float((totals / probe.response_lengths).max())
+                if find_compiled_layer in fused:
+                    _try_backward(chosen, model)
             except Exception as error:  # whatever a model's code does when it is used otherwise than it expects
                 reason = name_error(error)
             else:
@@ -463,6 +465,14 @@ def _choose_forward_path(model: nn.Module, paths: Sequence[tuple[Read, str, str]
             f"its log-probs take a longer forward path: {taken}."
         )
     return chosen
+
+
+def _try_backward(path: ForwardPath, model: nn.Module) -> None:
+    """Compute a gradient: ``torch.compile`` makes a pass with gradients apart from that without, and may fail there."""
+    first = next((weight for weight in model.parameters() if weight.requires_grad), None)
+    if first is not None:  # else nobody asks for gradients
+        with torch.inference_mode(False), torch.enable_grad():  # in which nothing of inference can be kept
+            torch.autograd.grad(_token_log_probs(path, model, _make_probe(model)).sum(), first, allow_unused=True)
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def settings_of(trainer: L.Trainer, module: Any, data: Any, optimizer: torch.opt
         f"data.generator.{key}": value for key, value in (generator.sampling if generator is not None else {}).items()
     }
     if data.prompts:
-        hashes = (data.prompts_hash, data.held_out_hash, data.encoder.fingerprint)
+        hashes = (data.hashes_of_rows, data.held_out_hash, data.encoder.fingerprint)
         found |= dict(zip(OF_DATA, hashes, strict=True))
     parts = _parts_of(trainer, module, data)
     for prefix, part in parts.items():

@@ -5,6 +5,7 @@ epoch about to begin, which is the moment a new iteration starts.
 
 Any callback may define the game's hooks; they are called where they exist:
 ``on_iteration_start(trainer, module, iteration)``,
+``on_iteration_resumed(trainer, module, iteration)``, where it continues after training steps: bring back what was set,
 ``on_generation_end(trainer, module, iteration, store, report)``,
 ``on_iteration_end(trainer, module, iteration, summary)``.
 """
@@ -155,7 +156,7 @@ class IterationClock(HoldsFolder):
 
     def shorten(self, data: Any, batches: int) -> None:
         """Leave so few prompts that a trial of some batches is over at once."""
-        data.prompts = data.prompts[: data.batch_size * batches]
+        data.shorten(data.batch_size * batches)
 
     def refuse_unplayable(self, trainer: Any, module: Any) -> None:
         """Refuse what would break the run, before anything is loaded. Extend it.
@@ -234,8 +235,9 @@ class IterationClock(HoldsFolder):
         started = time.monotonic()
         if any(isinstance(callback, RunCheckpoint) for callback in self.trainer.checkpoint_callbacks):
             signals.listen()
-        if is_fresh:  # before all that depends on what a callback may set
-            notify(self.trainer, "on_iteration_start", number)
+        self.trainer.datamodule.begin_iteration(number)
+        # before all that depends on what a callback may set
+        notify(self.trainer, "on_iteration_start" if is_fresh else "on_iteration_resumed", number)
         if is_fresh and self.reset_optimizer:  # new ones are made when its first epoch starts; pairs need the memory
             internals.forget_optimizers(self.trainer)
         iteration = self._make_iteration(number)
@@ -490,6 +492,7 @@ def refuse_unplayable(clock: IterationClock, trainer: Any, module: Any) -> None:
             f"{name} needs a SyntheticDataModule, got {type(data).__name__}. Use trainer.fit(module, "
             "SyntheticDataModule(...))."
         )
+    check_schedule("data.train_data", data.train_data, clock.iterations)
     processes.refuse_strategy(trainer)
     if trainer.reload_dataloaders_every_n_epochs != 1:
         raise UserError(

@@ -17,6 +17,7 @@ from spin_lightning.models.saving import save_model
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import was_cut_short
+from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
 
 
@@ -87,6 +88,12 @@ class ExportPolicy(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = dict(state)
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The held-out NLL of the model that training starts from."""
+        start = starting_metrics(trainer)
+        if start and not trainer.fast_dev_run and processes.is_first():  # type: ignore[attr-defined]
+            write_json(self.output_dir / "start.json", start)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()

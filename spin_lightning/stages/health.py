@@ -46,6 +46,10 @@ NOTABLE: dict[str, tuple[float, str]] = {
 UNTRAINED_CRITIC = 10
 
 
+#: A reward of the chosen responses that is nearer to 0 than this needs no remark.
+LEAST_FALL = 0.01
+
+
 class Health(L.Callback):
     """Reads real-response reward, accuracy, lengths, clipped and identical shares, and held-out NLL each iteration.
 
@@ -217,7 +221,7 @@ def remarks_on_preferences(report: Mapping[str, Any]) -> list[str]:
         )
     if report["chosen_cut"] > 0.05 * report["pairs"]:
         remarks.append(
-            f"{report['chosen_cut'] / report['pairs']:.0%} of the chosen answers are cut at the cap and never end: "
+            f"{report['chosen_cut'] / report['pairs']:.0%} of the chosen answers are cut and never end: "
             "raise data.max_response_tokens, or leave them out with data.too_long: drop"
         )
     return remarks
@@ -233,7 +237,7 @@ def remarks_on_rewards(metrics: Mapping[str, float], report: Mapping[str, Any], 
     """
     remarks = []
     chosen, rejected, accuracy = (metrics[f"rewards/{name}"] for name in ("real", "generated", "accuracies"))
-    if loss.reference is not None and chosen < 0:
+    if loss.reference is not None and chosen < -LEAST_FALL:
         both = f", and so are the rejected ones ({rejected:.3f})" if rejected < 0 else ""
         remarks.append(
             f"the chosen answers are less likely than at the start (reward {chosen:.3f}){both}. A pair's loss asks for "

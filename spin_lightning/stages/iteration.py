@@ -203,9 +203,7 @@ class SpinIteration(Iteration):
         data.refuse_longer_than(getattr(model.config, "max_position_embeddings", math.inf))
         refuse_crossing(model, [len(prompt.prompt_ids) for prompt in data.prompts], data.generator.max_new_tokens)
         depends_on = self._depends_on()
-        combined = set(range(max(0, number - data.history), number))
-        for k in combined | ({0} if self.loss.needs_initial_response and number else set()):
-            refuse_other_binding(self._pairs_of(k), depends_on, ("prompts_sha256", "encoding_sha256", *self._layout))
+        self._refuse_other_rows(depends_on)
         refuse_broken_chain([self._pairs_of(k) for k in range(number - 1, -1, -1)], known)
         weights = weights_hash(model)
         processes.refuse_different(weights, f"the weights at the start of iteration {number}")
@@ -218,6 +216,24 @@ class SpinIteration(Iteration):
         }
         kind = PairStore if self.run.ranking is None else RankedPairStore
         return kind(self.folder / "pairs", binding)
+
+    def _refuse_other_rows(self, depends_on: Mapping[str, Any]) -> None:
+        """Make sure that the pairs of earlier iterations can be combined with these.
+
+        Raises:
+            UserError: They were made with other settings; or of other rows, where rows stay or have to.
+        """
+        data, number = self.run.data, self.number
+        of_rows = () if data.rows_move else ("prompts_sha256",)
+        combined = set(range(max(0, number - data.history), number))
+        needs_first = self.loss.needs_initial_response and number > 0
+        for k in combined | ({0} if needs_first else set()):
+            refuse_other_binding(self._pairs_of(k), depends_on, (*of_rows, "encoding_sha256", *self._layout))
+        if needs_first and self._pairs_of(0).binding["prompts_sha256"] != depends_on["prompts_sha256"]:
+            raise UserError(
+                f"{type(self.loss).__name__} compares with the responses of iteration 0 to the same prompts, and the "
+                f"rows of iteration {number} are others. Give all iterations the same rows, or take another loss."
+            )
 
     def _reopen(self, known: str | None) -> PairStore:
         """Back in the middle of the iteration: the pairs and the opponent are those it began with."""

@@ -460,6 +460,11 @@ class PolicyModule(L.LightningModule):
         total = self.steps_per_iteration
         if math.isinf(total):
             return 0.0
+        if total < 0 and self.lr_schedule != "constant":
+            raise UserError(
+                "trainer.max_epochs -1 and nothing else gives the schedule of the learning rate no length. Give a "
+                "number of epochs or of updates, or set model.lr_schedule: constant."
+            )
         warmup = round(self.warmup_ratio * total)
         if step < warmup:
             return (step + 1) / (warmup + 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spin_lightning.advantages import Advantage, Gae, sum_by_response
 from spin_lightning.models.forward_paths import rounding_of, token_log_probs
-from spin_lightning.models.loading import ModelOrName, check_model, load_policy
+from spin_lightning.models.loading import ModelOrName, check_model, disable_dropout, load_policy
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import evaluating
 from spin_lightning.ppo_loss import clipped_ratio_losses, is_clipped, k3, value_losses
@@ -178,7 +178,11 @@ class PpoLightningModule(IterativeModule):
                 f"model.critic {self.critic!r} knows {rows[0]} tokens, and the policy {rows[1]}: it reads the policy's "
                 "ids, so it must have the same tokenizer."
             )
-        return model
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if not self.dropout:
+            disable_dropout(model)
+        return model.train()
 
     def shard(self) -> None:
         raise UserError("ppo does not shard weights. Set trainer.strategy: ddp, or auto with trainer.devices: 1.")

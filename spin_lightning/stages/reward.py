@@ -310,6 +310,10 @@ def _refuse_cutting(settings: Any) -> None:
         raise UserError("trainer.max_epochs and max_steps must be at least 1, got 0: nothing would be trained.")
 
 
+def _find_exported(folder: Path) -> Path:
+    return folder / "reward_model"
+
+
 #: ``spin-lightning reward``.
 STAGE = Stage(
     module="spin_lightning.stages.reward.RewardLightningModule",
@@ -326,4 +330,6 @@ STAGE = Stage(
     },
     defaults={"trainer.max_epochs": 1, "data.too_long": "drop", "export.output_dir": "runs/reward"},
     refuse=_refuse_cutting,
+    exported=_find_exported,
+    makes_policy=False,
 )

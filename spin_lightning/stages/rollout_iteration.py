@@ -186,7 +186,7 @@ class PpoIteration(Iteration):
     def _depends_on(self) -> dict[str, Any]:
         """What responses depend on beside the weights."""
         data, run = self.run.data, self.run
-        chosen = [[prompt.prompt_id, prompt.prompt_ids, answer] for prompt, answer in self._wanted]
+        chosen = [[prompt.prompt_id, prompt.prompt_ids, prompt.real_ids, answer] for prompt, answer in self._wanted]
         columns = [json.dumps(prompt.row.columns, sort_keys=True, default=str) for prompt, _ in self._wanted]
         return {
             "prompts_sha256": sha256_of(chosen),

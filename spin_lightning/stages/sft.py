@@ -52,7 +52,10 @@ class SftLightningModule(PolicyModule):
     @property
     def steps_per_iteration(self) -> float:
         """Updates of the whole training, at most ``max_updates``."""
-        return min(super().steps_per_iteration, self.max_updates or math.inf)
+        steps = super().steps_per_iteration
+        if steps < 0 and self.max_updates is not None:  # trainer.max_epochs -1
+            return self.max_updates
+        return min(steps, self.max_updates or math.inf)
 
     def on_train_batch_end(self, *args: Any) -> None:
         self._stop_after_max_updates()

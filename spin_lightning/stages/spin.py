@@ -7,11 +7,14 @@ iteration in ``iteration``. Data sets, templates and sampling are not known here
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from spin_lightning.losses import PairLoss
 from spin_lightning.models.loading import ModelOrName
-from spin_lightning.stages.iteration import Run, SpinIteration
+from spin_lightning.runs.files import read_json
+from spin_lightning.schedule import check_schedule
+from spin_lightning.stages.iteration import Run, SpinIteration, iteration_folder
 from spin_lightning.stages.opponent import OPPONENTS, Opponent
 from spin_lightning.stages.pairs import PairModule
 from spin_lightning.stages.stage import Stage
@@ -86,6 +89,16 @@ def _is_over(game: dict[str, Any], settings: Any) -> bool:
     return not game["ended_because"].startswith("all ") or len(game["iterations"]) >= settings.self_play.iterations
 
 
+def _last_policy(folder: Path) -> Path:
+    """That of the last iteration which was played."""
+    played = len((read_json(folder / "game.json") or {"iterations": [{}]})["iterations"])
+    return iteration_folder(folder, played - 1) / "policy"
+
+
+def _refuse_other_number(settings: Any) -> None:
+    check_schedule("data.train_data", settings.data.train_data, settings.self_play.iterations)
+
+
 def _check_schedules(module: SpinLightningModule, callbacks: Mapping[str, Any]) -> None:
     module.check_schedules(callbacks["self_play"].iterations)
 
@@ -108,5 +121,7 @@ STAGE = Stage(
     },
     links={"trainer.max_epochs": (("self_play.iterations", "self_play.epochs"), _count_epochs)},
     is_over=_is_over,
+    refuse=_refuse_other_number,
     check=_check_schedules,
+    exported=_last_policy,
 )

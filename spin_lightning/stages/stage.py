@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from spin_lightning.types import UserError
@@ -34,6 +35,8 @@ class Stage:
         is_over: Whether a run that wrote ``over_file`` is over, from its content and the settings of this command.
         refuse: Raises a UserError where a run cannot be trained with these settings.
         check: Raises a UserError where the module and the callbacks, by section, do not fit each other.
+        exported: Where a run that is over has left its model, from the run's folder.
+        makes_policy: Whether that is a policy, from which the next stage of a line starts.
     """
 
     module: str
@@ -48,6 +51,8 @@ class Stage:
     is_over: Callable[[Any, Any], bool] = lambda result, settings: True
     refuse: Callable[[Any], None] = lambda settings: None
     check: Callable[[Any, Mapping[str, Any]], None] = lambda module, callbacks: None
+    exported: Callable[[Path], Path] = lambda folder: folder / "policy"
+    makes_policy: bool = True
 
 
 def cap_of(generator: Any) -> dict[str, Any]:

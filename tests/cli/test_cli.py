@@ -15,7 +15,7 @@ from spin_lightning.cli.commands import STAGES, config_folder, main, run
 from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.types import UserError
 
-CONFIGS = sorted(config_folder().glob("*.yaml"))
+CONFIGS = [path for path in sorted(config_folder().glob("*.yaml")) if "\nstages:" not in path.read_text()]
 
 QUICK = [
     "--trainer.accelerator=cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from helpers import save_tiny_model, write_rows
@@ -110,13 +111,45 @@ def test_devices_share_passes_and_batches_stay_as_large(flags):
 
 
 def test_what_does_not_fit_is_told_with_what_would_help(flags, capsys):
-    rows = ["--rows=1000", "--prompt-tokens=20", "--response-tokens=8"]
-    plan.main([*flags, *rows, "--memory=500MiB", "--data.micro_batch_tokens=100000", "--data.batch_size=1000"])
+    rows = ["--rows=10000", "--prompt-tokens=20", "--response-tokens=8"]
+    plan.main([*flags, *rows, "--memory=500MiB", "--data.micro_batch_tokens=200000", "--data.batch_size=10000"])
     printed = capsys.readouterr().out
     assert "DOES NOT FIT" in printed and "what would help" in printed
-    assert re.search(r"training   half of data.micro_batch_tokens, if no row is longer +\d+ MiB", printed)
-    assert "1,000 to train on, 0 held out (assumed)" in printed
+    assert re.search(r"training   data.micro_batch_tokens: 100000 +\d+ MiB", printed)
+    assert "10,000 to train on, 0 held out (assumed)" in printed
     assert max(len(line) for line in printed.splitlines() if "/" not in line) <= 80
+
+
+def test_what_would_help_is_planned_with_and_what_would_not_is_left_out(flags, model):
+    """Each setting by a plan of its own; of a model of 40 million weights."""
+    path = Path(model) / "config.json"
+    larger = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **larger, "num_key_value_heads": 8, "head_dim": 64}))
+    flags = [*flags, "--memory=100GiB", "--data.micro_batch_tokens=16", "--data.generator.batch_size=4096"]
+
+    def planned(*more: str) -> float:
+        return sum(made(flags, *more)["memory"]["training"].values())
+
+    assert made(flags)["advice"] == []
+    needs = planned()
+    advice = {entry["setting"]: entry for entry in made(flags, f"--memory={int(0.9 * needs) >> 20}MiB")["advice"]}
+    assert all(entry["fits"] or entry["takes"] < 0.9 * needs for entry in advice.values())
+    expected = {
+        "trainer.precision: bf16-true": ["--trainer.precision=bf16-true"],
+        "model.adapter: LoraAdapter, r 16": ["--model.adapter.r=16"],
+        "trainer.strategy: fsdp2 on 2 devices": ["--trainer.strategy=fsdp2", "--devices=2"],
+    }
+    for setting, more in expected.items():
+        if setting in advice:
+            assert advice[setting]["takes"] == pytest.approx(planned(*more), rel=0.01), setting
+    assert {"model.adapter: LoraAdapter, r 16", "trainer.strategy: fsdp2 on 2 devices"} <= advice.keys()
+    # passes are as short as the longest row already, and little is left that could be computed again
+    assert not any(name in setting for setting in advice for name in ("micro_batch", "checkpointing"))
+    # of 12 rows no more are answered at once
+    generation = [entry["setting"] for entry in made(flags, "--memory=800MiB")["advice"] if entry["what"] != "training"]
+    assert generation == ["data.generator.batch_size: 8"]
+    few = made(flags, "--data.generator.batch_size=8", "--memory=400MiB")["advice"]
+    assert "generation" not in {entry["what"] for entry in few}  # less than the libraries take
 
 
 def test_an_adapter_that_is_continued_has_the_settings_of_its_folder(tmp_path):
@@ -153,6 +186,7 @@ def test_a_probe_takes_the_time_of_the_run(flags, whole, capsys):
         (["--memory"], "--memory must be a size such as 24GiB or 80GB, got ''"),
         (["--rows=0"], "--rows must be a whole number, at least 1, got '0'"),
         (["--rows=10"], "--rows, --prompt-tokens and --response-tokens stand in for the data together, got only rows"),
+        (["--price-per-hour=2.5"], "--price-per-hour is the price of the time that --probe takes, and there is no"),
         (["--price-per-hour=cheap"], "--price-per-hour must be a number, the price of one device, got 'cheap'"),
         (["--trainer.precision=transformer-engine"], "plan knows no trainer.precision 'transformer-engine'"),
         (["--trainer.strategy=fsdp"], "trainer.strategy 'fsdp' is not one that a run takes"),
@@ -191,6 +225,7 @@ def test_help_names_every_option(capsys):
     ):
         assert f"--{name}" in printed
     assert max(map(len, printed.splitlines())) <= 80
+    assert "within 10 % of ten measurements on an H200" in " ".join(printed.split())
 
 
 def test_dpo_is_planned_with_both_responses_of_a_pair(flags, tmp_path):

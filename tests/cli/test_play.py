@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import several
-import torch
 from games import Game, pairs_of, read, without_seconds
-from several import CONTEXT, environment_of, free_port, run_command, thorough
+from several import Forked, environment_of, free_port, thorough
 
 from spin_lightning import UserError
-from spin_lightning.cli import play
+from spin_lightning.cli import children, play
 from spin_lightning.cli.commands import main
 from spin_lightning.cli.play import find_next, take_options
 
@@ -138,47 +137,6 @@ def flags_of(*args: Any) -> list[str]:
     return ["play", *several.flags_of(*args)[1:]]
 
 
-class Forked:
-    """In the place of ``Popen``: the command of a stage, in a process that need not import everything."""
-
-    commands: list[list[str]] = []
-    #: What is to happen to the stage of a number.
-    fates: dict[int, str] = {}
-
-    def __init__(self, command: Sequence[str], start_new_session: bool) -> None:
-        assert command[0] == sys.executable and start_new_session
-        self.commands.append(list(command))
-        fate = self.fates.get(len(self.commands), "")
-        self.process = CONTEXT.Process(target=_run_stage, args=(list(command[3:]), fate))
-        self.process.start()
-
-    def __enter__(self) -> Forked:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wait()
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)  # type: ignore[arg-type]
-
-    def wait(self) -> int | None:
-        self.process.join()
-        return self.process.exitcode
-
-
-def _run_stage(args: list[str], fate: str) -> None:
-    torch.set_num_threads(1)
-    run_command(args, fate)
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> type[Forked]:
-    monkeypatch.setattr(play.subprocess, "Popen", Forked)
-    monkeypatch.setattr(Forked, "commands", [])
-    monkeypatch.setattr(Forked, "fates", {})
-    return Forked
-
-
 @pytest.fixture(scope="module")
 def fitted(model: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same game, played by ``fit``."""
@@ -260,7 +218,7 @@ def test_where_neither_stage_comes_to_its_end_play_ends(
     model: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(play._Stages, "run", lambda self, command, what: ran.append(what))
+    monkeypatch.setattr(children.Children, "run", lambda self, command, what: ran.append(what))
     main(flags_of(model, rows, tmp_path))
     assert ran == ["the stage generate of iteration 0", "the stage train of iteration 0"]
     assert "neither stage came to its end: something stops them, such as a callback" in capsys.readouterr().out

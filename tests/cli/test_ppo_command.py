@@ -99,6 +99,15 @@ def test_a_reward_is_needed(model: str, rows: str, tmp_path: Path, refusal: Call
     assert "rollouts.reward is missing: what responses are worth. Such as NumberMatch" in refusal(args)
 
 
+def test_check_knows_its_settings_and_plan_says_that_it_does_not(
+    model: str, rows: str, tmp_path: Path, refusal: Callable[[Sequence[str]], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, *settings = ppo_args(model, rows, tmp_path)
+    main(["check", *settings])
+    assert "to train on: 8 rows" in capsys.readouterr().out
+    assert "plan does not know the iterations of ppo" in refusal(["plan", *settings])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [6.0, 9.0, 12.0])
 def test_a_killed_process_continues(model: str, rows: str, tmp_path: Path, seconds: float) -> None:

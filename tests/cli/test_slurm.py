@@ -14,7 +14,7 @@ from spin_lightning.cli.slurm import make_script
 ASKED = ["--nodes", "2", "--gpus-per-node=3", "--partition", "gpu", "--"]
 
 
-@pytest.mark.parametrize("word", ["fit", "play", "sft"])
+@pytest.mark.parametrize("word", ["fit", "play", "sft", "dpo"])
 def test_bash_reads_the_script(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["slurm", *ASKED, word, "--config", "my run.yaml"])
     script = capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_the_job_is_queued_again_when_its_time_was_over(code: int, is_queued: bo
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "what the job runs must follow `--`, one of fit, play, sft with its settings, got ''"),
+        ([], "what the job runs must follow `--`, one of fit, sft, "),
         (["--", "lab"], "got 'lab'"),
         (["--nodes", "0", "--", "fit"], "--nodes must be a whole number, at least 1, got '0'"),
         (["--gpus-per-node=x", "--", "fit"], "--gpus-per-node must be a whole number"),

@@ -178,6 +178,7 @@ def new_pairs(maker: PairMaker) -> list[dict[str, Any]]:
             "gave nan as log_prob, which must be a finite number of nats",
         ),
         (lambda n: [(0, stopped(258, log_prob=None))], "gave None as log_prob"),
+        (lambda n: [(0, Response([258], "stop", -1.0, [-1.0, 0.0]))], "gave 2 log_probs to an answer of 1 tokens"),
     ],
 )
 def test_a_generator_that_gives_something_else_is_named_in_a_sentence(rule: Callable[[int], Any], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import threading
 import time
@@ -10,47 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fake_vllm import Drop, FakeVllm, Sampler, uniform
-from games import Do, Game, Stopped, answers_of, pairs_of, read
+from fake_vllm import Drop, FakeVllm, uniform
+from games import Do, FromModel, Game, Stopped, answers_of, pairs_of, read, serving
 from helpers import load, save_tiny_model, tiny_model
 
 from spin_lightning import OpenAIGenerator, SpinLightningModule, TransformersGenerator, UserError
 from spin_lightning.generation import openai
 from spin_lightning.generation.base import Player, opened
-from spin_lightning.generation.server import Server
+from spin_lightning.generation.server import Server, Unanswered
 from spin_lightning.runs import processes, signals
 from spin_lightning.types import Interrupted
 
 PROMPTS = [[5, 6, 7, number] for number in range(10)]
 SEEDS = [1000 + number for number in range(10)]
 END = 258
-
-
-class FromModel:
-    """Samples by the package's own sampler from a model, as it is in a folder or in memory."""
-
-    def __init__(self, model: Any) -> None:
-        self.lock = threading.Lock()
-        self.become(model)
-
-    def become(self, model: Any) -> None:
-        self.model = (load(model) if isinstance(model, str) else model).eval()
-
-    @torch.no_grad()
-    def __call__(self, prompt: list[int], seed: int, most: int, ends: list[int]) -> tuple[list[int], list[float]]:
-        with self.lock:
-            (response,) = answers_of(TransformersGenerator(most), self.model, [prompt], [seed], ends)
-            ids = response.ids
-            logits = self.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-            return ids, logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-
-
-def serving(sample: Sampler) -> FakeVllm:
-    server = FakeVllm(sample)
-    if isinstance(sample, FromModel):
-        server.reload = sample.become
-    return server
 
 
 #: The scripted server's sockets, which it drops as real ones do, may be collected in a later test.
@@ -408,6 +382,27 @@ def test_urls_as_others_write_them_and_a_key(server: FakeVllm, monkeypatch: pyte
     with pytest.raises(Drop):
         Server(server.url).ask("/version")
     assert seen[0]["Authorization"] == "Bearer canary"
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_request_that_begins_as_the_run_ends_is_not_waited_for(
+    server: FakeVllm, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, is_over = Server(server.url), threading.Event()
+    connect = http.client.HTTPConnection.connect
+
+    def end(connection: Any) -> None:
+        is_over.set()
+        asked.hang_up()
+        connect(connection)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(http.client.HTTPConnection, "connect", end if when == "while" else connect)
+        is_over.set() if when == "before" else None
+        with pytest.raises(Unanswered, match="nobody waits for it"):
+            asked.ask("/version", None, 60.0, is_over)
+    assert "/version" not in server.paths()
+    assert asked.ask("/version") == {"version": "0.32.0"}
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan])

@@ -109,7 +109,7 @@ def test_each_difference_in_what_made_the_pairs_is_named(
         finished_store(tmp_path, [pair()])
     else:
         PairStore(tmp_path, BINDING)
-    with pytest.raises(UserError, match=rf"what differs: {differing}\. Use another self_play\.output_dir"):
+    with pytest.raises(UserError, match=rf"what differs: {differing}\. Use another output_dir"):
         PairStore(tmp_path, {**BINDING, **changes})
 
 

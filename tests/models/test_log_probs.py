@@ -54,9 +54,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin_lightning.models import cpu_memory, forward_paths, head, shared_prompt
 from spin_lightning.models.batches import collate_pairs, pack
+from spin_lightning.models.fused_layers import Fused, fused_class
 from spin_lightning.models.log_probs import pair_log_probs, response_log_probs
 from spin_lightning.types import UserError
 
@@ -962,3 +964,54 @@ def test_prompts_are_shared_in_bf16_true_too() -> None:
         assert forward_paths.is_shared(forward_paths.forward_path_of(model))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Breaking(torch.autograd.Function):
+    """As a layer that compiles in a pass without gradients, and not in one with them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise RuntimeError("backend='inductor' raised: no kernel")
+
+
+@pytest.mark.parametrize("asked_in", [torch.no_grad, torch.inference_mode])
+def test_layers_that_compile_without_gradients_alone_are_computed_as_they_come(
+    asked_in: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_layer(own: Any) -> Any:
+        def compiled(layer: Any, hidden: Tensor, *args: Any, **settings: Any) -> Any:
+            return Breaking.apply(own.forward(layer, hidden, *args, **settings))
+
+        return compiled
+
+    class Compiled(Fused):
+        def forward(self, *args: Any, **settings: Any) -> Any:
+            return compile_layer(type(self).__bases__[1])(self, *args, **settings)
+
+    def find(module: nn.Module) -> Any:
+        is_layer = isinstance(module, GradientCheckpointingLayer)
+        return fused_class(type(module), Compiled) if is_layer else None
+
+    kernel_of = forward_paths.kernel_of
+    choose = lambda model, name: "compiled" if name == "layers" else kernel_of(model, name)  # noqa: E731
+    model, plain, frozen = (tiny_model() for _ in range(3))
+    batch = pack([([1, 2, 3], [[4, 5], [6, 7, 8]])])
+    expected = response_log_probs(plain, batch)
+    monkeypatch.setattr(forward_paths, "kernel_of", choose)
+    monkeypatch.setattr(forward_paths, "find_compiled_layer", find)
+    with asked_in():
+        response_log_probs(model, batch)
+    said = capsys.readouterr().out
+    assert "cannot have its layers compiled (RuntimeError: backend='inductor' raised: no kernel)" in said
+    found = response_log_probs(model, batch)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert not any(isinstance(module, Compiled) for module in model.modules())
+    with asked_in():  # of which no gradient is asked
+        response_log_probs(frozen.requires_grad_(False), batch)
+    assert any(isinstance(module, Compiled) for module in frozen.modules())
+    assert capsys.readouterr().out == ""

@@ -433,14 +433,15 @@ def train_in_float64(model: str, pairs: str, folder: Path, **trainer: Any) -> No
     (folder / f"weights_{made.global_rank}").write_bytes(weight_bits(module.gather_policy()))
 
 
-def train_by_two(model: str, pairs: str, folder: Path) -> None:
-    train_in_float64(model, pairs, folder, devices=2, strategy="ddp")
+def train_by_two(model: str, pairs: str, folder: Path, strategy: str) -> None:
+    train_in_float64(model, pairs, folder, devices=2, strategy=strategy)
 
 
 @thorough
-def test_two_processes_score_and_train_as_one_does(model: str, pairs: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_score_and_train_as_one_does(strategy: str, model: str, pairs: str, tmp_path: Path) -> None:
     train_in_float64(model, pairs, tmp_path / "one")
-    ended = together(tmp_path, train_by_two, model, pairs, tmp_path / "two")
+    ended = together(tmp_path, train_by_two, model, pairs, tmp_path / "two", strategy)
     assert ended.codes == [0, 0], ended.printed
     one = json.loads((tmp_path / "one" / "losses_0.json").read_text())
     for rank in (0, 1):

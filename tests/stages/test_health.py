@@ -18,6 +18,7 @@ from spin_lightning import (
     SpinLoss,
     TSpinLoss,
 )
+from spin_lightning.stages.health import remarks_on_preferences, remarks_on_rewards
 
 
 def situation(**changes: float) -> dict[str, Any]:
@@ -244,3 +245,36 @@ def test_a_hacked_reward_may_end_the_run() -> None:
         "harm: the held-out reward falls while the reward rises"
     ]
     assert remarks_on({}, hacked)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"longer_wins": 0.7}, ["the longer answer is the better one in 70% of the pairs: length alone tells them"]),
+        ({"longer_wins": 0.1}, ["the shorter answer is the better one in 90% of the pairs"]),
+        ({"chosen_cut": 3}, ["30% of the chosen answers are cut and never end"]),
+    ],
+)
+def test_what_recorded_pairs_tell_before_training(changes: dict[str, Any], said: list[str]) -> None:
+    report = {"pairs": 10, "longer_wins": 0.5, "chosen_mean_length": 9.0, "rejected_mean_length": 6.0, "chosen_cut": 0}
+    found = remarks_on_preferences({**report, **changes})
+    assert [remark[: len(words)] for remark, words in zip(found, said, strict=True)] == said
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "accuracy", "longer", "words"),
+    [
+        (0.2, -0.3, 0.9, 0.5, None),
+        (-0.001, -0.3, 0.9, 0.5, None),
+        (-0.4, -0.9, 0.9, 0.5, "less likely than at the start (reward -0.400), and so are the rejected ones (-0.900)"),
+        (-0.4, 0.1, 0.9, 0.5, "less likely than at the start (reward -0.400). A pair's loss asks for their difference"),
+        (0.1, -0.2, 0.62, 0.7, "the policy tells 62% of the pairs apart, and their lengths alone tell 70%"),
+    ],
+)
+def test_what_rewards_of_recorded_pairs_tell(
+    chosen: float, rejected: float, accuracy: float, longer: float, words: str | None
+) -> None:
+    metrics = {"rewards/real": chosen, "rewards/generated": rejected, "rewards/accuracies": accuracy}
+    found = remarks_on_rewards(metrics, {"longer_wins": longer}, SpinLoss())
+    assert len(found) == (words is not None) and (words or "") in "".join(found)

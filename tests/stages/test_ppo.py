@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from games import Do, DoLast, Recorder, Stopped, read, weight_bits, without_seconds
 from helpers import QUIET, load, log_prob_by_hand, save_tiny_model
 from safetensors.torch import load_file
+from several import thorough, together
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from spin_lightning import (
@@ -36,9 +38,10 @@ from spin_lightning import (
 from spin_lightning.generation.answer_store import AnswerStore
 from spin_lightning.models.batches import collate_rollouts
 from spin_lightning.rewards.base import Answer
-from spin_lightning.stages import rollout_iteration
+from spin_lightning.stages import export, rollout_iteration
 from spin_lightning.stages.critic import Critic
 from spin_lightning.stages.rollout_iteration import prompts_of_iteration
+from spin_lightning.types import Response
 
 
 class Vowels(Reward):
@@ -253,6 +256,31 @@ def test_responses_that_teach_nothing_are_counted_and_not_computed() -> None:
     assert len(collate_rollouts(rollout_rows(True), 1000)[0]) == 6
 
 
+def test_a_token_that_the_sampler_found_likelier_weighs_less(model: str) -> None:
+    """Truncated importance sampling: min(pi_old / sampler, cap)."""
+    module = PpoLightningModule(model, sampler_cap=2.0)
+    rows = rollout_rows(True)
+    for row in rows:
+        row["sampler_log_probs"] = [value + 0.5 for value in row["log_probs"]]
+    rows[0]["sampler_log_probs"] = [value - 3.0 for value in rows[0]["log_probs"]]
+    (part,) = collate_rollouts(rows, 1000)
+    weights = module._sampler_weights(part)
+    assert weights.tolist() == pytest.approx([2.0] * 3 + [math.exp(-0.5)] * 13)
+
+
+def test_a_cap_needs_log_probs_token_by_token(model: str, rows: str, tmp_path: Path) -> None:
+    class SumsAlone(ContinuousGenerator):
+        def generate(self, *args: Any) -> Any:
+            for index, response in super().generate(*args):
+                yield index, Response(response.ids, response.finish_reason, response.log_prob)
+
+    data = {"generator": SumsAlone(max_new_tokens=6)}
+    with pytest.raises(UserError, match="SumsAlone gives their sum alone"):
+        Run(model, rows, tmp_path / "a", module={"sampler_cap": 2.0}, data=data).play()
+    Run(model, rows, tmp_path / "b", data=data, rollouts={"iterations": 1}).play()
+    assert answers_of(tmp_path / "b", 0)[0]["sampler_log_probs"] is None
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +351,22 @@ def test_it_continues_bit_for_bit_from_every_state(
     assert not [*tmp_path.glob("*.set_aside")]
     # whatever was stored is not asked about again: at most a shard of two prompts is
     assert first.reward.asked + second.reward.asked <= plain.reward.asked + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
+def test_it_continues_between_an_export_and_its_summary(
+    model: str, rows: str, tmp_path: Path, plain: Any, after: bool
+) -> None:
+    each = {"rollouts": {"export_every": 1}, "checkpoint": {"every_n_iterations": 2}}
+    with pytest.raises(Stopped), Breaks(export, "write_json", 2, after=after):
+        Run(model, rows, tmp_path, **each).play()
+    assert (tmp_path / "iteration_1" / "policy").exists()
+    second = Run(model, rows, tmp_path, **each).play()
+    assert weight_bits(second.module) == weight_bits(plain.module)
+    assert state_of(tmp_path) == state_of(plain.folder)
+    for number in range(3):
+        assert load_file(tmp_path / f"iteration_{number}" / "critic.safetensors")["head"].any()
 
 
 def test_after_a_kill_stored_responses_are_trained_on_again(model: str, rows: str, tmp_path: Path, plain: Any) -> None:
@@ -558,3 +602,27 @@ def test_dropout_is_named_at_the_first_step(rows: str, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", attention_dropout=0.5)
     with pytest.raises(UserError, match="the policy is random"):
         Run(folder, rows, tmp_path / "run", module={"dropout": True}).play()
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def play_in_processes(model: str, rows: str, folder: Path, strategy: str = "") -> None:
+    several = {"devices": 2, "strategy": strategy} if strategy else {}
+    settings = {"advantage": Gae(0.95), "learning_rate": 1e-3, "value_scale": 1.0}
+    Run(model, rows, folder, module=settings, data={"micro_batch_tokens": 64}, trainer=several).play()
+
+
+@thorough
+def test_two_processes_learn_what_one_does(model: str, rows: str, tmp_path: Path) -> None:
+    play_in_processes(model, rows, tmp_path / "one")
+    assert together(tmp_path, play_in_processes, model, rows, tmp_path / "two", "ddp").codes == [0, 0]
+    tables = [[answers_of(tmp_path / name, number) for number in range(3)] for name in ("one", "two")]
+    for mine, theirs in zip(*tables, strict=True):
+        assert [row["response_ids"] for row in mine] == [row["response_ids"] for row in theirs]
+        assert [row["reward"] for row in mine] == [row["reward"] for row in theirs]
+        for row, other in zip(mine, theirs, strict=True):
+            assert row["values"] == pytest.approx(other["values"], abs=1e-4)
+    one, two = (load(tmp_path / name / "policy").state_dict() for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=0)

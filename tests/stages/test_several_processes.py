@@ -18,12 +18,23 @@ import lightning as L
 import pytest
 import torch
 from filelock import FileLock
-from games import Do, DoLast, Game, Stopped, pairs_of, read, weight_bits, without_seconds
+from games import (
+    Do,
+    DoLast,
+    FromModel,
+    Game,
+    Stopped,
+    pairs_of,
+    read,
+    serving,
+    weight_bits,
+    without_seconds,
+)
 from helpers import QUIET, load, save_tiny_model, write_rows
 from lightning.pytorch.strategies import DDPStrategy
 from several import FATE, IS_THOROUGH, Several, flags_of, free_port, run_command, thorough, together
 
-from spin_lightning import ExportPolicy, LoraAdapter, RowDataModule, RunCheckpoint, SftLightningModule
+from spin_lightning import ExportPolicy, LoraAdapter, OpenAIGenerator, RowDataModule, RunCheckpoint, SftLightningModule
 from spin_lightning.models import kernels
 from spin_lightning.runs.files import sha256_of
 
@@ -156,6 +167,36 @@ def test_two_processes_train_an_adapter_as_one_does(quantize: Any, strategy: str
     assert (tmp_path / "two" / "weights_0").read_bytes() == (tmp_path / "two" / "weights_1").read_bytes()
     ids = [[pair["generated_ids"] for pair in pairs_of(tmp_path / name, 1)] for name in ("one", "two")]
     assert ids[0] == ids[1]
+
+
+def play_served(model: str, rows: str, folder: Path, url: str, strategy: str) -> None:
+    settings = {
+        "module": {"adapter": LoraAdapter(r=4), "learning_rate": 1e-2},
+        "data": {"batch_size": 3, "generator": OpenAIGenerator(url, max_new_tokens=5, batch_size=4)},
+    }
+    play(model, rows, folder, settings, strategy)
+
+
+@thorough
+def test_two_processes_train_an_adapter_on_the_responses_of_one_server(model: str, rows: str, tmp_path: Path) -> None:
+    """It reads each opponent once, base and adapter merged, and samples what this package would."""
+    pytest.importorskip("peft")
+    module = {"adapter": LoraAdapter(r=4), "learning_rate": 1e-2}
+    play(model, rows, tmp_path / "one", {"module": module, "data": {"batch_size": 3}})
+    with serving(FromModel(model)) as server:
+        ended = together(tmp_path, play_served, model, rows, tmp_path / "two", server.url, "ddp")
+    assert ended.codes == [0, 0], ended.printed
+    paths = server.paths()
+    assert paths.count("/collective_rpc") == paths.count("/reset_prefix_cache") == 2
+    assert paths.count("/v1/completions") == 2 * len(pairs_of(tmp_path / "two", 0))
+    losses = [json.loads((tmp_path / name / "losses_0.json").read_text()) for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert (tmp_path / "two" / "weights_0").read_bytes() == (tmp_path / "two" / "weights_1").read_bytes()
+    for k in range(2):
+        ids = [[pair["generated_ids"] for pair in pairs_of(tmp_path / name, k)] for name in ("one", "two")]
+        assert ids[0] == ids[1]
+        names = {path.name for path in (tmp_path / "two" / f"iteration_{k}").iterdir()}
+        assert {"adapter", "policy"} <= names and "opponent" not in names
 
 
 def play_impatiently(model: str, rows: str, folder: Path, dies: bool) -> None:

@@ -13,7 +13,7 @@ from helpers import QUIET
 from lightning import Trainer
 from torch import Tensor
 
-from spin_lightning import ExportPolicy, SftLightningModule, SpinLoss, SyntheticDataModule
+from spin_lightning import ExportPolicy, SftLightningModule, SpinLoss, SyntheticDataModule, UserError
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,12 @@ def test_the_schedule_counts_a_short_last_window_as_an_update(model: str, rows: 
 
 @pytest.mark.parametrize(
     ("limit", "max_updates"),
-    [({"max_epochs": 9, "max_steps": 4}, None), ({"max_epochs": -1, "max_steps": 4}, None), ({"max_epochs": 9}, 4)],
+    [
+        ({"max_epochs": 9, "max_steps": 4}, None),
+        ({"max_epochs": -1, "max_steps": 4}, None),
+        ({"max_epochs": 9}, 4),
+        ({"max_epochs": -1}, 4),
+    ],
 )
 def test_the_schedule_of_sft_spans_as_many_updates_as_are_taken(
     limit: dict[str, int], max_updates: int | None, model: str, rows: str, tmp_path: Path
@@ -232,6 +237,20 @@ def test_the_schedule_of_sft_spans_as_many_updates_as_are_taken(
     trainer = Trainer(enable_checkpointing=False, callbacks=[look], **QUIET, **limit)
     trainer.fit(module, SyntheticDataModule(rows, batch_size=4, val_fraction=0.0))
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_schedule_without_a_length_is_refused_unless_it_is_constant(model: str, rows: str, tmp_path: Path) -> None:
+    for schedule in ("linear", "constant"):
+        module = SftLightningModule(model, learning_rate=1e-3, lr_schedule=schedule)
+        limits: dict[str, Any] = {"max_epochs": -1, "max_time": "00:00:00:01"}
+        trainer = Trainer(enable_checkpointing=False, **QUIET, **limits)
+        data = SyntheticDataModule(rows, batch_size=4, val_fraction=0.0)
+        if schedule == "linear":
+            with pytest.raises(UserError, match=r"max_epochs -1 and nothing else gives the schedule .* no length"):
+                trainer.fit(module, data)
+        else:
+            trainer.fit(module, data)
+            assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3
 
 
 def test_rows_of_an_update_that_is_not_finite_are_those_of_its_whole_window(
