@@ -75,6 +75,8 @@ class ResponseGenerator(ABC):
 
     #: Whether the opponent is to lie in a folder in iteration 0 too, for a backend in another process.
     needs_folder: ClassVar[bool] = False
+    #: Whether it gives the log-prob of each token, and not their sum alone.
+    gives_token_log_probs: ClassVar[bool] = True
 
     def __init__(
         self, max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64

@@ -60,6 +60,7 @@ class ServedGenerator(ResponseGenerator):
     """
 
     needs_folder: ClassVar[bool] = True
+    gives_token_log_probs: ClassVar[bool] = False
 
     def __init__(self, timeout_seconds: float = 600.0, **sampling: Any) -> None:
         super().__init__(**sampling)

@@ -81,6 +81,11 @@ class Server:
             host = port = None
         if host and parts.username is not None:
             raise UserError(f"the URL of a server must be without a name or password. Put a key into {key_variable}.")
+        if host and (parts.query or parts.fragment):  # not shown: it may have a key
+            raise UserError(
+                "the URL of a server must end with its path: what stands behind a ? or # would not be sent. Leave it "
+                f"out; a key belongs into {key_variable or 'an environment variable'}."
+            )
         self.prefix = parts.path.rstrip("/").removesuffix("/v1") if host else ""
         if host and parts.scheme in ("http", "https"):
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection

@@ -109,6 +109,11 @@ class Reward(ABC):
         """Whether it can say what a response without an end is worth."""
         return True
 
+    @property
+    def needs_real(self) -> bool:
+        """Whether it compares with real responses, and judges nothing where there are none."""
+        return False
+
     @abstractmethod
     def score(self, answers: Sequence[Answer]) -> Sequence[float | None]:
         """What each answer is worth; None for one that cannot be judged, which is left out and counted.
@@ -213,6 +218,14 @@ class SumOfRewards(Reward):
     def judges_cut(self) -> bool:
         return all(reward.judges_cut for reward in self.rewards.values())
 
+    @property
+    def needs_real(self) -> bool:
+        return any(reward.needs_real for reward in self.rewards.values())
+
+    def explain_none(self, answers: Sequence[Answer]) -> str:
+        needy = [reward for reward in self.rewards.values() if reward.needs_real]
+        return needy[0].explain_none(answers) if needy else super().explain_none(answers)
+
     def add(self, parts: Mapping[str, Sequence[float | None]]) -> list[float | None]:
         """The sum for each answer, of what each reward said."""
         weights = [self.weights.get(name, 1.0) for name in parts]
@@ -254,6 +267,17 @@ def check_reward(reward: Any) -> None:
             f"{reward.name}.columns must be names of columns, got {reward.columns!r}. Give a tuple of texts."
         )
     reward.check_ready()
+
+
+def refuse_without_real(reward: Reward, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts alone for a reward that compares with real responses, before anything is generated.
+
+    Raises:
+        UserError: No prompt has a real response.
+    """
+    if reward.needs_real and not any(prompt.row.has_real for prompt in prompts):
+        answers = [make_answer(prompt, None, "", "stop") for prompt in prompts[:1]]
+        raise UserError(f"the reward {reward.name} can judge nothing. {reward.explain_none(answers)}")
 
 
 def settings_kept(reward: Reward) -> dict[str, Any]:

@@ -133,6 +133,10 @@ class JudgeReward(Reward):
         return self.mode == "pair"
 
     @property
+    def needs_real(self) -> bool:
+        return self.mode == "pair"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Its class and the arguments that decide what it says, and what tells a local model's weights from others."""
         without = {"concurrency", "timeout_seconds", "key_variable", "batch_tokens"}

@@ -91,6 +91,10 @@ class NumberMatch(Reward):
         self.pattern, self.partial, self.tolerance, self.column = pattern, partial, tolerance, column
         self.columns = () if column is None else (column,)
 
+    @property
+    def needs_real(self) -> bool:
+        return self.column is None
+
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         return [self._score_one(answer) for answer in answers]
 
@@ -150,7 +154,8 @@ def _read_number(text: str, is_alone: bool = False) -> Fraction | None:
     if found is None or (is_alone and re.search(r"\w", text[: found.start()])):
         return None
     exponent = found["exponent"] or ""
-    if len(found["number"]) + len(found["under"] or "") > MOST_DIGITS or abs(int(exponent[1:5] or 0)) > MOST_DIGITS:
+    power = exponent.lstrip("eE+-").lstrip("0") or "0"
+    if len(found["number"]) + len(found["under"] or "") > MOST_DIGITS or len(power) > 3 or int(power) > MOST_DIGITS:
         return None
     number = Fraction(found["number"].replace(",", "") + exponent)
     if found["under"] is not None:
@@ -175,6 +180,10 @@ class TextMatch(Reward):
     def __init__(self, column: str | None = None) -> None:
         self.column = column
         self.columns = () if column is None else (column,)
+
+    @property
+    def needs_real(self) -> bool:
+        return self.column is None
 
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         scores: list[float | None] = []

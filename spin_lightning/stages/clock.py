@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from spin_lightning.generation.synthetic_data import NOTHING, TrainingSet
 from spin_lightning.models.loading import dtype_name
-from spin_lightning.rewards.base import Reward, check_reward
+from spin_lightning.rewards.base import Reward, check_reward, refuse_without_real
 from spin_lightning.runs import lightning_internals as internals
 from spin_lightning.runs import processes, signals
 from spin_lightning.runs.checkpoints import last_checkpoint
@@ -462,6 +462,7 @@ class SelfPlay(IterationClock):
         if self.ranking is None:
             return
         check_reward(self.ranking.reward)
+        refuse_without_real(self.ranking.reward, trainer.datamodule.prompts)
         if self.pairs == "best_worst" and trainer.datamodule.answers_per_prompt < 2:
             raise UserError(
                 "self_play.pairs best_worst needs several answers to each prompt, got data.answers_per_prompt "

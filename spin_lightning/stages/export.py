@@ -107,7 +107,8 @@ class ExportPolicy(L.Callback):
             self._state.setdefault("first_loss", self._state["last_loss"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._state |= self.read_held_out(trainer)
+        if not trainer.sanity_checking:  # which may look at some of the rows only
+            self._state |= self.read_held_out(trainer)
 
     def read_held_out(self, trainer: L.Trainer) -> dict[str, Any]:
         """What the summary says of the held-out rows, after they were measured."""

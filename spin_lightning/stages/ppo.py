@@ -27,7 +27,7 @@ from spin_lightning.stages.critic import Critic
 from spin_lightning.stages.gate import check_start
 from spin_lightning.stages.iteration import Run
 from spin_lightning.stages.iterative import IterativeModule
-from spin_lightning.stages.rollout_iteration import PpoIteration, RolloutRun, Scorer
+from spin_lightning.stages.rollout_iteration import PpoIteration, RolloutRun, Scorer, refuse_sums_alone
 from spin_lightning.stages.stage import Stage
 from spin_lightning.types import ResponseBatch, RolloutBatch, UserError
 
@@ -62,7 +62,8 @@ class PpoLightningModule(IterativeModule):
         critic_warmup: In so many iterations only the critic learns.
         average: ``token`` divides an update's losses by its response tokens, ``response`` by its responses.
         sampler_cap: Weigh each token by the policy's probability over the sampler's, at most this (truncated importance
-            sampling), for a generator that computes otherwise, such as vLLM. None: 1.
+            sampling), for a generator that computes otherwise. It has to give the log-prob of each token, and not
+            their sum alone as servers and vLLM do here. None: 1.
 
     Raises:
         UserError: A setting is outside its range.
@@ -300,12 +301,8 @@ class PpoLightningModule(IterativeModule):
 
     def _sampler_weights(self, part: RolloutBatch) -> Tensor:
         if part.sampler_log_probs is None:
-            name = type(self.trainer.datamodule.generator).__name__  # type: ignore[attr-defined]
-            raise UserError(
-                f"model.sampler_cap needs the sampler's log-prob of each token, and {name} gives their sum alone. Take "
-                "ContinuousGenerator or TransformersGenerator, or leave sampler_cap out."
-            )
-        assert self.sampler_cap is not None
+            refuse_sums_alone(self.trainer.datamodule.generator)  # type: ignore[attr-defined]
+        assert self.sampler_cap is not None and part.sampler_log_probs is not None
         return (part.log_probs - part.sampler_log_probs).exp().clamp_max(self.sampler_cap)
 
     def _check_gate(self, part: RolloutBatch, log_probs: Tensor, values: Tensor | None) -> None:

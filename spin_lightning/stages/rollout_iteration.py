@@ -6,6 +6,7 @@ asked once about a response, and after a kill the same training follows from the
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -186,8 +187,10 @@ class PpoIteration(Iteration):
         """What responses depend on beside the weights."""
         data, run = self.run.data, self.run
         chosen = [[prompt.prompt_id, prompt.prompt_ids, prompt.real_ids, answer] for prompt, answer in self._wanted]
+        columns = [json.dumps(prompt.row.columns, sort_keys=True, default=str) for prompt, _ in self._wanted]
         return {
             "prompts_sha256": sha256_of(chosen),
+            **({"columns_sha256": sha256_of(columns)} if run.reward.columns else {}),
             "encoding_sha256": data.encoder.fingerprint,
             "sampling": data.generator.sampling,
             "prompts": run.prompts,
@@ -499,6 +502,18 @@ def greedy(generator: ResponseGenerator) -> Iterator[None]:
         yield
     finally:
         generator.temperature = temperature
+
+
+def refuse_sums_alone(generator: ResponseGenerator) -> NoReturn:
+    """Say that tokens cannot be weighed by what a generator says of whole responses.
+
+    Raises:
+        UserError: Always.
+    """
+    raise UserError(
+        f"model.sampler_cap needs the sampler's log-prob of each token, and {type(generator).__name__} gives their sum "
+        "alone. Take ContinuousGenerator or TransformersGenerator, or leave sampler_cap out."
+    )
 
 
 def describe_held_out(store: AnswerStore) -> dict[str, float]:

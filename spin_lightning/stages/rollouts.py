@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import lightning as L
 
-from spin_lightning.rewards.base import Reward, check_reward
+from spin_lightning.rewards.base import Reward, check_reward, refuse_without_real
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import write_json
 from spin_lightning.stages.clock import IterationClock
 from spin_lightning.stages.export import name_models
-from spin_lightning.stages.rollout_iteration import RolloutRun
+from spin_lightning.stages.rollout_iteration import RolloutRun, refuse_sums_alone
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -103,12 +103,15 @@ class Rollouts(IterationClock):
                 "PPO learns from responses of the policy as it is, so data.generator must have temperature 1 and top_p "
                 f"1, got {sampling['temperature']!r} and {sampling['top_p']!r}. Otherwise no ratio is right."
             )
+        if module.sampler_cap is not None and not data.generator.gives_token_log_probs:
+            refuse_sums_alone(data.generator)
         if advantage.needs_group and data.answers_per_prompt < 2:
             raise UserError(
                 f"{type(advantage).__name__} compares the responses to one prompt, so data.answers_per_prompt must be "
                 f"at least 2, got {data.answers_per_prompt}. Take 4 or more, or Gae with its critic."
             )
         check_reward(self.reward)
+        refuse_without_real(self.reward, data.prompts)
         if self.cut == "score" and not self.reward.judges_cut:
             raise UserError(
                 f"{self.reward.name} never saw a response without an end, so it cannot score one that was cut. Set "

@@ -35,6 +35,7 @@ from spin_lightning.rewards.base import (
     make_answer,
     preferred,
     preferred_by_order,
+    refuse_without_real,
     scored_with_parts,
     settings_kept,
 )
@@ -184,6 +185,8 @@ class Scoring:
         prompts = self.prompts_of(data)
         if not prompts:
             raise UserError(f"there are no {self.part} rows. Give data.val_data, or raise data.val_fraction.")
+        if not self.reward.compares:  # else it compares the responses to a prompt with each other
+            refuse_without_real(self.reward, prompts)
         refuse_links(
             self.output_dir, r"served(\.partial)?|(responses|rewards|against|comparisons)(_manifest\.json)?|\w+\.jsonl?"
         )

@@ -367,6 +367,12 @@ def test_a_url_with_a_password_is_refused_without_saying_it() -> None:
     assert "canary" not in str(raised.value)
 
 
+def test_a_query_that_would_not_be_sent_is_refused_without_saying_it() -> None:
+    with pytest.raises(UserError, match="a key belongs into VLLM_API_KEY") as raised:
+        OpenAIGenerator("https://host/v1?key=canary")
+    assert "canary" not in str(raised.value)
+
+
 def test_urls_as_others_write_them_and_a_key(server: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Server(f"{server.url}/v1/").ask("/version") == {"version": "0.32.0"}
     assert Server("https://host/behind/a/proxy/v1").prefix == "/behind/a/proxy"

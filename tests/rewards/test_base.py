@@ -8,9 +8,9 @@ import numpy
 import pytest
 import torch
 
-from spin_lightning import NumberMatch, RewardUnavailable, SumOfRewards, TextMatch, UserError
+from spin_lightning import JudgeReward, NumberMatch, RewardUnavailable, SumOfRewards, TextMatch, UserError
 from spin_lightning.rewards import Answer, Reward, check_reward, make_answer, preferred, scored
-from spin_lightning.rewards.base import preferred_by_order, refuse_unanswered, scored_with_parts
+from spin_lightning.rewards.base import preferred_by_order, refuse_unanswered, refuse_without_real, scored_with_parts
 from spin_lightning.types import Prompt, Row
 
 
@@ -200,3 +200,19 @@ def test_a_reward_computes_alike_whatever_the_precision_of_the_policy() -> None:
         assert torch.get_default_dtype() is torch.bfloat16
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (NumberMatch(), "NumberMatch can judge nothing. The data have no real responses to compare with: name"),
+        (SumOfRewards({"text": TextMatch()}), "SumOfRewards can judge nothing. There is no text to compare with"),
+        (JudgeReward(url="http://localhost:9", mode="pair"), "the data have none. Set mode: score"),
+    ],
+)
+def test_a_reward_that_needs_real_responses_is_refused_where_there_are_none(reward: Reward, message: str) -> None:
+    alone = Prompt(0, Row(({"role": "user", "content": "q"},), "", has_real=False), [1], [], "stop")
+    with pytest.raises(UserError, match=message):
+        refuse_without_real(reward, [alone])
+    refuse_without_real(reward, [alone, Prompt(1, Row(alone.row.prompt, "4"), [1], [2], "stop")])
+    refuse_without_real(NumberMatch(column="gold"), [alone])

@@ -54,6 +54,8 @@ def number(text: str, real: str | None = REAL, **settings: Any) -> float | None:
         ("It is 12.", None),
         ("The answer is 1/0", None),
         ("The answer is 1e999999999", None),
+        ("The answer is 1e+0009999999.", None),  # a power that begins with zeros is as long
+        ("The answer is 2e+0003.", "2000"),
         (f"The answer is {'9' * 5000}", None),
         ("", None),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from spin_lightning import (
     Gae,
     Health,
     LeaveOneOut,
+    NumberMatch,
     PpoLightningModule,
     Reward,
     Rollouts,
@@ -377,6 +379,30 @@ def test_after_a_kill_stored_responses_are_trained_on_again(model: str, rows: st
     assert second.reward.asked == 2 and weight_bits(second.module) == weight_bits(plain.module)  # the last evaluation
 
 
+class Gold(Vowels):
+    """What a column says."""
+
+    columns = ("gold",)
+
+    def score(self, answers: Sequence[Answer]) -> list[float | None]:
+        super().score(answers)
+        return [float(answer.column("gold")) for answer in answers]
+
+
+def test_what_a_reward_reads_may_not_change_under_stored_rewards(model: str, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+
+    def play(gold: float) -> None:
+        data.write_text("".join(json.dumps({"prompt": f"{i}?", "real": "x", "gold": gold}) + "\n" for i in range(10)))
+        Run(model, str(data), tmp_path / "run", rollouts={"reward": Gold(), "eval_every": 0}).play()
+
+    with pytest.raises(Stopped), Breaks(AnswerStore, "write_shard", 1, after=True):
+        play(0.0)
+    with pytest.raises(UserError, match=r"what differs: columns_sha256"):
+        play(1.0)
+    play(0.0)
+
+
 def test_another_future_sets_the_stored_one_aside(
     model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -490,6 +516,10 @@ def test_what_a_response_without_an_end_is_worth(
     assert run.reward.asked == 0
 
 
+class SumsAlone(ContinuousGenerator):
+    gives_token_log_probs = False
+
+
 class WholeOnly(Vowels):
     judges_cut = False  # type: ignore[assignment]
 
@@ -500,6 +530,10 @@ class WholeOnly(Vowels):
         ({"data": {"generator": ContinuousGenerator(max_new_tokens=6, temperature=0.7)}}, "temperature 1 and top_p 1"),
         ({"data": {"answers_per_prompt": 1}, "module": {"advantage": LeaveOneOut()}}, "LeaveOneOut compares the"),
         ({"module": {"advantage": LeaveOneOut(), "critic_warmup": 1}}, "LeaveOneOut has none"),
+        (
+            {"data": {"generator": SumsAlone(max_new_tokens=6)}, "module": {"sampler_cap": 2.0}},
+            "SumsAlone gives their sum alone",
+        ),
         ({"module": {"advantage": "gae"}}, r"model\.advantage must be an Advantage, got 'gae'"),
         ({"module": {"beta": -0.1}}, r"model\.beta must be 0 or positive, got -0\.1"),
         ({"module": {"clip": 1.5}}, r"model\.clip must be between 0 and 1, got 1\.5"),
@@ -511,6 +545,7 @@ class WholeOnly(Vowels):
             {"rollouts": {"reward": SumOfRewards({"a": WholeOnly()})}},
             "SumOfRewards never saw a response without an end",
         ),
+        ({"rollouts": {"reward": NumberMatch()}, "rows": "prompts"}, "NumberMatch can judge nothing"),
         ({"rollouts": {"reward": None}}, r"rollouts\.reward is missing"),
         ({"rollouts": {"cut": "never"}}, r"rollouts\.cut must be score, drop or a number, got 'never'"),
         ({"rollouts": {"prompts": 0}}, r"rollouts\.prompts must be at least 1, got 0"),
@@ -520,8 +555,13 @@ class WholeOnly(Vowels):
 def test_settings_that_cannot_work_are_refused_before_a_model_is_loaded(
     model: str, rows: str, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
+    given = dict(settings)
+    if given.pop("rows", None):
+        rows = str(tmp_path / "prompts.jsonl")
+        Path(rows).write_text("".join(json.dumps({"prompt": f"{number}?"}) + "\n" for number in range(9)))
+
     def play() -> None:
-        run = Run(model, rows, tmp_path, **settings)
+        run = Run(model, rows, tmp_path, **given)
         run.module.configure_model = lambda: pytest.fail("a model was loaded")  # type: ignore[method-assign]
         run.play()
 

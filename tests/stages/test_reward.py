@@ -407,6 +407,18 @@ def test_a_run_stopped_between_training_and_export_only_exports(model: str, pair
 # --- Several processes ----------------------------------------------------------------------------------------------
 
 
+def test_a_glance_at_some_held_out_pairs_decides_no_shift_and_scale(model: str, pairs: str, tmp_path: Path) -> None:
+    """Lightning's check before a fit sees two batches, unless it is told to see all of them."""
+
+    def play(**trainer: Any) -> dict[str, Any]:
+        fit(model, data_of(pairs, val_fraction=0.6), tmp_path, num_sanity_val_steps=1, **trainer)
+        return read(tmp_path / "reward_model" / "reward.json")
+
+    whole = play()
+    (tmp_path / "summary.json").unlink()  # as if it was killed before
+    assert play() == whole and whole["val_pairs"] == 6
+
+
 def train_together(model: str, pairs: str, folder: Path, strategy: str = "") -> None:
     strategy_ = {"strategy": strategy, "devices": 2} if strategy else {}
     if strategy == "fsdp2":
