@@ -39,7 +39,7 @@ def make_sums(num_train: int = 512, num_held_out: int = 256, seed: int = 0) -> t
 
     Example:
         >>> [message["content"] for message in make_sums(num_train=1, num_held_out=2)[0][0]["messages"]][0]
-        'What is 71 plus 64?'
+        'What is 40 plus 58?'
     """
     if min(num_train, num_held_out) < 0 or num_train + num_held_out > MOST_ROWS:
         raise UserError(

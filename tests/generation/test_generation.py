@@ -375,12 +375,12 @@ def test_terminator_is_kept_exactly_when_the_answer_stopped(model: PreTrainedMod
 
 def test_certain_terminator_gives_the_empty_answer() -> None:
     (response,) = answers(fixed_model([0.0, 0.0, 0.0, 0.0, 1.0]), [[1]], [0])
-    assert response == Response([TERMINATOR], "stop", 0.0)
+    assert response == Response([TERMINATOR], "stop", 0.0, [0.0])
 
 
 def test_impossible_terminator_gives_the_cap() -> None:
     (response,) = answers(fixed_model([0.0, 1.0, 0.0, 0.0, 0.0]), [[1]], [0], max_new_tokens=7)
-    assert response == Response([1] * 7, "length", 0.0)
+    assert response == Response([1] * 7, "length", 0.0, [0.0] * 7)
 
 
 def test_cap_of_one_token() -> None:

@@ -280,7 +280,7 @@ def test_pairs_that_something_else_made_are_refused_on_resume(model: str, rows: 
     manifest.write_text(kept.replace('"seed": 0', '"seed": 1'))
     with pytest.raises(
         UserError,
-        match=r"not those that iteration 1 began with.*Restore the folder, or use another self_play.output_dir",
+        match=r"not those that iteration 1 began with.*Restore the folder, or use another output_dir",
     ):
         Game(model, rows, tmp_path / "run").play()
     manifest.unlink()
