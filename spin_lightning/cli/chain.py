@@ -197,11 +197,10 @@ class Line:
         folder = self._folder(other)
         place = self.records[other.name].exported(folder) if link.path is None else folder / link.path
         if must_exist and not place.exists():
-            result = read_json(folder / self.records[other.name].over_file) or {}
-            if link.path is None and "ended_because" in result and not result.get("iterations"):
+            if link.path is None and (why := self.records[other.name].why_untrained(folder)):
                 raise UserError(
-                    f"the stage {other.name!r} ended before it trained anything, because {result['ended_because']}. It "
-                    f"has left no model to go on from. Change its settings, and remove {folder} to have it begin again."
+                    f"the stage {other.name!r} ended before it trained anything, because {why}. It has left no model "
+                    f"to go on from. Change its settings, and remove {folder} to have it begin again."
                 )
             advice = "Correct the path."
             if link.path is None:

@@ -240,6 +240,7 @@ def test_the_stage_after_a_game_that_trained_nothing_says_why_it_cannot_begin(ch
     (folder / "game.json").write_text(json.dumps({"ended_because": "no pair is left", "iterations": []}))
     with pytest.raises(UserError, match="'fit' ended before it trained anything, because no pair is left"):
         line.args_of(line.chain.steps[1], tmp_path)
+    assert line.records["fit"].why_untrained(folder) == "no pair is left"
     assert line.records["fit"].exported(folder) == folder / "iteration_0" / "policy"
 
 
