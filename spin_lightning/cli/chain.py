@@ -197,6 +197,11 @@ class Line:
         folder = self._folder(other)
         place = self.records[other.name].exported(folder) if link.path is None else folder / link.path
         if must_exist and not place.exists():
+            if link.path is None and (why := self.records[other.name].why_untrained(folder)):
+                raise UserError(
+                    f"the stage {other.name!r} ended before it trained anything, because {why}. It has left no model "
+                    f"to go on from. Change its settings, and remove {folder} to have it begin again."
+                )
             advice = "Correct the path."
             if link.path is None:
                 advice = (

@@ -271,10 +271,9 @@ class StageCLI(FlagsWin, LightningCLI):
             self._read_data("fit")
         allowed = config.checkpoint.allow_changes or []
         check_finished(self.trainer, self.model, self.datamodule, output_dir / SETTINGS, allowed)
-        say(
-            f"the run in {output_dir} is over; its models are in {output_dir}. For another run set "
-            f"--{self.stage.folder}.output_dir."
-        )
+        why = self.stage.why_untrained(output_dir)
+        result = f"it trained nothing, because {why}" if why else f"its models are in {output_dir}"
+        say(f"the run in {output_dir} is over; {result}. For another run set --{self.stage.folder}.output_dir.")
         raise RunIsOver
 
     def _read_data(self, stage: str) -> None:

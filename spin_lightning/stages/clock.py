@@ -179,7 +179,14 @@ class IterationClock(HoldsFolder):
 
     def say_over(self, reason: str) -> None:
         """Say how the run ended, and where its models are."""
-        say(f"{self.run_is} is over: {reason}. Models: {name_models(self.output_dir, 'iteration_*/')}")
+        models = name_models(self.output_dir, "iteration_*/")
+        result = f"Models: {models}" if models else f"Nothing was trained, so there is no model. {self.advice}"
+        say(f"{self.run_is} is over: {reason}. {result}")
+
+    @property
+    def advice(self) -> str:
+        """What to do where a run ended before it trained anything."""
+        return f"Change what it ended by, and set {self.settings_section}.output_dir to another folder."
 
     def ends_iteration(self, epoch: int) -> int | None:
         """The iteration that is over with an epoch. None: it goes on."""
@@ -456,6 +463,14 @@ class SelfPlay(IterationClock):
         self.ranking = make_ranking(pairs, reward)
         #: What the data module asks: of the best and the worst generated response neither is the real one.
         self.needs_real = pairs != "best_worst"
+
+    @property
+    def advice(self) -> str:
+        of = "the data" if self.ranking is None else f"the settings of {self.ranking.reward.name}"
+        return (
+            f"See {of}, data.answers_per_prompt and data.generator.max_new_tokens, and set self_play.output_dir to "
+            "another folder."
+        )
 
     def refuse_unplayable(self, trainer: Any, module: Any) -> None:
         super().refuse_unplayable(trainer, module)

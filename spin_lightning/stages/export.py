@@ -48,12 +48,14 @@ def export_policy(
 def name_models(folder: Path, within: str = "") -> str:
     """Where models are that were exported into a folder, or into those of a pattern within it: merged, and as adapters.
 
+    Empty where there are none.
+
     Example:
         >>> name_models(Path("/no/run/is/here"), "iteration_*/")
-        '/no/run/is/here/iteration_*/policy'
+        ''
     """
     kinds = [kind for kind in ("policy", "adapter") if any(folder.glob(f"{within}{kind}"))]
-    return " and ".join(f"{folder}/{within}{kind}" for kind in kinds or ["policy"])
+    return " and ".join(f"{folder}/{within}{kind}" for kind in kinds)
 
 
 def plain_card(tag: str, title: str, summary: Mapping[str, Any]) -> str:

@@ -41,6 +41,10 @@ from spin_lightning.types import PairBatch, UserError
 
 #: What is measured on the held-out pairs, by its name in the log and, with ``val_``, in the summary.
 MEASURED = ("loss", "accuracy", "longer_wins", "length_correlation")
+#: Fewer held-out pairs tell shift and scale with an error that is worth a remark.
+FEW_PAIRS = 20
+#: Scores that deviate by less are equal but for rounding, and are not scaled.
+LEAST_DEVIATION = 1e-6
 
 
 class RewardLightningModule(PolicyModule):
@@ -219,7 +223,8 @@ def measure(pairs: Tensor) -> dict[str, float]:
         The mean ``loss``; ``accuracy``, and ``longer_wins``, that of taking the longer response for the better one,
         both with one half for a tie; ``length_correlation`` of score and length over all responses, 0 where one of them
         does not vary; ``shift`` and ``scale``, the mean and the deviation of all scores, with which
-        ``(s - shift) / scale`` has mean 0 and deviation 1; and the number of ``pairs``.
+        ``(s - shift) / scale`` has mean 0 and deviation 1, the scale 1 where one pair or equal scores tell no
+        deviation; and the number of ``pairs``.
 
     Example:
         >>> pairs = [[0, 1], [2.0, 1.0], [0.0, 1.0], [3, 5], [3, 4], [0.1, 0.7]]
@@ -237,7 +242,7 @@ def measure(pairs: Tensor) -> dict[str, float]:
         "longer_wins": float(wins(real_lengths, generated_lengths).double().mean()),
         "length_correlation": float(covariance / (spread * of_lengths)) if varies else 0.0,
         "shift": float(scores.mean()),
-        "scale": float(spread) if spread > 0 else 1.0,
+        "scale": float(spread) if len(losses) > 1 and spread > LEAST_DEVIATION else 1.0,
         "pairs": len(losses),
     }
 
@@ -268,6 +273,9 @@ class ExportRewardModel(ExportPolicy):
             say("note: no pair is held out, so reward.json has shift 0 and scale 1, and scores are as they come.")
         elif measured_at != trainer.global_step:
             say(f"note: the held-out pairs were last scored at update {measured_at}; shift and scale are of that one.")
+        if held_out and held_out["pairs"] < FEW_PAIRS:
+            pairs = f"{held_out['pairs']} held-out pair{'s' * (held_out['pairs'] != 1)}"
+            say(f"note: shift and scale rest on {pairs}: hold out more (data.val_fraction).")
         measured = {f"val_{name}": held_out.get(name) for name in MEASURED}
         scaling = {"shift": held_out.get("shift", 0.0), "scale": held_out.get("scale", 1.0)}
         summary = {**summary, **measured, "val_pairs": held_out.get("pairs", 0), **scaling}

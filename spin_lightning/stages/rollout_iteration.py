@@ -410,7 +410,8 @@ class PpoIteration(Iteration):
         return TrainingSet(table, collate_rollouts, report, metrics, self._describe(report), why)
 
     def _describe(self, report: Mapping[str, float]) -> str:
-        parts = [f"iteration {self.number}: reward {report.get('reward/mean', math.nan):.3f}"]
+        reward = f"reward {report['reward/mean']:.3f}" if "reward/mean" in report else "no response could be judged"
+        parts = [f"iteration {self.number}: {reward}"]
         if "kl/reference" in report:
             parts.append(f"{report['kl/reference']:.2f} nats from the reference")
         parts.append(f"{report['completions/mean_length']:.1f} tokens a response")
@@ -423,6 +424,8 @@ class PpoIteration(Iteration):
                 parts.append(f"{report[name]:.0%} {words}")
         if "val/reward" in report:
             parts.append(f"held-out reward {report['val/reward']:.3f}")
+        elif "val/cut" in report:
+            parts.append(f"no held-out response could be judged ({report['val/cut']:.0%} cut)")
         return ", ".join(parts)
 
     def close(self, summary: Mapping[str, Any]) -> None:

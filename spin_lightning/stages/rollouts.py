@@ -148,7 +148,9 @@ class Rollouts(IterationClock):
                 logger.log_metrics({**held_out, "iteration": float(number)}, step=self.trainer.global_step)
             start = summaries[0]["pairs"].get("val/reward") if summaries else None
             say(
-                f"held-out reward {held_out.get('val/reward', math.nan):.3f}"
+                _describe_unjudged(held_out["val/cut"], len(self.trainer.datamodule.val_prompts))
+                if "val/reward" not in held_out
+                else f"held-out reward {held_out['val/reward']:.3f}"
                 + ("" if start is None else f", {start:.3f} at the start")
             )
         if processes.is_first():
@@ -171,3 +173,14 @@ class Rollouts(IterationClock):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.reward.close()
         super().on_exception(trainer, pl_module, exception)
+
+
+def _describe_unjudged(share_cut: float, count: int) -> str:
+    """What to say of held-out responses none of which has a reward.
+
+    Example:
+        >>> _describe_unjudged(1.0, 8)
+        'no held-out response could be judged (8 of 8 cut; raise data.generator.max_new_tokens)'
+    """
+    advice = "; raise data.generator.max_new_tokens" if share_cut else ""
+    return f"no held-out response could be judged ({share_cut * count:.0f} of {count} cut{advice})"

@@ -90,9 +90,9 @@ def _is_over(game: dict[str, Any], settings: Any) -> bool:
 
 
 def _last_policy(folder: Path) -> Path:
-    """That of the last iteration which was played."""
+    """That of the last iteration which was played; where there is none, where the first would have left it."""
     played = len((read_json(folder / "game.json") or {"iterations": [{}]})["iterations"])
-    return iteration_folder(folder, played - 1) / "policy"
+    return iteration_folder(folder, max(played, 1) - 1) / "policy"
 
 
 def _refuse_other_number(settings: Any) -> None:

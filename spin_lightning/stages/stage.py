@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin_lightning.runs.files import read_json
 from spin_lightning.types import UserError
 
 
@@ -53,6 +54,13 @@ class Stage:
     check: Callable[[Any, Mapping[str, Any]], None] = lambda module, callbacks: None
     exported: Callable[[Path], Path] = lambda folder: folder / "policy"
     makes_policy: bool = True
+
+    def why_untrained(self, folder: Path) -> str | None:
+        """Why a run that is over trained nothing and left no model. None: it did, or is not over."""
+        result = read_json(folder / self.over_file) or {}
+        if result.get("iterations") or self.exported(folder).exists():
+            return None
+        return result.get("ended_because")
 
 
 def cap_of(generator: Any) -> dict[str, Any]:

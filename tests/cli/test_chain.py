@@ -233,6 +233,17 @@ def test_links_name_models_and_files_of_stages_before(
     assert read(tmp_path / "line" / "chain.json")["stages"]["more"]["updates"] == 1
 
 
+def test_the_stage_after_a_game_that_trained_nothing_says_why_it_cannot_begin(chained: Chained, tmp_path: Path) -> None:
+    line = Line(read_chain(chained([{"fit": FIT | START}, {"dpo": {}}])[1:]))
+    folder = tmp_path / "line" / "fit"
+    folder.mkdir(parents=True)
+    (folder / "game.json").write_text(json.dumps({"ended_because": "no pair is left", "iterations": []}))
+    with pytest.raises(UserError, match="'fit' ended before it trained anything, because no pair is left"):
+        line.args_of(line.chain.steps[1], tmp_path)
+    assert line.records["fit"].why_untrained(folder) == "no pair is left"
+    assert line.records["fit"].exported(folder) == folder / "iteration_0" / "policy"
+
+
 def test_a_line_of_every_stage(
     chained: Chained, model: str, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,17 @@ def test_a_run_leaves_its_responses_and_its_policy(plain: Any) -> None:
     assert rewards[1] is None and None not in (rewards[0], rewards[2], over["held_out"]["val/reward"])
 
 
+def test_held_out_responses_that_were_all_cut_have_a_sentence_and_no_reward(
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Run(
+        model, rows, tmp_path, data={"generator": ContinuousGenerator(max_new_tokens=1)}, rollouts={"cut": "drop"}
+    ).play()
+    printed, kept = capsys.readouterr().out, (tmp_path / "rollouts.json").read_text()
+    assert "no held-out response could be judged (2 of 2 cut; raise data.generator.max_new_tokens)" in printed
+    assert "nan" not in printed and "NaN" not in kept and "val/reward" not in kept
+
+
 def test_stored_log_probs_are_those_of_plain_passes(plain: Any, model: str) -> None:
     start = load(model, torch.float64)
     for row in answers_of(plain.folder, 0):

@@ -118,7 +118,7 @@ class Unsure(Sums):
 
 
 def test_what_cannot_be_judged_is_left_out_and_a_reward_that_compares_is_not_asked_about_the_real_one(
-    model: str, rows: str, tmp_path: Path
+    model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     play(model, rows, tmp_path / "wrong", "real_wrong", Unsure(), play={"iterations": 1})
     found = pairs_of(tmp_path / "wrong", 0)
@@ -131,6 +131,9 @@ def test_what_cannot_be_judged_is_left_out_and_a_reward_that_compares_is_not_ask
     play(model, rows, tmp_path / "best", "best_worst", Unsure(), play={"iterations": 1})  # all that are judged tie
     ended = read(tmp_path / "best" / "game.json")["ended_because"]
     assert ended == "no pair is left that Unsure tells apart"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"the game is over: {ended}. Nothing was trained, so there is no model. See the settings of")
+    assert "Unsure, data.answers_per_prompt and data.generator.max_new_tokens" in last and "Models:" not in last
 
 
 def test_prompts_alone_are_enough_for_best_against_worst(model: str, tmp_path: Path) -> None:

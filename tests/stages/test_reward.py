@@ -186,9 +186,15 @@ def test_what_scores_say_by_hand() -> None:
     assert found["length_correlation"] == pytest.approx(covariance / ((5 / 6) ** 0.5 * (4 / 6) ** 0.5))
     flat = measure(torch.tensor([[0], [0.0], [0.0], [3], [3], [0.7]], dtype=torch.float64))
     assert (flat["accuracy"], flat["scale"], flat["length_correlation"]) == (0.5, 1.0, 0.0)
+    one = measure(torch.tensor([[0], [2.0001], [2.0], [3], [4], [0.7]], dtype=torch.float64))
+    assert (one["shift"], one["scale"]) == (pytest.approx(2.00005), 1.0)  # one pair tells no deviation
+    alike = [[0, 1], [0.0, 1e-8], [0.0, 0.0], [3, 3], [3, 3], [0.7, 0.7]]
+    assert measure(torch.tensor(alike, dtype=torch.float64))["scale"] == 1.0
 
 
-def test_the_summary_says_what_the_exported_model_does(model: str, pairs: str, tmp_path: Path) -> None:
+def test_the_summary_says_what_the_exported_model_does(
+    model: str, pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = data_of(pairs, val_fraction=0.4)
     module, _ = fit(model, data, tmp_path)
     reward = ModelReward(str(tmp_path / "reward_model"))
@@ -202,6 +208,7 @@ def test_the_summary_says_what_the_exported_model_does(model: str, pairs: str, t
     summary, kept = read(tmp_path / "summary.json"), read(tmp_path / "reward_model" / "reward.json")
     assert summary["val_accuracy"] == float(((real > generated) + 0.5 * (real == generated)).double().mean())
     assert summary["val_pairs"] == 4 == kept["val_pairs"] and summary["updates"] == 6
+    assert "note: shift and scale rest on 4 held-out pairs: hold out more (data.val_f" in capsys.readouterr().out
     assert (kept["shift"], kept["scale"]) == (summary["shift"], summary["scale"])
     assert kept["terminator_id"] == data.encoder.terminator_id
     # by hand, as its README says
@@ -456,7 +463,8 @@ def test_the_page_on_reward_models_can_be_followed_to_the_letter(
     shutil.copy(pairs, "pairs.jsonl")
     shutil.copytree(model, "runs/sft/policy")
     _, *args = shlex.split(command[0])
-    main([*args, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.batch_size=2"])
+    small = ["--trainer.enable_progress_bar=false", "--data.batch_size=2", "--data.val_fraction=0.4"]
+    main([*args, "--trainer.accelerator=cpu", *small])
     by_hand: dict[str, Any] = {}
     exec(compile(python[0][0], "reward_model.md", "exec"), by_hand)
     capsys.readouterr()

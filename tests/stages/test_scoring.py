@@ -253,6 +253,16 @@ def test_the_data_s_own_responses_are_scored(tmp_path: Path):
         Scoring(TextMatch(column="label"), str(tmp_path / "other"), against="x").run(none, data, 0)
 
 
+def test_a_reward_that_compares_with_real_responses_is_refused_for_prompts_alone_before_a_model_is_loaded(
+    tmp_path: Path,
+):
+    data = read_data(write(tmp_path / "prompts.jsonl", [{"prompt": f"{a}+1?", "gold": a + 1} for a in range(3)]))
+    none = Players(lambda name: pytest.fail("a model was loaded"), nullcontext, "none")
+    with pytest.raises(UserError, match=r"NumberMatch can judge nothing\. The data have no real responses"):
+        Scoring(NumberMatch(), str(tmp_path / "run")).run(none, data, 2)
+    assert not (tmp_path / "run" / "responses").exists()
+
+
 def test_the_win_rate_of_one_model_against_another(sums: str, tmp_path: Path):
     ours = read_data(sums, by_text(lambda asked, number: "long answer" if asked[0] in "0123" else "a"))
     theirs = read_data(sums, by_text(lambda asked, number: "short" if asked[0] in "01234" else "a"))
