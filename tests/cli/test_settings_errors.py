@@ -321,6 +321,31 @@ def test_a_folder_of_another_stage_is_refused(said, tmp_path):
         assert f"run holds a run of another stage ({other}). Set --" in said(command)
 
 
+@pytest.mark.parametrize(
+    ("command", "other", "mark"),
+    [
+        ("dpo", "sft", "model.max_updates"),
+        ("sft", "ppo", "rollouts.answers_per_prompt"),
+        ("reward", "dpo", "export.shard_size"),
+        ("ppo", "reward", "model.centring"),
+    ],
+)
+def test_a_folder_of_another_stage_that_is_over_is_refused_too(command, other, mark, model, tmp_path, refusal):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {mark: 1}, "changes": [], "versions": {}}))
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    section = "rollouts" if command == "ppo" else "export"
+    args = [f"--model.model_name_or_path={model}", "--data.train_data=x", f"--{section}.output_dir={tmp_path / 'run'}"]
+    args += (
+        ["--rollouts.reward=NumberMatch", "--trainer.accelerator=cpu"]
+        if command == "ppo"
+        else ["--trainer.accelerator=cpu"]
+    )
+    assert f"run holds a run of another stage ({other}). Set --{section}.output_dir to another" in refusal(
+        [command, *args]
+    )
+
+
 def test_a_class_in_the_current_folder_is_found_behind_what_is_installed(said, plugins, capsys, model):
     (plugins / "yaml.py").write_text("raise SystemExit('the file in the current folder was imported')")
     args = [f"--model.model_name_or_path={model}", "--data.train_data=rows.jsonl", "--data.generator.max_new_tokens=4"]
