@@ -251,6 +251,8 @@ class StageCLI(FlagsWin, LightningCLI):
 
     def _refuse_other_stage(self, output_dir: Path) -> None:
         settings = (read_json(output_dir / SETTINGS) or {}).get("settings", {})
+        if any(key.startswith(self.stage.mark) for key in settings):
+            return  # of a stage made from another one, whose settings it has too
         for other, path in STAGES.items():
             if (stage := resolve_name(path)) is not self.stage and any(key.startswith(stage.mark) for key in settings):
                 raise UserError(
