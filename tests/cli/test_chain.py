@@ -23,6 +23,7 @@ from spin_lightning.cli.chain import Line, table
 from spin_lightning.cli.chain_file import read_chain
 from spin_lightning.cli.children import Children
 from spin_lightning.cli.commands import config_folder, main
+from spin_lightning.types import StageFailed
 
 Chained = Callable[..., list[str]]
 
@@ -85,9 +86,12 @@ def run_here(patch: pytest.MonkeyPatch) -> list[list[str]]:
     """Have the commands of stages run in this process; returns those that did."""
     commands: list[list[str]] = []
 
-    def run(children: Children, command: list[str], what: str) -> None:
+    def run(children: Children, command: list[str], what: str, advice: str = "") -> None:
         commands.append(command)
-        main(command[3:])
+        try:
+            main(command[3:])
+        except SystemExit as ended:
+            raise StageFailed(what, int(ended.code or 0), advice) from None
 
     patch.setattr(Children, "run", run)
     return commands
@@ -195,7 +199,10 @@ def test_a_changed_file_is_refused_with_what_differs(
     with pytest.raises(SystemExit) as ended:
         main([*chained([{"sft": changed}, {"fit": FIT}]), *folder])
     assert ended.value.code == 2 and words_of(commands) == ["sft"]
-    assert "trainer.max_epochs: 2 -> 3" in capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "trainer.max_epochs: 2 -> 3" in printed
+    assert "mend that, and the same command continues" in printed
+    assert f"Removing {whole / 'sft'} has that stage begin again." in printed
     commands.clear()
     faster = {**FIT, "data": {"micro_batch_tokens": 300}}  # no number of the game depends on it
     main([*chained([{"sft": SFT(model)}, {"fit": faster}]), *folder])
@@ -372,6 +379,22 @@ def test_it_is_started_once(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "chain starts the processes of a stage itself" in refusal(chained())
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (
+            2,
+            "sft ended with exit code 2. What is finished is saved; mend that, and the same command continues. "
+            "Remove it.",
+        ),
+        (75, "sft ended with exit code 75. What is finished is saved, and the same command continues"),
+        (-9, "sft was killed by SIGKILL. What is finished is saved, and the same command continues"),
+    ],
+)
+def test_only_what_was_refused_is_to_be_mended(code: int, words: str) -> None:
+    assert str(StageFailed("sft", code, "Remove it.")) == words
 
 
 def test_a_stage_that_ends_early_ends_the_chain(
