@@ -197,7 +197,8 @@ class Line:
         folder = self._folder(other)
         place = self.records[other.name].exported(folder) if link.path is None else folder / link.path
         if must_exist and not place.exists():
-            advice = "Correct the path."
+            there = sorted(entry.name for entry in folder.iterdir())
+            advice = f"{folder} has {', '.join(there)}. Correct the path."
             if link.path is None:
                 advice = (
                     "Of an adapter leave model.adapter.merged at true there, so that a whole model is exported too."

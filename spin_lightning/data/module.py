@@ -59,7 +59,8 @@ class RowDataModule(L.LightningDataModule):
         prompt_template: None uses the tokenizer's chat template. Else ``alpaca``, ``spin``, ``chatml``, a text with
             ``{prompt}``, a Jinja template, or a file with one.
         max_prompt_tokens: Rows with longer prompts are left out, and counted.
-        max_response_tokens: Cap on the responses, terminator included: longer real ones are cut there, and counted.
+        max_response_tokens: Cap on the responses, terminator included: longer real ones are cut there, or left out
+            where ``too_long`` is ``drop``, and counted.
         batch_size: Pairs (in SFT: rows) in a batch, over all processes together.
         micro_batch_tokens: Tokens in one forward and backward pass. A batch with more takes several passes whose
             gradients add up: the same gradient in less memory. Raise it on a GPU until its memory is used.

@@ -20,7 +20,7 @@ from several import Forked, thorough
 
 from spin_lightning import UserError
 from spin_lightning.cli.chain import Line, table
-from spin_lightning.cli.chain_file import read_chain
+from spin_lightning.cli.chain_file import Link, read_chain
 from spin_lightning.cli.children import Children
 from spin_lightning.cli.commands import config_folder, main
 from spin_lightning.types import StageFailed
@@ -345,7 +345,7 @@ def test_configs_lie_beside_the_file_and_go_below_it(
         ([{"sft": {"name": "a/b"}}], {}, [], "must be letters, digits, - and _, as it names a folder, got 'a/b'"),
         ([{"sft": {"model": {"model_name_or_path": {"from": "fit"}}}}, "fit"], {}, [],
          "the stage 'sft' takes something from 'fit', which is no stage before it: there is none before it"),
-        ([{"sft": {"config": "none.yaml"}}], {}, [], "none.yaml' is no file"),
+        ([{"sft": {"config": "none.yaml"}}], {}, [], "in stage 0 of {file!r} (sft): the config "),
         ([{"sft": {"model": {"beta": 1}}}], {}, [], "in the stage 'sft' of {file}: there is no setting model.beta"),
         ([{"sft": {**START, "data": {"train_data": "none.jsonl"}}}], {}, [], "of {file}: none.jsonl does not"),
         ([{"sft": {"export": {"output_dir": "x"}}}], {}, [], "export.output_dir follows from output_dir and the stage"),
@@ -368,6 +368,13 @@ def test_a_file_is_refused_before_anything_starts(
     printed = refusal([*command, *flags])
     assert words.format(file=command[1]) in printed, printed
     assert not commands and not (tmp_path / "line").exists()
+
+
+def test_a_file_that_a_stage_did_not_leave_is_answered_with_what_it_left(chained: Chained, whole: Path) -> None:
+    (whole / "sft" / "chain.txt").write_text("")
+    line = Line(read_chain([*chained()[1:], "--output_dir", str(whole)]))
+    with pytest.raises(UserError, match=r"there is no \S+/sft/nonsuch\. \S+/sft has .*chain\.txt, .*policy, .*Correct"):
+        line._place(Link("sft", "nonsuch"), must_exist=True)
 
 
 def test_a_missing_file_is_named(refusal: Callable[[Sequence[str]], str]) -> None:
