@@ -71,11 +71,19 @@ class EndedElsewhere(Exception):
 
 
 class StageFailed(Exception):
-    """A command that this one started has failed, and said why. The same command continues."""
+    """A command that this one started has failed, and said why. The same command continues.
 
-    def __init__(self, what: str, code: int) -> None:
+    Args:
+        what: What to call it.
+        code: Its exit code, below 0 that of the signal that killed it. 2: there is something to mend first.
+        advice: What else may be done about an exit code of 2, as a sentence.
+    """
+
+    def __init__(self, what: str, code: int, advice: str = "") -> None:
         ended = f"was killed by {Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        super().__init__(f"{what} {ended}. What is finished is saved, and the same command continues")
+        mend = "mend that, and the same command continues" if code == 2 else "and the same command continues"
+        also = f". {advice}" if advice and code == 2 else ""
+        super().__init__(f"{what} {ended}. What is finished is saved{';' if code == 2 else ','} {mend}{also}")
         self.exit_code = code if code > 0 else 128 - code
 
 

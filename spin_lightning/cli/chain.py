@@ -63,7 +63,7 @@ def _run(line: Line, scratch: Path, children: Children) -> None:
         say(f"\nstage {number + 1} of {len(steps)}: {step.name}{f' ({step.word})' * (step.word != step.name)}")
         args = line.args_of(step, scratch)
         line.note_beginning(step)
-        children.run(command_of(args, step.launcher), f"the stage {step.name}")
+        children.run(command_of(args, step.launcher), f"the stage {step.name}", line.advice_if_over(step))
         if not line.is_over(step):
             say(f"the stage {step.name} ended before it is over (a time limit, perhaps). The same command continues.")
             break
@@ -202,7 +202,8 @@ class Line:
                     f"the stage {other.name!r} ended before it trained anything, because {why}. It has left no model "
                     f"to go on from. Change its settings, and remove {folder} to have it begin again."
                 )
-            advice = "Correct the path."
+            there = sorted(entry.name for entry in folder.iterdir())
+            advice = f"{folder} has {', '.join(there)}. Correct the path."
             if link.path is None:
                 advice = (
                     "Of an adapter leave model.adapter.merged at true there, so that a whole model is exported too."
@@ -235,6 +236,10 @@ class Line:
         """Whether a stage is over, and was with the settings that it has now. Of others its command says whether."""
         kept = self._kept.get(step.name, {})
         return self.is_over(step) and kept.get("settings_sha256") == self._settings_hash(step)
+
+    def advice_if_over(self, step: Step) -> str:
+        """What else may be done where a stage that is over is refused: it had other settings."""
+        return f"Removing {self._folder(step)} has that stage begin again." if self.is_over(step) else ""
 
     def refuse_other_beginning(self, step: Step) -> None:
         """Make sure that what a stage began from is what it would begin from now.

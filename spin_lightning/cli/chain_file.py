@@ -187,7 +187,10 @@ def _read_step(entry: Any, where: str, folder: Path) -> Step:
         raise UserError(f"config of {where} ({name}) must be a file or a list of files, got {configs!r}.")
     paths = tuple(folder / Path(config).expanduser() for config in configs)
     for path in paths:
-        check_configs(["--config", str(path)])
+        try:
+            check_configs(["--config", str(path)])
+        except UserError as error:
+            raise UserError(f"in {where} ({name}): {error}") from error
     launcher = settings.get("launcher")
     return Step(
         name=name,

@@ -34,12 +34,13 @@ class Children:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], what: str) -> None:
+    def run(self, command: Sequence[str], what: str, advice: str = "") -> None:
         """Run a command to its end.
 
         Args:
             command: The program and its arguments.
             what: What to call it where it fails.
+            advice: What else may be done where it was refused, as a sentence.
 
         Raises:
             StageFailed: It failed.
@@ -55,7 +56,7 @@ class Children:
         if self._received:
             raise Interrupted(self._received)
         if code:
-            raise StageFailed(what, code)
+            raise StageFailed(what, code, advice)
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number

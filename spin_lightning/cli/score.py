@@ -14,7 +14,12 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ig
 from spin_lightning.cli.check import make_object
 from spin_lightning.cli.class_defaults import own_defaults
 from spin_lightning.cli.quiet import silence_libraries
-from spin_lightning.cli.settings_errors import explaining_plugins, explaining_settings, refusal_of_arguments
+from spin_lightning.cli.settings_errors import (
+    explaining_plugins,
+    explaining_settings,
+    full_stop_of,
+    refusal_of_arguments,
+)
 from spin_lightning.generation.synthetic_data import SyntheticDataModule
 from spin_lightning.models.loading import (
     context_length,
@@ -99,7 +104,9 @@ def parse(args: Sequence[str]) -> Namespace:
     except Exception as error:
         if (sentence := refusal_of_arguments(error, args)) is None:
             raise
-        raise UserError(f"{sentence.rstrip('.')}. spin-lightning score --help shows the settings.") from error
+        raise UserError(
+            f"{sentence}{full_stop_of(sentence)} spin-lightning score --help shows the settings."
+        ) from error
 
 
 def _read_over_others(args: Sequence[str], known: set[str]) -> list[str]:

@@ -69,7 +69,7 @@ def explaining_settings(settings: Mapping[str, Any] | None = None) -> Iterator[N
         }
         shown = redacted(meant or dict(known))  # a value alone does not tell what it is
         mend = ", ".join(f"{name} (now {value!r})" for name, value in shown.items()) or _LIBRARIES[where]
-        raise UserError(f"{said}{_full_stop_of(said)}{mend and f' Change {mend}.'}") from error
+        raise UserError(f"{said}{full_stop_of(said)}{mend and f' Change {mend}.'}") from error
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def explaining_plugins() -> Iterator[None]:
         if place := _place_in_plugin(error):
             said = in_a_sentence(str(error))
             raise UserError(
-                f"{place} ends with {type(error).__name__}{said and f': {said}'}{_full_stop_of(said)} It is code of "
+                f"{place} ends with {type(error).__name__}{said and f': {said}'}{full_stop_of(said)} It is code of "
                 "your own: mend it there."
             ) from error
         raise
@@ -143,7 +143,7 @@ def refusal_of_arguments(error: Exception, args: Sequence[str]) -> str | None:
         if problem := _find_import_problem(name):
             key = next((arg for arg in args if name in arg), name).partition("=")[0]
             key = args[args.index(key) - 1] if key == name and key in args[1:] else key
-            return f"{key.strip('-+')}: {name!r} cannot be used: {problem}{_full_stop_of(problem)}"
+            return f"{key.strip('-+')}: {name!r} cannot be used: {problem}{full_stop_of(problem)}"
     return in_a_sentence(str(error)) if isinstance(error, ArgumentError) else None
 
 
@@ -181,21 +181,24 @@ def in_a_sentence(message: str) -> str:
         return in_a_sentence(f"{nested}{setting[1]}.{inner}")
     got = re.search(r"(?:Given|Got) value: (.*?)(?:\. Got value: .*)?$", message, re.M)
     wanted = re.search("import path string: (.*)", message)
+    wanted = wanted or re.search(r"Import path (\S+) does not correspond", message)
     value = (got or wanted)[1].strip() if got or wanted else ""  # type: ignore[index]
+    if value.startswith(("{", "[{")) and (of_class := wanted or re.search("'class_path': '(.+?)'", value)):
+        value = of_class[1]  # as a file names it
     if made := re.search(r"callable class: (.*?)\. Got value: Namespace\(class_path='(.+?)'", message):
         problem = made[1] + _options_of(made[2], made[1])
-        return f"{name}{made[2]!r} cannot be used: {problem}{_full_stop_of(problem)}"
+        return f"{name}{made[2]!r} cannot be used: {problem}{full_stop_of(problem)}"
     takes_classes = re.search(r"<class '\w+\.\w", message.partition("Errors:")[0])
     if takes_classes and re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", value) and (problem := _find_import_problem(value)):
-        return f"{name}{value!r} cannot be used: {problem}{_full_stop_of(problem)}"
+        return f"{name}{value!r} cannot be used: {problem}{full_stop_of(problem)}"
     if made := re.search(r"Errors:\s+- (.*)(?s:.*)Given value: (?:\[.*)?Namespace\(class_path='(.+?)'", message):
         problem = made[1]
         if not re.search("class_path '.+?':", message):  # which says more
-            return f"{name}{made[2]!r} cannot be made: {problem}{_full_stop_of(problem)}"
+            return f"{name}{made[2]!r} cannot be made: {problem}{full_stop_of(problem)}"
     path = re.search(r"class_path '(.+?)':\s*(.*)", message)
     if path and (problem := _find_import_problem(path[1]) or path[2].strip()):
         problem += _options_of(path[1], problem)
-        return f"{name}{path[1]!r} cannot be used: {problem}{_full_stop_of(problem)}"
+        return f"{name}{path[1]!r} cannot be used: {problem}{full_stop_of(problem)}"
     is_number = re.search(r"Subtypes: \[<class '(float|int)'>", message)
     if not is_number and ("import path" in message.lower() or "callable class" in message):
         if "." not in value:
@@ -205,9 +208,11 @@ def in_a_sentence(message: str) -> str:
             )
         wanted = re.search(r"subclass of (\w+)", message)
         problem = _find_import_problem(value) or f"it is no {wanted[1] if wanted else 'class for this setting'}"
-        return f"{name}{value!r} cannot be used: {problem}{_full_stop_of(problem)}"
+        if wanted and wanted[1] == "Reward" and (function := _find_function(value)):
+            return f"{name}{value} is a function: use FunctionReward with function {function}."
+        return f"{name}{value!r} cannot be used: {problem}{full_stop_of(problem)}"
     if setting and "." in value and takes_classes and (problem := _find_import_problem(value)):
-        return f"{name}{value!r} cannot be used: {problem}{_full_stop_of(problem)}"
+        return f"{name}{value!r} cannot be used: {problem}{full_stop_of(problem)}"
     if setting and got:
         kinds = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected an? (.+?)\. Got", message)
         if kinds:
@@ -216,7 +221,8 @@ def in_a_sentence(message: str) -> str:
     return re.sub(r"^Parser key \"(.+?)\":", r"\1:", " ".join(message.split()))
 
 
-def _full_stop_of(text: str) -> str:
+def full_stop_of(text: str) -> str:
+    """What a sentence needs at its end before another one follows."""
     return "" if text.endswith((".", "?", "!")) else "."
 
 
@@ -254,6 +260,13 @@ def _find_import_problem(class_path: str) -> str | None:
     if abstract := sorted(getattr(getattr(found, name), "__abstractmethods__", ())):
         return f"it does not say what {', '.join(abstract)} does, which a class of this kind must"
     return None
+
+
+def _find_function(path: str) -> str | None:
+    """A function that stands where a class belongs, as ``FunctionReward`` takes it."""
+    module, _, name = path.rpartition(".")
+    is_function = _find_import_problem(path) is None and inspect.isfunction(getattr(import_module(module), name))
+    return f"{module}:{name}" if is_function else None
 
 
 def _options_of(class_path: str, problem: str) -> str:

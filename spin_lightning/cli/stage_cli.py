@@ -239,18 +239,20 @@ class StageCLI(FlagsWin, LightningCLI):
             self.subcommand != "fit" or config.trainer.fast_dev_run
         ):  # a trial neither continues a run nor minds one that is over
             return
+        self._refuse_other_stage(output_dir)
         result = read_json(output_dir / self.stage.over_file)
         if result is not None and self.stage.is_over(result, config):
             self.is_over = True
             return
         config.weights_only = True
         if config.ckpt_path is None and (checkpoint := last_checkpoint(str(output_dir))):
-            self._refuse_other_stage(output_dir)
             say(f"continuing the run in {output_dir} from {checkpoint}")
             config.ckpt_path = checkpoint
 
     def _refuse_other_stage(self, output_dir: Path) -> None:
         settings = (read_json(output_dir / SETTINGS) or {}).get("settings", {})
+        if any(key.startswith(self.stage.mark) for key in settings):
+            return  # of a stage made from another one, whose settings it has too
         for other, path in STAGES.items():
             if (stage := resolve_name(path)) is not self.stage and any(key.startswith(stage.mark) for key in settings):
                 raise UserError(

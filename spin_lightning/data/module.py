@@ -59,7 +59,8 @@ class RowDataModule(L.LightningDataModule):
         prompt_template: None uses the tokenizer's chat template. Else ``alpaca``, ``spin``, ``chatml``, a text with
             ``{prompt}``, a Jinja template, or a file with one.
         max_prompt_tokens: Rows with longer prompts are left out, and counted.
-        max_response_tokens: Cap on the responses, terminator included: longer real ones are cut there, and counted.
+        max_response_tokens: Cap on the responses, terminator included: longer real ones are cut there, or left out
+            where ``too_long`` is ``drop``, and counted.
         batch_size: Pairs (in SFT: rows) in a batch, over all processes together.
         micro_batch_tokens: Tokens in one forward and backward pass. A batch with more takes several passes whose
             gradients add up: the same gradient in less memory. Raise it on a GPU until its memory is used.
@@ -219,7 +220,7 @@ class RowDataModule(L.LightningDataModule):
                 raise UserError(
                     f"all {self.report['train']['rows']} rows of {source} are left out ({counts}, "
                     f"long_prompts {self.report['train']['long_prompts']['count']}), so nothing is left to train on. "
-                    "Give rows with two different answers, or raise data.max_prompt_tokens or max_response_tokens."
+                    f"{self.advice_on_left_out([row for _, row, _ in rows])}"
                 )
             raise UserError(
                 f"all {self.report['train']['rows']} prompts of {source} are longer than "
@@ -467,6 +468,10 @@ class RowDataModule(L.LightningDataModule):
         if self.needs_rejected:
             self.report[part]["rejected_tokens"] = spread([len(prompt.rejected_ids or ()) for prompt in prompts])
         return prompts
+
+    def advice_on_left_out(self, rows: Sequence[Row]) -> str:
+        """What to do where all rows are left out, as a sentence."""
+        return "Give rows with two different answers, or raise data.max_prompt_tokens or max_response_tokens."
 
     def reason_to_leave_out(self, encoded: Encoded, other: Encoded) -> str | None:
         """Under which name of ``also_counted`` a row with two responses is left out, if it is."""

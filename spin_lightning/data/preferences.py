@@ -16,7 +16,7 @@ from spin_lightning.data.loader import ResumableLoader
 from spin_lightning.data.module import RowDataModule
 from spin_lightning.data.training_set import Game
 from spin_lightning.models.batches import collate_pairs
-from spin_lightning.types import Prompt, UserError
+from spin_lightning.types import Prompt, Row, UserError
 
 
 class PreferenceDataModule(RowDataModule):
@@ -66,6 +66,15 @@ class PreferenceDataModule(RowDataModule):
         if self.too_long == "drop" and "length" in (encoded.finish_reason, other.finish_reason):
             return "long_answers"
         return "same_answers" if encoded.real_ids == other.real_ids else None
+
+    def advice_on_left_out(self, rows: Sequence[Row]) -> str:
+        differing = sum((row.real, row.real_extras) != (row.rejected, row.rejected_extras) for row in rows)
+        if self.too_long == "cut" and self.report["train"]["same_answers"]["count"] and differing:
+            return (
+                f"The two answers of {differing} rows differ, likely only behind the cap, data.max_response_tokens "
+                f"{self.max_response_tokens}: raise it."
+            )
+        return super().advice_on_left_out(rows)
 
     def train_dataloader(self) -> ResumableLoader:
         """The pairs of the iteration that begins; without a clock as they are: nobody has scored them."""

@@ -25,7 +25,8 @@ class Rollouts(IterationClock):
 
     Args:
         output_dir: Folder of the run. Everything it makes is in it, under relative names.
-        reward: What responses are worth, as a class path with its settings.
+        reward: What responses are worth, which must be given: ``NumberMatch``, ``TextMatch``, ``FunctionReward``,
+            ``ModelReward``, ``JudgeReward``, or the path of a class of yours, with its settings.
         iterations: How many there are.
         prompts: Prompts of an iteration; each gets ``data.answers_per_prompt`` responses.
         epochs: Passes over the responses of an iteration.

@@ -20,9 +20,10 @@ from several import Forked, thorough
 
 from spin_lightning import UserError
 from spin_lightning.cli.chain import Line, table
-from spin_lightning.cli.chain_file import read_chain
+from spin_lightning.cli.chain_file import Link, read_chain
 from spin_lightning.cli.children import Children
 from spin_lightning.cli.commands import config_folder, main
+from spin_lightning.types import StageFailed
 
 Chained = Callable[..., list[str]]
 
@@ -85,9 +86,12 @@ def run_here(patch: pytest.MonkeyPatch) -> list[list[str]]:
     """Have the commands of stages run in this process; returns those that did."""
     commands: list[list[str]] = []
 
-    def run(children: Children, command: list[str], what: str) -> None:
+    def run(children: Children, command: list[str], what: str, advice: str = "") -> None:
         commands.append(command)
-        main(command[3:])
+        try:
+            main(command[3:])
+        except SystemExit as ended:
+            raise StageFailed(what, int(ended.code or 0), advice) from None
 
     patch.setattr(Children, "run", run)
     return commands
@@ -195,7 +199,10 @@ def test_a_changed_file_is_refused_with_what_differs(
     with pytest.raises(SystemExit) as ended:
         main([*chained([{"sft": changed}, {"fit": FIT}]), *folder])
     assert ended.value.code == 2 and words_of(commands) == ["sft"]
-    assert "trainer.max_epochs: 2 -> 3" in capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "trainer.max_epochs: 2 -> 3" in printed
+    assert "mend that, and the same command continues" in printed
+    assert f"Removing {whole / 'sft'} has that stage begin again." in printed
     commands.clear()
     faster = {**FIT, "data": {"micro_batch_tokens": 300}}  # no number of the game depends on it
     main([*chained([{"sft": SFT(model)}, {"fit": faster}]), *folder])
@@ -349,7 +356,7 @@ def test_configs_lie_beside_the_file_and_go_below_it(
         ([{"sft": {"name": "a/b"}}], {}, [], "must be letters, digits, - and _, as it names a folder, got 'a/b'"),
         ([{"sft": {"model": {"model_name_or_path": {"from": "fit"}}}}, "fit"], {}, [],
          "the stage 'sft' takes something from 'fit', which is no stage before it: there is none before it"),
-        ([{"sft": {"config": "none.yaml"}}], {}, [], "none.yaml' is no file"),
+        ([{"sft": {"config": "none.yaml"}}], {}, [], "in stage 0 of {file!r} (sft): the config "),
         ([{"sft": {"model": {"beta": 1}}}], {}, [], "in the stage 'sft' of {file}: there is no setting model.beta"),
         ([{"sft": {**START, "data": {"train_data": "none.jsonl"}}}], {}, [], "of {file}: none.jsonl does not"),
         ([{"sft": {"export": {"output_dir": "x"}}}], {}, [], "export.output_dir follows from output_dir and the stage"),
@@ -374,6 +381,13 @@ def test_a_file_is_refused_before_anything_starts(
     assert not commands and not (tmp_path / "line").exists()
 
 
+def test_a_file_that_a_stage_did_not_leave_is_answered_with_what_it_left(chained: Chained, whole: Path) -> None:
+    (whole / "sft" / "chain.txt").write_text("")
+    line = Line(read_chain([*chained()[1:], "--output_dir", str(whole)]))
+    with pytest.raises(UserError, match=r"there is no \S+/sft/nonsuch\. \S+/sft has .*chain\.txt, .*policy, .*Correct"):
+        line._place(Link("sft", "nonsuch"), must_exist=True)
+
+
 def test_a_missing_file_is_named(refusal: Callable[[Sequence[str]], str]) -> None:
     assert "the chain 'none.yaml' is no file" in refusal(["chain", "none.yaml"])
 
@@ -383,6 +397,22 @@ def test_it_is_started_once(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "chain starts the processes of a stage itself" in refusal(chained())
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (
+            2,
+            "sft ended with exit code 2. What is finished is saved; mend that, and the same command continues. "
+            "Remove it.",
+        ),
+        (75, "sft ended with exit code 75. What is finished is saved, and the same command continues"),
+        (-9, "sft was killed by SIGKILL. What is finished is saved, and the same command continues"),
+    ],
+)
+def test_only_what_was_refused_is_to_be_mended(code: int, words: str) -> None:
+    assert str(StageFailed("sft", code, "Remove it.")) == words
 
 
 def test_a_stage_that_ends_early_ends_the_chain(

@@ -10,6 +10,7 @@ from helpers import args_of, write_rows
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from spin_lightning import UserError
+from spin_lightning.cli import score
 from spin_lightning.cli.commands import COMMANDS, main
 from spin_lightning.cli.config_files import check_configs
 from spin_lightning.cli.settings_errors import explaining_settings, in_a_sentence
@@ -320,6 +321,31 @@ def test_a_folder_of_another_stage_is_refused(said, tmp_path):
         assert f"run holds a run of another stage ({other}). Set --" in said(command)
 
 
+@pytest.mark.parametrize(
+    ("command", "other", "mark"),
+    [
+        ("dpo", "sft", "model.max_updates"),
+        ("sft", "ppo", "rollouts.answers_per_prompt"),
+        ("reward", "dpo", "export.shard_size"),
+        ("ppo", "reward", "model.centring"),
+    ],
+)
+def test_a_folder_of_another_stage_that_is_over_is_refused_too(command, other, mark, model, tmp_path, refusal):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {mark: 1}, "changes": [], "versions": {}}))
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    section = "rollouts" if command == "ppo" else "export"
+    args = [f"--model.model_name_or_path={model}", "--data.train_data=x", f"--{section}.output_dir={tmp_path / 'run'}"]
+    args += (
+        ["--rollouts.reward=NumberMatch", "--trainer.accelerator=cpu"]
+        if command == "ppo"
+        else ["--trainer.accelerator=cpu"]
+    )
+    assert f"run holds a run of another stage ({other}). Set --{section}.output_dir to another" in refusal(
+        [command, *args]
+    )
+
+
 def test_a_class_in_the_current_folder_is_found_behind_what_is_installed(said, plugins, capsys, model):
     (plugins / "yaml.py").write_text("raise SystemExit('the file in the current folder was imported')")
     args = [f"--model.model_name_or_path={model}", "--data.train_data=rows.jsonl", "--data.generator.max_new_tokens=4"]
@@ -405,3 +431,36 @@ def test_missing_settings_are_asked_for_as_they_are_given(refusal):
 )
 def test_a_parser_s_message_becomes_one_line(message, sentence):
     assert in_a_sentence(message) == sentence
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "wrong", "meant"),
+    [
+        ("rollouts", "reward", "NumberMach", "NumberMatch"),
+        ("model", "advantage", "GroupNormalised", "GroupNormalized"),
+        ("model", "loss", "IpoLos", "IpoLoss"),
+    ],
+)
+def test_a_misspelt_class_of_a_file_is_named_as_that_of_a_flag_is(section, setting, wrong, meant, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({section: {setting: {"class_path": wrong}}}))
+    with pytest.raises(UserError, match=rf"^{section}\.{setting}: no class is called '{wrong}'.* Did you mean {meant}"):
+        parse_settings(
+            "dpo" if setting == "loss" else "ppo", ["--model.model_name_or_path=x", "--data.train_data=x", f"-c={path}"]
+        )
+
+
+@pytest.mark.parametrize("command", ["score", "ppo"])
+def test_a_function_where_a_reward_belongs_is_named_with_the_class_that_takes_it(command, tmp_path, monkeypatch):
+    (tmp_path / "polite_rewards.py").write_text("def is_polite(answer):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    section = "score" if command == "score" else "rollouts"
+    args = ["--model.model_name_or_path=x", "--data.train_data=x", f"--{section}.reward=polite_rewards.is_polite"]
+    words = f"{section}.reward: polite_rewards.is_polite is a function: use FunctionReward with function "
+    with pytest.raises(UserError, match=f"^{words}polite_rewards:is_polite"):
+        score.parse(args) if command == "score" else parse_settings(command, args)
+
+
+def test_a_question_to_score_ends_without_a_full_stop():
+    with pytest.raises(UserError, match=r"Did you mean NumberMatch\? spin-lightning score --help shows"):
+        score.parse(["--score.reward=NumberMach"])

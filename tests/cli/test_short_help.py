@@ -158,3 +158,10 @@ def test_the_first_page_names_adapters_devices_and_servers(capsys, monkeypatch):
     for words in ("--model.adapter.r 16", "--trainer.devices 2 --trainer.strategy ddp", "--data.generator.python"):
         assert words in overview, words
     assert max(map(len, overview.splitlines())) <= 80
+
+
+def test_words_of_a_reward_and_of_a_cap_tell_what_is_to_be_given():
+    texts = {setting.name: setting.text for _, settings in settings_of(STAGES["ppo"]).values() for setting in settings}
+    assert "must be given: NumberMatch, TextMatch, FunctionReward, ModelReward, JudgeReward" in texts["rollouts.reward"]
+    texts = {s.name: s.text for _, settings in settings_of(STAGES["reward"]).values() for s in settings}
+    assert "or left out where too_long is drop" in texts["data.max_response_tokens"]

@@ -160,6 +160,10 @@ def test_what_teaches_nothing_or_is_too_long_is_left_out_and_counted(tmp_path: P
     assert (len(cut.prompts), len(drop.prompts)) == (3, 1)
     with pytest.raises(UserError, match=r"all 1 rows .* are left out \(cut_rejected 0, same_answers 1, long_answers 0"):
         pairs(tmp_path, {**PAIR, "rejected": "2"})
+    with pytest.raises(
+        UserError, match=r"same_answers 1.* of 1 rows differ, likely .* data\.max_response_tokens 5: raise it"
+    ):
+        pairs(tmp_path, {**PAIR, "chosen": "1234567", "rejected": "1234589"}, **settings)
     with pytest.raises(UserError, match=r"data\.too_long must be 'cut' or 'drop', got 'wrap'"):
         PreferenceDataModule("rows.jsonl", too_long="wrap")  # type: ignore[arg-type]
 
