@@ -239,13 +239,16 @@ class StageCLI(FlagsWin, LightningCLI):
             self.subcommand != "fit" or config.trainer.fast_dev_run
         ):  # a trial neither continues a run nor minds one that is over
             return
-        self._refuse_other_stage(output_dir)
         result = read_json(output_dir / self.stage.over_file)
+        checkpoint = last_checkpoint(str(output_dir)) if config.ckpt_path is None else None
+        ends = {self.stage.over_file, *(resolve_name(path).over_file for path in STAGES.values())}
+        if checkpoint or any((output_dir / end).exists() for end in ends):
+            self._refuse_other_stage(output_dir)
         if result is not None and self.stage.is_over(result, config):
             self.is_over = True
             return
         config.weights_only = True
-        if config.ckpt_path is None and (checkpoint := last_checkpoint(str(output_dir))):
+        if checkpoint:
             say(f"continuing the run in {output_dir} from {checkpoint}")
             config.ckpt_path = checkpoint
 
