@@ -1,5 +1,5 @@
 # make demo    install, then play self-play fine-tuning on a small real model (five to eight minutes on two CPU cores)
-# make reft    install, then SFT, PPO with a reward that a program gives, and the control (about ten minutes on two CPU cores)
+# make reft    install, then SFT, PPO with a reward that a program gives, and the control (a quarter of an hour on two CPU cores)
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
 # make test    install, then run the tests
 # make slow    the tests that are left out by default: further settings of what others test already
