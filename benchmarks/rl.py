@@ -1,4 +1,4 @@
-"""Reinforcement learning beside TRL, an iteration a round: ``python -m benchmarks.rl [ROUNDS]``.
+"""Reinforcement learning beside TRL, an iteration a round: ``python -m benchmarks.rl [ROUNDS [rloo] [grpo]]``.
 
 Needs the environment that `make bench` installs.
 
@@ -58,11 +58,12 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     records, load = [], os.getloadavg()[0]
-    everybody = contenders(rounds)
-    for pair in (everybody[:2], everybody[2:]):  # memory does not hold all
-        records += play(pair, rounds, WARM_UP)
+    wanted = [kind.upper() for kind in sys.argv[2:]] or ["RLOO", "GRPO"]
     rows = []
-    for trl, ours in (records[:2], records[2:]):
+    for kind in wanted:  # memory does not hold all
+        pair = [contender for contender in contenders(rounds) if contender.name.endswith(kind)]
+        trl, ours = play(pair, rounds, WARM_UP)
+        records += [trl, ours]
         for record in (trl, ours):
             lengths = median(sample["mean_length"] for sample in record["samples"])
             faster = spread(ratios(trl, record), ".1f") if record is ours else "1"
