@@ -72,16 +72,18 @@ def main() -> None:
             rows.append([record["name"], seconds, faster, f"{peak(record):.1f}", memory, f"{lengths:.1f}"])
     head = ["contender", "CPU seconds an iteration", "times as fast", "peak GiB", "of TRL's", "tokens a response"]
     print(table(head, rows))
-    result = {
-        "contenders": records,
+    facts = {
         "command": " ".join(["python -m benchmarks.rl", *sys.argv[1:]]),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_before": load,
         "machine": machine(),
         "versions": versions(),
     }
-    text = json.dumps(result, indent=1).replace(f"{ROOT}/", "")
-    (ROOT / "docs" / "reinforcement.json").write_text(text + "\n")
+    path = ROOT / "docs" / "reinforcement.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for kind in wanted:  # what was not measured now stays as it was
+        results[kind.lower()] = {"contenders": [record for record in records if record["name"].endswith(kind)], **facts}
+    path.write_text(json.dumps(results, indent=1).replace(f"{ROOT}/", "") + "\n")
 
 
 if __name__ == "__main__":
