@@ -92,17 +92,18 @@ def _run_chain(args: list[str]) -> None:
 def _run_demo(args: list[str]) -> None:
     from spin_lightning.demos.small_model import play
 
-    if len(args) > 1 and args[1].startswith("-"):  # settings without a model before them
-        args = [args[0], "", *args[1:]]
-    play(*args)
+    play(*_with_model(args))
 
 
 def _run_reft(args: list[str]) -> None:
     from spin_lightning.demos.reft import play
 
-    if len(args) > 1 and args[1].startswith("-"):  # settings without a model before them
-        args = [args[0], "", *args[1:]]
-    play(*args)
+    play(*_with_model(args))
+
+
+def _with_model(args: list[str]) -> list[str]:
+    """What a demo is given, with no model where settings stand in its place."""
+    return [args[0], "", *args[1:]] if len(args) > 1 and args[1].startswith("-") else args
 
 
 def _run_lab(args: list[str]) -> None:

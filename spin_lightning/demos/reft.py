@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spin_lightning.demos.steps import Asked, has_bf16_units, run_step, say_step, smollm2
+from spin_lightning.demos.steps import Asked, begin, has_bf16_units, run_step, say_step
 from spin_lightning.demos.sums import write_sums
 from spin_lightning.rewards.base import make_answer, scored
 from spin_lightning.rewards.program import NumberMatch
-from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
+from spin_lightning.runs.files import read_json, write_json
 from spin_lightning.terminal import say
-from spin_lightning.types import UserError
 
 MAX_NEW_TOKENS = 48
 WARM_UP_UPDATES = 24
@@ -43,13 +42,9 @@ def play(folder: str = "runs/reft", model: str | None = None, *overrides: str) -
     Raises:
         UserError: The package with the model is not installed.
     """
-    started, root = time.monotonic(), run_folder(folder, "the demo's FOLDER")
-    refuse_links(root, r"sft|ppo|control|data|results\.json")
-    base = model or smollm2()
+    started = time.monotonic()
+    root, base = begin(folder, r"sft|ppo|control|data|results\.json", model)
     train, held_out = write_sums(root / "data")
-    known = (read_json(root / "results.json") or {}).get("base model", {}).get("model", base)
-    if known != base:
-        raise UserError(f"{root} holds the demo of {known!r}, got {base!r}. Give this demo another folder.")
     precision = [] if has_bf16_units() else ["--trainer.precision", "32-true"]
     data = ["--data.train_data", str(train), "--data.val_data", str(held_out), "--trainer.accelerator", "cpu"]
     data += [*precision, *overrides]

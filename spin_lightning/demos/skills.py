@@ -130,9 +130,14 @@ def make_skills(num_train: int = 208, num_held_out: int = 130, seed: int = 0) ->
 
 def write_skills(folder: Path, num_train: int = 208, num_held_out: int = 130, seed: int = 0) -> tuple[Path, Path]:
     """Paths of ``train.jsonl`` and ``held_out.jsonl``, written so that no reader ever sees half a file."""
+    return write_rows(folder, *make_skills(num_train, num_held_out, seed))
+
+
+def write_rows(folder: Path, train: Rows, held_out: Rows) -> tuple[Path, Path]:
+    """Paths of ``train.jsonl`` and ``held_out.jsonl``, written so that no reader ever sees half a file."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = Path(folder) / "train.jsonl", Path(folder) / "held_out.jsonl"
-    for path, rows in zip(paths, make_skills(num_train, num_held_out, seed), strict=True):
+    for path, rows in zip(paths, (train, held_out), strict=True):
         with replacing(path) as temporary:
             temporary.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())
     return paths

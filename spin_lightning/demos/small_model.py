@@ -14,11 +14,10 @@ from typing import Any
 
 from spin_lightning.data.rows import load_rows
 from spin_lightning.demos.skills import is_exact, write_skills
-from spin_lightning.demos.steps import Asked, has_bf16_units, run_step, say_step, smollm2
-from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
+from spin_lightning.demos.steps import Asked, begin, has_bf16_units, run_step, say_step
+from spin_lightning.runs.files import read_json, write_json
 from spin_lightning.stages.samples import side_by_side
 from spin_lightning.terminal import say
-from spin_lightning.types import UserError
 
 MAX_NEW_TOKENS = 32
 
@@ -37,13 +36,9 @@ def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -
     Raises:
         UserError: The package with the model is not installed.
     """
-    started, root = time.monotonic(), run_folder(folder, "the demo's FOLDER")
-    refuse_links(root, r"sft|spin|control_\d+|data|results\.json")
-    base = model or smollm2()
+    started = time.monotonic()
+    root, base = begin(folder, r"sft|spin|control_\d+|data|results\.json", model)
     train, held_out = write_skills(root / "data", num_train=156)
-    known = (read_json(root / "results.json") or {}).get("base model", {}).get("model", base)
-    if known != base:
-        raise UserError(f"{root} holds the demo of {known!r}, got {base!r}. Give this demo another folder.")
     precision = [] if has_bf16_units() else ["--trainer.precision", "32-true"]
     data = ["--data.train_data", str(train), "--data.val_data", str(held_out), *precision, *overrides]
     sft, spin = root / "sft", root / "spin"

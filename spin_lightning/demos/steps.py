@@ -19,8 +19,29 @@ from spin_lightning.models.batches import collate_prompts
 from spin_lightning.models.loading import load_policy, load_tokenizer
 from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.progress import track
+from spin_lightning.runs.files import read_json, refuse_links, run_folder
 from spin_lightning.terminal import say
 from spin_lightning.types import Response, Row, UserError
+
+
+def begin(folder: str, own: str, model: str | None) -> tuple[Path, str]:
+    """A demo's folder, and the model that it plays with there: SmolLM2-135M-Instruct where none is given.
+
+    Args:
+        folder: Where everything goes.
+        own: A pattern of what the demo makes in it, none of which may be a link.
+        model: Another model, or None or empty.
+
+    Raises:
+        UserError: The folder holds a demo of another model, or the package with the model is not installed.
+    """
+    root = run_folder(folder, "the demo's FOLDER")
+    refuse_links(root, own)
+    base = model or smollm2()
+    known = (read_json(root / "results.json") or {}).get("base model", {}).get("model", base)
+    if known != base:
+        raise UserError(f"{root} holds the demo of {known!r}, got {base!r}. Give this demo another folder.")
+    return root, base
 
 
 def smollm2() -> str:

@@ -6,15 +6,11 @@ never share a prompt.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from spin_lightning.runs.files import replacing
+from spin_lightning.demos.skills import Rows, write_rows
 from spin_lightning.types import UserError
-
-Rows = list[dict[str, Any]]
 
 #: Numbers have two digits, so that there are so many prompts.
 MOST_ROWS = 4000
@@ -62,9 +58,4 @@ def make_sums(num_train: int = 512, num_held_out: int = 256, seed: int = 0) -> t
 
 def write_sums(folder: Path, num_train: int = 512, num_held_out: int = 256, seed: int = 0) -> tuple[Path, Path]:
     """Paths of ``train.jsonl`` and ``held_out.jsonl``, written so that no reader ever sees half a file."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = Path(folder) / "train.jsonl", Path(folder) / "held_out.jsonl"
-    for path, rows in zip(paths, make_sums(num_train, num_held_out, seed), strict=True):
-        with replacing(path) as temporary:
-            temporary.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode())
-    return paths
+    return write_rows(folder, *make_sums(num_train, num_held_out, seed))
