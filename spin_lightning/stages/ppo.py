@@ -28,7 +28,7 @@ from spin_lightning.stages.gate import check_start
 from spin_lightning.stages.iteration import Run
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.rollout_iteration import PpoIteration, RolloutRun, Scorer, refuse_sums_alone
-from spin_lightning.stages.stage import Stage
+from spin_lightning.stages.stage import Stage, played_enough
 from spin_lightning.types import ResponseBatch, RolloutBatch, UserError
 
 #: How far a critic's values may be from the stored ones at an iteration's first step, as a share of their size.
@@ -344,8 +344,7 @@ def _count_epochs_between(eval_every: int, iterations: int, epochs: int) -> int:
 
 
 def _is_over(result: dict[str, Any], settings: Any) -> bool:
-    """A run that had all its iterations may be given more of them; one that ended earlier had its reason."""
-    return not result["ended_because"].startswith("all ") or len(result["iterations"]) >= settings.rollouts.iterations
+    return played_enough(result, settings.rollouts.iterations)
 
 
 def _check(module: PpoLightningModule, callbacks: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from spin_lightning.schedule import check_schedule
 from spin_lightning.stages.iteration import Run, SpinIteration, iteration_folder
 from spin_lightning.stages.opponent import OPPONENTS, Opponent
 from spin_lightning.stages.pairs import PairModule
-from spin_lightning.stages.stage import Stage
+from spin_lightning.stages.stage import Stage, played_enough
 from spin_lightning.types import UserError
 
 
@@ -84,9 +84,8 @@ def _count_epochs(iterations: int, epochs: int | list[int]) -> int:
     return sum(epochs) if isinstance(epochs, list) else iterations * epochs
 
 
-def _is_over(game: dict[str, Any], settings: Any) -> bool:
-    """A game that played all its iterations may be given more of them; one that ended earlier had its reason."""
-    return not game["ended_because"].startswith("all ") or len(game["iterations"]) >= settings.self_play.iterations
+def _is_over(result: dict[str, Any], settings: Any) -> bool:
+    return played_enough(result, settings.self_play.iterations)
 
 
 def _last_policy(folder: Path) -> Path:

@@ -74,3 +74,13 @@ def cap_of(generator: Any) -> dict[str, Any]:
     if not str(given).isdigit() or not int(given):
         raise UserError(f"data.generator.max_new_tokens must be a number of tokens, at least 1, got {given!r}.")
     return {"data.max_response_tokens": int(given)}
+
+
+def played_enough(result: Mapping[str, Any], iterations: int) -> bool:
+    """Whether a run is over: one that had all its iterations may be given more; one that ended earlier had its reason.
+
+    Args:
+        result: What its clock wrote last.
+        iterations: How many this command asks for.
+    """
+    return not result["ended_because"].startswith("all ") or len(result["iterations"]) >= iterations
