@@ -13,10 +13,8 @@ import pyarrow.compute as pc
 import torch
 
 from spin_lightning.advantages import explained_variance
-from spin_lightning.runs.shards import ShardStore
+from spin_lightning.runs.shards import IDS, MESSAGES, ShardStore
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-_IDS = pa.list_(pa.int32())
 _NATS = pa.list_(pa.float32())
 
 SCHEMA = pa.schema(
@@ -24,10 +22,10 @@ SCHEMA = pa.schema(
         ("iteration", pa.int32()),  # whose policy gave the response
         ("prompt_id", pa.int64()),
         ("answer", pa.int32()),  # 0 to K - 1
-        ("prompt", _MESSAGES),
-        ("response", _MESSAGES),
-        ("prompt_ids", _IDS),
-        ("response_ids", _IDS),
+        ("prompt", MESSAGES),
+        ("response", MESSAGES),
+        ("prompt_ids", IDS),
+        ("response_ids", IDS),
         ("finish_reason", pa.string()),
         ("seed", pa.int64()),
         ("log_probs", _NATS),  # of each token, by the policy, in the numerics of a training step

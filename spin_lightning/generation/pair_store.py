@@ -13,24 +13,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spin_lightning.runs.shards import ShardStore
-
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-_IDS = pa.list_(pa.int32())
+from spin_lightning.runs.shards import IDS, MESSAGES, ShardStore
 
 SCHEMA = pa.schema(
     [
         ("iteration", pa.int32()),  # whose opponent generated the response
         ("prompt_id", pa.int64()),
         ("answer", pa.int32()),  # 0 to K - 1
-        ("prompt", _MESSAGES),
-        ("chosen", _MESSAGES),
-        ("rejected", _MESSAGES),
-        ("real", _MESSAGES),
-        ("generated", _MESSAGES),
-        ("prompt_ids", _IDS),
-        ("real_ids", _IDS),
-        ("generated_ids", _IDS),
+        ("prompt", MESSAGES),
+        ("chosen", MESSAGES),
+        ("rejected", MESSAGES),
+        ("real", MESSAGES),
+        ("generated", MESSAGES),
+        ("prompt_ids", IDS),
+        ("real_ids", IDS),
+        ("generated_ids", IDS),
         ("real_finish_reason", pa.string()),
         ("generated_finish_reason", pa.string()),
         ("generated_log_prob", pa.float64()),  # by the sampler, when it was sampled
@@ -38,7 +35,7 @@ SCHEMA = pa.schema(
         ("opponent_generated_log_prob", pa.float64()),
         ("initial_real_log_prob", pa.float64()),  # by the opponent of iteration 0, for the losses that ask
         ("initial_generated_log_prob", pa.float64()),
-        ("initial_ids", _IDS),
+        ("initial_ids", IDS),
         ("opponent_sha256", pa.string()),  # of the opponent that generated the response
         ("seed", pa.int64()),
     ]

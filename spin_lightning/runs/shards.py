@@ -19,6 +19,10 @@ from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json, replacing, sha256_of, write_json
 from spin_lightning.types import UserError
 
+#: Columns that tables share: the turns of a conversation, and token ids.
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+IDS = pa.list_(pa.int32())
+
 
 class ShardStore:
     """Reads and writes a folder of shards.

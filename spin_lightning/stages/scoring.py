@@ -42,14 +42,13 @@ from spin_lightning.rewards.base import (
 from spin_lightning.rewards.conclusions import best_rows, describe_rewards, describe_wins, pair_rows
 from spin_lightning.runs import signals
 from spin_lightning.runs.files import hold, read_json, refuse_links, replacing, run_folder, write_json
-from spin_lightning.runs.shards import ShardStore
+from spin_lightning.runs.shards import MESSAGES, ShardStore
 from spin_lightning.types import Prompt, UserError
 
 #: Prompts in a shard of responses, at least: with fewer, slots that are free early stay empty.
 LEAST_TOGETHER = 256
 
 _KEY = [("prompt_id", pa.int64()), ("answer", pa.int32())]
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 class ResponseStore(ShardStore):
@@ -58,7 +57,7 @@ class ResponseStore(ShardStore):
     schema = pa.schema(
         [
             *_KEY,
-            ("prompt", _MESSAGES),
+            ("prompt", MESSAGES),
             ("response", pa.string()),
             ("real", pa.string()),
             ("response_ids", pa.list_(pa.int32())),
