@@ -108,6 +108,8 @@ class RowDataModule(L.LightningDataModule):
         tokenizer_name_or_path: str | None = None,
     ) -> None:
         super().__init__()
+        #: What is trained on in the place of the rows as they are; asked whenever a loader is made. None: the rows.
+        self.make_training_set: Callable[[], TrainingSet] | None = None
         refuse_below(1, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens)
         refuse_below(1, max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
         refuse_below(0, num_workers=num_workers)
@@ -488,7 +490,9 @@ class RowDataModule(L.LightningDataModule):
         return _hash_of(self.val_prompts)
 
     def train_dataloader(self) -> ResumableLoader:
-        """The real responses."""
+        """The real responses, or what the module makes of them."""
+        if self.make_training_set is not None:
+            return self._serve(self.make_training_set())
         return self._make_loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
 
     def _serve(self, training_set: TrainingSet, keeps_prompts_together: bool = False) -> ResumableLoader:

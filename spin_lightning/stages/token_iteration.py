@@ -73,7 +73,8 @@ class TokenIteration(Iteration):
         fill_laws(
             store,
             data.prompts,
-            self.policy,
+            self.policy.model,
+            numerics=self.policy.numerics,
             name=f"iteration_{number - 1}/policy" if number else self.policy.name,
             top_k=self.loss.top_k,
             shard_size=self.run.shard_size,

@@ -97,10 +97,7 @@ def test_its_first_update_is_that_of_sft_by_tokens_at_a_beta_of_2(model: str, ro
         assert name.endswith("norm.weight") or not torch.allclose(weight, start[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, [3.0, 1.0]])
-def test_accumulated_batches_and_passes_of_any_size_train_like_one_batch(
-    temperature: Any, model: str, rows: str, tmp_path: Path
-) -> None:
+def test_accumulated_batches_and_passes_of_any_size_train_like_one_batch(model: str, rows: str, tmp_path: Path) -> None:
     settings: list[dict[str, Any]] = [
         {"data": {"batch_size": 8}},
         {"data": {"batch_size": 4}, "trainer": {"accumulate_grad_batches": 2}},
@@ -108,7 +105,7 @@ def test_accumulated_batches_and_passes_of_any_size_train_like_one_batch(
     ]
     games = [
         game_of(
-            model, rows, tmp_path / str(n), loss={"temperature": temperature},
+            model, rows, tmp_path / str(n), loss={"temperature": [3.0, 1.0]},
             **{**each, "trainer": {"precision": "64-true", **each.get("trainer", {})}},
         ).play()
         for n, each in enumerate(settings)
@@ -131,7 +128,7 @@ def assert_same(game: Game, whole: Game, folder: Path, other: Path) -> None:
 def test_a_game_stopped_anywhere_continues_bit_for_bit(adapter: bool, model: str, rows: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"module": {"adapter": LoraAdapter(r=4)}} if adapter else {}
     whole = game_of(model, rows, tmp_path / "whole", **settings).play()
-    for number in (1, 4, 6):
+    for number in (6,) if adapter else (1, 4):
         stop = DoLast(on_train_batch_end=lambda trainer, *_, n=number: stop_at(trainer, n))
         folder = tmp_path / str(number)
         with pytest.raises(Stopped):
@@ -158,14 +155,14 @@ def test_a_stop_while_the_opponent_scores_costs_one_shard(
         return real(policy, batch, k)
 
     monkeypatch.setattr(law_table, "top_says", watched)
-    for limit in (1, 2, 3 + 1):  # of shards of 3, 3 and 2 responses; in the second iteration, too
+    for limit in (1, 4):  # of shards of 3, 3 and 2 responses; in the second iteration, too
         scored.clear()
         folder = tmp_path / str(limit)
         with pytest.raises(Stopped):
             game_of(model, rows, folder, **settings).play()
-        before, limit = len(scored), 1000
+        limit = 1000
         game = game_of(model, rows, folder, **settings).play()
-        assert len(scored) == 6 + (before > 3) * 0, "no shard is scored twice"
+        assert len(scored) == 6, "no shard is scored twice"
         assert_same(game, whole, folder, tmp_path / "whole")
 
 
