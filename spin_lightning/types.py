@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from signal import Signals
 from typing import Any, Literal, Required, TypedDict
 
+import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
@@ -217,6 +218,29 @@ class PairLossOutput:
     losses: Tensor
     real_rewards: Tensor
     generated_rewards: Tensor
+
+
+@dataclass
+class TokenLaws:
+    """A model's law of the next token at N places, cut to k tokens and "the rest", all other tokens as one outcome.
+
+    Attributes:
+        ids: Which tokens, shape ``(N, k)``, no token twice in a row.
+        log_probs: Their log-probs in nats, shape ``(N, k)``.
+        rest: Log-prob of all other tokens together, shape ``(N,)``; -inf where the k tokens are the whole vocabulary.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rest)
+
+    @property
+    def outcomes(self) -> Tensor:
+        """The log-probs of the tokens and, last, of the rest, shape ``(N, k + 1)``."""
+        return torch.cat([self.log_probs, self.rest[:, None]], 1)
 
 
 @dataclass

@@ -12,7 +12,8 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,11 +53,16 @@ COLUMN = 34
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting by its name on the command line; ``default`` as YAML has it, with the other choices if any."""
+    """A setting by its name on the command line; ``default`` as YAML has it, with the other choices if any.
+
+    ``type`` is its annotation, ``whole`` all that its docstring says of it, of which ``text`` is the first sentence.
+    """
 
     name: str
     default: str
     text: str
+    type: str = ""
+    whole: str = ""
 
 
 def page(word: str, usage: str, summary: str, record: str) -> str:
@@ -117,11 +123,25 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
             [setting for setting in settings if setting.name not in follow],
         )
     words = {f"trainer.{name}": text for name, text in OF_TRAINER.items()}
-    of_trainer = {setting.name: setting.default for setting in found["trainer"][1]}
+    of_trainer = {setting.name: setting for setting in found["trainer"][1]}
     found["trainer"] = (
         "Lightning's Trainer.",
-        [Setting(name, of_trainer[name], text) for name, text in words.items() if name in of_trainer],
+        [replace(of_trainer[name], text=text, whole=text) for name, text in words.items() if name in of_trainer],
     )
+    return found
+
+
+def settings_of_class(path: str) -> list[Setting]:
+    """The settings of a class that a setting can name, such as a loss, without its name before them.
+
+    Args:
+        path: Its import path.
+    """
+    module, node = _find_class(path)
+    found = []
+    with suppress(LookupError):  # a base class from elsewhere has no settings
+        for setting in _settings_of_class(module, node, "", {}):
+            found.append(replace(setting, name=setting.name.removeprefix(".")))
     return found
 
 
@@ -131,7 +151,7 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
     names = set()
     if init is not None:
         docs = [param for part in (node, init) for param in parse(ast.get_docstring(part) or "").params]
-        texts = {param.arg_name: _take_first_sentence(param.description or "") for param in docs}
+        texts = {param.arg_name: param.description or "" for param in docs}
         values: list[ast.expr | None] = [*init.args.defaults, *init.args.kw_defaults]
         arguments = [*init.args.args, *init.args.kwonlyargs][1:]
         for argument, value in zip(arguments, [None] * (len(arguments) - len(values)) + values, strict=True):
@@ -143,7 +163,8 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
                 named.rpartition(".")[2] or (default if isinstance(default, str) else json.dumps(default)),
                 *([f"or {', '.join(choices)}"] if choices else []),
             ]
-            yield Setting(name, "; ".join(shown), texts.get(argument.arg, ""))
+            text = texts.get(argument.arg, "")
+            yield Setting(name, "; ".join(shown), _take_first_sentence(text), _name_type(argument.annotation), text)
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)
     if init is None or init.args.kwarg is not None:
@@ -157,6 +178,10 @@ def _write_yaml(value: ast.expr | None) -> str:
     if not isinstance(value, ast.Constant):
         return ast.unparse(value)
     return str(value.value) if isinstance(value.value, str) else json.dumps(value.value).replace("e-0", "e-")
+
+
+def _name_type(annotation: ast.expr | None) -> str:
+    return "" if annotation is None else ast.unparse(annotation)
 
 
 def _choices_of(annotation: ast.expr | None) -> list[str]:
@@ -218,4 +243,6 @@ def _parse_module(name: str) -> ast.Module:
     if inside:
         path = path.parent.joinpath(*inside)
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_file():
+        raise LookupError(f"{name} is no module with a source")
     return ast.parse(path.read_text(encoding="utf-8"))
