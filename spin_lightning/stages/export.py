@@ -14,11 +14,12 @@ from spin_lightning.data.sources import looks_local
 from spin_lightning.models.adapters import base_of, exports_merged, save_adapter
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
-from spin_lightning.models.saving import save_model
+from spin_lightning.models.saving import save_model, weights_hash
 from spin_lightning.runs import processes
-from spin_lightning.runs.files import refuse_links, run_folder, write_json
+from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import was_cut_short
 from spin_lightning.runs.settings import versions
+from spin_lightning.stages.evaluation import RESULTS, update_card
 from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
 
@@ -44,6 +45,10 @@ def export_policy(
         save_model(model, tokenizer, folder / "policy", card, encoder.end_ids, trust_remote_code=trust_remote_code)
     else:
         shutil.rmtree(folder / "policy", ignore_errors=True)  # of an earlier export, with other weights
+    results = read_json(folder / RESULTS)
+    if results is not None and results["model_sha256"] == weights_hash(model):  # of tasks that were asked before
+        for kind in ("policy", "adapter"):
+            update_card(folder / kind, results)
     write_json(folder / "summary.json", summary)
 
 
