@@ -11,16 +11,22 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 from torch import Tensor
 
+from spin_lightning.data.sources import looks_local
 from spin_lightning.models.adapters import base_of, exports_merged, save_adapter
 from spin_lightning.models.loading import dtype_name
-from spin_lightning.models.model_card import add_adapter, how_to_cast
-from spin_lightning.models.saving import save_model
+from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
+from spin_lightning.models.saving import save_model, weights_hash
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import validate_now, validation_follows, was_cut_short
 from spin_lightning.runs.sharding import ShardedStrategy
 from spin_lightning.stages.averaging import WeightAverage, exchange
 from spin_lightning.stages.metrics import count_tokens, starting_metrics
+from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
+from spin_lightning.runs.lightning_internals import was_cut_short
+from spin_lightning.runs.settings import versions
+from spin_lightning.stages.evaluation import RESULTS, update_card
+from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -46,6 +52,10 @@ def export_policy(
         save_model(model, tokenizer, folder / "policy", card, encoder.end_ids, trust_remote_code=trust_remote_code)
     else:
         shutil.rmtree(folder / "policy", ignore_errors=True)  # of an earlier export, with other weights
+    results = read_json(folder / RESULTS)
+    if results is not None and results["model_sha256"] == weights_hash(model):  # of tasks that were asked before
+        for kind in ("policy", "adapter"):
+            update_card(folder / kind, results)
     write_json(folder / "summary.json", summary)
 
 
@@ -62,14 +72,25 @@ def name_models(folder: Path, within: str = "") -> str:
     return " and ".join(f"{folder}/{within}{kind}" for kind in kinds)
 
 
-def plain_card(tag: str, title: str, summary: Mapping[str, Any]) -> str:
-    """The README of an exported policy: what its summary says."""
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tag}, spin-lightning]\n---\n\n# "
-        f"{title}\n\n"
-        + "\n".join(f"- {name}: {value}" for name, value in summary.items())
-        + f"\n\n{how_to_cast(summary)}"
-    )
+def plain_card(tag: str, title: str, summary: Mapping[str, Any], origin: Origin | None = None) -> str:
+    """The README of an exported policy: what its summary says, and what it comes from."""
+    return render_plain_card(tag, title, summary, origin, versions())
+
+
+def origin_of(model: str, data: Any) -> Origin:
+    """What a policy comes from, as its card may say it.
+
+    Args:
+        model: The name of the model that the run started from.
+        data: The data module that it was trained with.
+    """
+    sources = getattr(data, "train_data", ())
+    names = [name for source in (sources if isinstance(sources, list) else [sources]) for name in _names_in(source)]
+    return read_origin(model, [name for name in names if not looks_local(name)])
+
+
+def _names_in(source: Any) -> list[str]:
+    return [source] if isinstance(source, str) else [str(name) for name in source]
 
 
 class ExportPolicy(L.Callback):
@@ -252,9 +273,10 @@ class ExportPolicy(L.Callback):
     def write(self, policy: Any, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         """Write the model, and then the summary. In the first process."""
         module: Any = trainer.lightning_module
-        card = plain_card("sft", "Supervised fine-tuned policy", summary)
-        encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
-        export_policy(policy, encoder, self.output_dir, card, summary, module.trust_remote_code)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        origin = origin_of(module.model_name_or_path, data)
+        card = plain_card("sft", "Supervised fine-tuned policy", summary, origin)
+        export_policy(policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
 
     def find_model(self) -> Path:
         """Where the model is."""
