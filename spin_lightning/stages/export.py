@@ -17,16 +17,13 @@ from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
 from spin_lightning.models.saving import save_model, weights_hash
 from spin_lightning.runs import processes
-from spin_lightning.runs.files import refuse_links, run_folder, write_json
+from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import validate_now, validation_follows, was_cut_short
+from spin_lightning.runs.settings import versions
 from spin_lightning.runs.sharding import ShardedStrategy
 from spin_lightning.stages.averaging import WeightAverage, exchange
-from spin_lightning.stages.metrics import count_tokens, starting_metrics
-from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
-from spin_lightning.runs.lightning_internals import was_cut_short
-from spin_lightning.runs.settings import versions
 from spin_lightning.stages.evaluation import RESULTS, update_card
-from spin_lightning.stages.metrics import starting_metrics
+from spin_lightning.stages.metrics import count_tokens, starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
