@@ -77,6 +77,12 @@ def _run_score(args: list[str]) -> None:
     main(args)
 
 
+def _run_evaluate(args: list[str]) -> None:
+    from spin_lightning.cli.evaluate import main
+
+    main(args)
+
+
 def _run_slurm(args: list[str]) -> None:
     from spin_lightning.cli.slurm import main
 
@@ -279,6 +285,38 @@ is over is skipped; where the file has changed since, its command says whether
 it may be. A stage that fails ends the chain with its exit code, a signal ends
 both where they can be continued."""
 
+_OF_EVALUATE = """Asks a model tasks of lm-evaluation-harness (pip install 'spin-lightning[eval]'),
+and prints each number with its standard error:
+
+  spin-lightning evaluate runs/mine
+  spin-lightning evaluate runs/mine/iteration_0/policy --tasks my_rows.jsonl
+
+MODEL is an exported folder (policy/ or adapter/), a run's folder, of which the
+last policy is taken, or a name on the hub. Without --tasks these are the six of
+the paper: arc_challenge 25 shots, truthfulqa_mc2 0, winogrande 5, gsm8k 5,
+hellaswag 10 and mmlu 5. Their data are on the hub.
+
+  --tasks hellaswag my_rows.jsonl      names, .yaml files of the harness, folders
+                                       of them, or .jsonl files of rows with
+                                       question, choices and answer; or prompt
+                                       and target
+  --shots 5                            examples before each question: one number
+                                       or one for each task
+  --limit 100                          the first documents of each task only
+  --against MODEL                      another model, and the paired difference
+  --chat_template true                 ask in messages; off is the paper's way
+  --batch_size 8                       sequences in one pass
+  --device cuda                        and --dtype bfloat16 instead of the stored
+                                       one
+  --output FOLDER                      where evaluation.json goes
+  --base MODEL                         what an adapter is put on, if that moved
+  --revision main                      of a name on the hub, and
+                                       --trust_remote_code true
+
+Results are written to evaluation.json beside the model's summary.json, each as
+soon as it is there, and on the model's card. The same command does not ask
+again what was asked of the same weights in the same way. docs/evaluate.md"""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -301,6 +339,13 @@ COMMANDS = {
         function=_run_score,
         usage="[--config FILE] [--KEY VALUE ...]",
         help=_OF_SCORE,
+    ),
+    "evaluate": Command(
+        "tasks of lm-evaluation-harness, and your own",
+        function=_run_evaluate,
+        usage="MODEL [--tasks TASK ...] [--shots N] [--against MODEL] ...",
+        fits=lambda args: bool(args) and _folder_is_first(args),
+        help=_OF_EVALUATE,
     ),
     "slurm": Command(
         "a batch script for a run on a cluster",
