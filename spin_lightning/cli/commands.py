@@ -77,6 +77,12 @@ def _run_score(args: list[str]) -> None:
     main(args)
 
 
+def _run_pairs(args: list[str]) -> None:
+    from spin_lightning.cli.pairs import main
+
+    main(args)
+
+
 def _run_slurm(args: list[str]) -> None:
     from spin_lightning.cli.slurm import main
 
@@ -279,6 +285,32 @@ is over is skipped; where the file has changed since, its command says whether
 it may be. A stage that fails ends the chain with its exit code, a signal ends
 both where they can be continued."""
 
+_OF_PAIRS = """Writes what a game or `spin-lightning score` has made of prompts as rows that
+other trainers read. A row is a pair: the better and the worse response.
+
+  spin-lightning pairs runs/mine --output pairs.jsonl
+
+RUN is the folder of a game, of one of its iterations, or of score.
+  --iteration 0                        whose opponent answered; all: every one.
+                                       Left out: the last one with pairs
+  --format trl                         conversations: TRL's DPO and reward
+                                       trainers, OpenRLHF, and our own dpo
+  --format trl_text                    texts as the chat template wrote them, the
+                                       end token included: TRL without a template
+  --format axolotl                     type: chat_template.default
+  --format llama_factory               sharegpt with ranking, and the entry for
+                                       dataset_info.json
+  --output FILE                        .jsonl or .parquet. Left out: JSONL on the
+                                       standard output
+  --drop identical clipped             leave out pairs of equal responses, pairs
+                                       with a response that was cut, or both
+
+FILE.provenance.json says where the rows come from: iterations, opponents,
+sampling, seed, versions, hashes. Each row has its iteration, prompt, seed and
+opponent, in columns that these trainers do not read.
+
+docs/handover.md has more."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -301,6 +333,13 @@ COMMANDS = {
         function=_run_score,
         usage="[--config FILE] [--KEY VALUE ...]",
         help=_OF_SCORE,
+    ),
+    "pairs": Command(
+        "a game's pairs as rows for TRL, axolotl and LLaMA-Factory",
+        function=_run_pairs,
+        usage="RUN [--iteration K] [--format LAYOUT] [--output FILE] [--drop WHAT ...]",
+        fits=lambda args: bool(args) and _folder_is_first(args),
+        help=_OF_PAIRS,
     ),
     "slurm": Command(
         "a batch script for a run on a cluster",
