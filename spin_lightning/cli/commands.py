@@ -77,6 +77,12 @@ def _run_score(args: list[str]) -> None:
     main(args)
 
 
+def _run_chat(args: list[str]) -> None:
+    from spin_lightning.cli.chat import main
+
+    main(args)
+
+
 def _run_pairs(args: list[str]) -> None:
     from spin_lightning.cli.pairs import main
 
@@ -285,6 +291,38 @@ is over is skipped; where the file has changed since, its command says whether
 it may be. A stage that fails ends the chain with its exit code, a signal ends
 both where they can be continued."""
 
+_OF_CHAT = """Talks with a model in the terminal.
+
+  spin-lightning chat runs/mine
+  spin-lightning chat runs/mine --iteration 0
+  spin-lightning chat runs/mine --against 0
+  spin-lightning chat runs/mine --against HuggingFaceTB/SmolLM2-135M-Instruct
+
+RUN is the folder of a run, of a model or of an adapter, a .gguf file, or a hub
+name. Of a run with iterations its last model is taken.
+  --iteration 0                        the model of another iteration
+  --against OTHER                      a second model, which answers the same
+                                       questions: what RUN may be, or the number
+                                       of an iteration of RUN
+  --system TEXT                        what the conversation begins with
+  --temperature 0.7                    0: the most likely response
+  --top_p 1.0
+  --max_new_tokens 512
+  --seed 0                             the same questions, the same responses
+  --prompt_template alpaca             where the model has no chat template
+  --dtype bfloat16                     else float32 on a CPU, and on a GPU what
+                                       the model is stored in
+  --device cuda                        else a GPU where there is one
+
+In a conversation, Ctrl-C stops the response, and
+  /reset                               begins another conversation
+  /save FILE                           adds it to FILE: a row for sft
+  /quit                                ends, as Ctrl-D does
+
+Where the input is no terminal, each line is a question of its own:
+  spin-lightning chat runs/mine < questions.txt
+  spin-lightning chat runs/mine --json < questions.txt > rows.jsonl"""
+
 _OF_PAIRS = """Writes what a game or `spin-lightning score` has made of prompts as rows that
 other trainers read. A row is a pair: the better and the worse response.
 
@@ -295,8 +333,8 @@ RUN is the folder of a game, of one of its iterations, or of score.
                                        Left out: the last one with pairs
   --format trl                         conversations: TRL's DPO and reward
                                        trainers, OpenRLHF, and our own dpo
-  --format trl_text                    texts as the chat template wrote them, the
-                                       end token included: TRL without a template
+  --format trl_text                    texts as the chat template wrote them, with
+                                       the end token: TRL, without a template
   --format axolotl                     type: chat_template.default
   --format llama_factory               sharegpt with ranking, and the entry for
                                        dataset_info.json
@@ -333,6 +371,13 @@ COMMANDS = {
         function=_run_score,
         usage="[--config FILE] [--KEY VALUE ...]",
         help=_OF_SCORE,
+    ),
+    "chat": Command(
+        "talk with a model of any iteration, or with two",
+        function=_run_chat,
+        usage="RUN [--iteration K] [--against OTHER] [--OPTION VALUE ...]",
+        fits=lambda args: bool(args) and _folder_is_first(args),
+        help=_OF_CHAT,
     ),
     "pairs": Command(
         "a game's pairs as rows for TRL, axolotl and LLaMA-Factory",

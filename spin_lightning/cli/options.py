@@ -1,8 +1,12 @@
-"""Options of a command without a stage, read by ``argparse``, with its refusals as sentences."""
+"""What commands without a stage share: options, whose refusals are sentences, and output into a pipe."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from spin_lightning.types import UserError
@@ -25,3 +29,14 @@ class Options(argparse.ArgumentParser):
             UserError: In any case.
         """
         raise UserError(f"{message}. {self.prog} --help shows the options.")
+
+
+@contextmanager
+def ending_with_its_reader() -> Iterator[None]:
+    """End quietly where whoever reads the standard output has had enough, as ``head`` has."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again as it ends
+        sys.exit(141)  # that of SIGPIPE

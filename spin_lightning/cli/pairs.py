@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_lightning.cli.options import Options
+from spin_lightning.cli.options import Options, ending_with_its_reader
 from spin_lightning.generation.pair_rows import LAYOUTS, Pair, dataset_info, pair_of_record, read_pairs
 from spin_lightning.generation.pair_store import PairStore, own_shards
 from spin_lightning.models.loading import load_tokenizer
@@ -62,8 +62,8 @@ def main(args: list[str]) -> None:
     counts: Counter[str] = Counter()
     rows = _make_rows(source.pairs, options, counts)
     if options.output is None:
-        for row in rows:
-            sys.stdout.write(json.dumps(row) + "\n")
+        with ending_with_its_reader():
+            sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
     else:
         _write(Path(options.output).expanduser(), rows, options, source, counts)
     _tell(options, counts)
