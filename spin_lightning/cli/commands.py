@@ -333,13 +333,13 @@ RUN is the folder of a game, of one of its iterations, or of score.
                                        Left out: the last one with pairs
   --format trl                         conversations: TRL's DPO and reward
                                        trainers, OpenRLHF, and our own dpo
-  --format trl_text                    texts as the chat template wrote them, with
-                                       the end token: TRL, without a template
+  --format trl_text                    texts as the chat template wrote them,
+                                       with the end token: TRL, no template
   --format axolotl                     type: chat_template.default
   --format llama_factory               sharegpt with ranking, and the entry for
                                        dataset_info.json
-  --output FILE                        .jsonl or .parquet. Left out: JSONL on the
-                                       standard output
+  --output FILE                        .jsonl or .parquet. Left out: JSONL on
+                                       the standard output
   --drop identical clipped             leave out pairs of equal responses, pairs
                                        with a response that was cut, or both
 
