@@ -83,6 +83,12 @@ def _run_slurm(args: list[str]) -> None:
     main(args)
 
 
+def _run_schema(args: list[str]) -> None:
+    from spin_lightning.cli.schema import main
+
+    main(args)
+
+
 def _run_chain(args: list[str]) -> None:
     from spin_lightning.cli.chain import main
 
@@ -279,6 +285,23 @@ is over is skipped; where the file has changed since, its command says whether
 it may be. A stage that fails ends the chain with its exit code, a signal ends
 both where they can be continued."""
 
+_OF_SCHEMA = """Prints a JSON Schema by which an editor completes the settings of a config as it
+is written, shows what each is, and marks what a run would refuse: a wrong name,
+a text for a number, a number out of its range.
+
+  spin-lightning schema > spin-lightning.schema.json
+                                       of all stages, each known by its sections,
+                                       and of the files of chain
+  spin-lightning schema fit > fit.schema.json
+                                       of one: fit, sft, ppo, dpo, reward, score;
+                                       or chain
+
+Then the first line of a config says where the schema is:
+
+  # yaml-language-server: $schema=spin-lightning.schema.json
+
+docs/settings.md shows it in VS Code and PyCharm."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -301,6 +324,13 @@ COMMANDS = {
         function=_run_score,
         usage="[--config FILE] [--KEY VALUE ...]",
         help=_OF_SCORE,
+    ),
+    "schema": Command(
+        "a JSON Schema of configs, for editors",
+        function=_run_schema,
+        usage="[STAGE] > FILE",
+        fits=lambda args: len(args) < 2 and _folder_is_first(args),
+        help=_OF_SCHEMA,
     ),
     "slurm": Command(
         "a batch script for a run on a cluster",
