@@ -97,6 +97,12 @@ def _run_slurm(args: list[str]) -> None:
     main(args)
 
 
+def _run_schema(args: list[str]) -> None:
+    from spin_lightning.cli.schema import main
+
+    main(args)
+
+
 def _run_chain(args: list[str]) -> None:
     from spin_lightning.cli.chain import main
 
@@ -372,6 +378,18 @@ FILE.provenance.json says where the rows come from: iterations, opponents,
 sampling, seed, versions, hashes. Each row has its iteration, prompt, seed and
 opponent, in columns that these trainers do not read.
 docs/handover.md has more."""
+_OF_SCHEMA = """Prints a JSON Schema by which an editor completes the settings of a config as it
+is written, shows what each is, and marks what a run would refuse: a wrong name,
+a text for a number, a number out of its range.
+  spin-lightning schema > spin-lightning.schema.json
+                                       of all stages, each known by its sections,
+                                       and of the files of chain
+  spin-lightning schema fit > fit.schema.json
+                                       of one: fit, sft, ppo, dpo, reward, score;
+                                       or chain
+Then the first line of a config says where the schema is:
+  # yaml-language-server: $schema=spin-lightning.schema.json
+docs/settings.md shows it in VS Code and PyCharm."""
 
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
@@ -413,6 +431,12 @@ COMMANDS = {
         function=_run_pairs,
         usage="RUN [--iteration K] [--format LAYOUT] [--output FILE] [--drop WHAT ...]",
         help=_OF_PAIRS,
+    "schema": Command(
+        "a JSON Schema of configs, for editors",
+        function=_run_schema,
+        usage="[STAGE] > FILE",
+        fits=lambda args: len(args) < 2 and _folder_is_first(args),
+        help=_OF_SCHEMA,
     ),
     "slurm": Command(
         "a batch script for a run on a cluster",
