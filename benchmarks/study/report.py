@@ -29,8 +29,10 @@ COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.study"
 
 #: Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-#: Where what was forgotten is compared: at these shares of what tuned SFT gains in KL with the same seed.
-SHARES = {"early": GAIN_SHARE, "late": 0.9}
+#: Where what was forgotten is compared: at a share of what tuned SFT gains with the same seed, in KL or in validity.
+SHARES = {"early": (GAIN_SHARE, "kl"), "late": (0.9, "kl"), "valid": (GAIN_SHARE, "valid")}
+#: Validity that SFT has to gain for a comparison by it.
+LEAST_GAIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Comparison:
     name: str
 
 
+_CALLED = {"kl": "KL", "valid": "validity"}
 COMPARED = {
     "kl": Comparison("KL at temperature 1", "kl", "kl"),
     "tuned": Comparison("KL, temperature tuned", "kl, T tuned", "kl"),
     **{
-        name: Comparison(f"forgotten at {share:.0%} of SFT's gain", "retention", name) for name, share in SHARES.items()
+        name: Comparison(f"forgotten at {share:.0%} of SFT's gain in {_CALLED[of]}", "retention", name)
+        for name, (share, of) in SHARES.items()
     },
 }
 OTHERS = [name for name in ARMS if name != "SFT"]
@@ -67,7 +71,7 @@ COLOURS = dict(
 def keep(parts: Sequence[Record], file: Path = NUMBERS) -> None:
     """Write what is finished: every number that a table or a picture has, seed by seed, and the grids' scores."""
     cells: dict[str, Any] = {}
-    gains: dict[str, list[float]] = {}  # of tuned SFT in KL, seed by seed
+    bests: dict[str, list[Record]] = {}  # tuned SFT's runs, seed by seed
     for part in parts:
         cell = cells.setdefault(part["cell"], {})
         arm = cell.setdefault(part["arm"], {})
@@ -81,14 +85,12 @@ def keep(parts: Sequence[Record], file: Path = NUMBERS) -> None:
             best = _with_settings(runs, chosen["kl"])
             own["curve"] = _curve(points, best)
             if part["arm"] == "SFT":
-                gains[part["cell"]] = [run["kl"][0] - min(run["kl"]) for run in best]
+                bests[part["cell"]] = best
+            kept = _with_settings(runs, chosen.get("retention", chosen["kl"]))
+            pairs = list(zip(kept, bests[part["cell"]], strict=True))
             results["retention"] = {
-                name: [
-                    rounded(forgotten_at(points, run["kl"], run["forgotten"], share * gain))
-                    for run, gain in zip(_with_settings(runs, chosen["retention"]), gains[part["cell"]], strict=True)
-                ]
-                for name, share in SHARES.items()
-                if "retention" in chosen
+                name: [_forgotten(points, run, sft, share, of) for run, sft in pairs]
+                for name, (share, of) in SHARES.items()
             }
         arm["confirm"] = {"results": results, **own}
     order = [cell.name for cell in CELLS if cell.name in cells] + sorted(set(cells) - {cell.name for cell in CELLS})
@@ -107,6 +109,20 @@ def keep(parts: Sequence[Record], file: Path = NUMBERS) -> None:
 
 def _columns(runs: Sequence[Record]) -> Record:
     return {key: [run[key] for run in runs] for key in runs[0]} if runs else {}
+
+
+def _forgotten(points: Points, run: Record, sft: Record, share: float, of: str) -> float | None:
+    """What a run had forgotten at a share of SFT's gain up to its least KL; None where either does not get there."""
+    best = sft["kl"].index(min(sft["kl"]))
+    if of == "kl":
+        found = forgotten_at(points, run["kl"], run["forgotten"], share * (sft["kl"][0] - sft["kl"][best]))
+    else:
+        gain = sft["valid"][best] - sft["valid"][0]
+        if gain < LEAST_GAIN:
+            return None
+        found = forgotten_at(points, [-value for value in run["valid"]], run["forgotten"], share * gain)
+    rounded_value: float | None = rounded(found)
+    return rounded_value
 
 
 def _with_settings(runs: Sequence[Record], config: Record) -> list[Record]:
@@ -200,7 +216,7 @@ def differences_table(report: Record, by: Comparison) -> str:
     rows = []
     for name, cell in report["cells"].items():
         own = [value for value in column(cell, "SFT", by.criterion, by.name) if value is not None]
-        if not own:
+        if not own:  # not finished, or SFT gains too little
             continue
         rows.append([name, f"{statistics.fmean(own):.3f}", *(_difference(cell, arm, by) for arm in OTHERS)])
     return table(["cell", "tuned SFT", *OTHERS], rows)
@@ -286,7 +302,8 @@ def _settings(config: Record | None) -> str:
     if config is None:
         return "-"
     said = [f"lr {config['learning_rate']:g}"]
-    said += [f"beta {config['beta']:g}"] if config["beta"] != 1 else []
+    if config["beta"] != 1:
+        said.append(f"{'beta' if config['beta'] >= 1 else 'price'} {config['beta']:g}")
     said += [f"T {config['temperature']:g}"] if config["temperature"] != 1 else []
     said += [f"dropout {config['dropout']:g}"] if config["dropout"] else []
     said += [f"KL to start {config['kl_to_start']:g}"] if config["kl_to_start"] else []
@@ -349,7 +366,7 @@ def draw_differences(report: Record, path: Path) -> None:
     from matplotlib.figure import Figure
 
     cells = list(report["cells"].items())
-    figure = Figure(figsize=(15, 1.6 + 0.85 * len(cells)), layout="constrained")
+    figure = Figure(figsize=(17, 1.6 + 0.85 * len(cells)), layout="constrained")
     for axes, by in zip(figure.subplots(1, len(COMPARED), sharey=True), COMPARED.values(), strict=True):
         scale = []
         for row, (_, cell) in enumerate(cells):
