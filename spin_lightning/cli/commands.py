@@ -79,6 +79,10 @@ def _run_score(args: list[str]) -> None:
 
 def _run_evaluate(args: list[str]) -> None:
     from spin_lightning.cli.evaluate import main
+
+    main(args)
+
+
 def _run_chat(args: list[str]) -> None:
     from spin_lightning.cli.chat import main
 
@@ -420,17 +424,21 @@ COMMANDS = {
         usage="MODEL [--tasks TASK ...] [--shots N] [--against MODEL] ...",
         fits=lambda args: bool(args) and _folder_is_first(args),
         help=_OF_EVALUATE,
+    ),
     "chat": Command(
         "talk with a model of any iteration, or with two",
         function=_run_chat,
         usage="RUN [--iteration K] [--against OTHER] [--OPTION VALUE ...]",
+        fits=lambda args: bool(args) and _folder_is_first(args),
         help=_OF_CHAT,
     ),
     "pairs": Command(
         "a game's pairs as rows for TRL, axolotl and LLaMA-Factory",
         function=_run_pairs,
         usage="RUN [--iteration K] [--format LAYOUT] [--output FILE] [--drop WHAT ...]",
+        fits=lambda args: bool(args) and _folder_is_first(args),
         help=_OF_PAIRS,
+    ),
     "schema": Command(
         "a JSON Schema of configs, for editors",
         function=_run_schema,

@@ -153,7 +153,6 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
     if init is not None:
         docs = [param for part in (node, init) for param in parse(ast.get_docstring(part) or "").params]
         texts = {param.arg_name: param.description or "" for param in docs}
-        texts = {param.arg_name: first_sentence(param.description or "") for param in docs}
         values: list[ast.expr | None] = [*init.args.defaults, *init.args.kw_defaults]
         arguments = [*init.args.args, *init.args.kwonlyargs][1:]
         for argument, value in zip(arguments, [None] * (len(arguments) - len(values)) + values, strict=True):
@@ -166,7 +165,7 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
                 *([f"or {', '.join(choices)}"] if choices else []),
             ]
             text = texts.get(argument.arg, "")
-            yield Setting(name, "; ".join(shown), _take_first_sentence(text), _name_type(argument.annotation), text)
+            yield Setting(name, "; ".join(shown), first_sentence(text), _name_type(argument.annotation), text)
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)
     if init is None or init.args.kwarg is not None:

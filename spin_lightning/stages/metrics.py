@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.runs import processes
-from spin_lightning.types import PairLogProbs, PairLossOutput, ResponseBatch
-from spin_lightning.types import PairLogProbs, PairLossOutput, TokenLogProbs, TokenLossOutput
+from spin_lightning.types import PairLogProbs, PairLossOutput, ResponseBatch, TokenLogProbs, TokenLossOutput
 
 #: TRL's names for the same numbers, for dashboards that expect them.
 ALIASES = {
