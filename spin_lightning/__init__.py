@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
     from spin_lightning.stages.dpo import DpoLightningModule as DpoLightningModule
     from spin_lightning.stages.dpo import RecordedPairs as RecordedPairs
+    from spin_lightning.stages.evaluate_tasks import EvaluateTasks as EvaluateTasks
     from spin_lightning.stages.export import ExportPolicy as ExportPolicy
     from spin_lightning.stages.health import Health as Health
     from spin_lightning.stages.opponent import Opponent as Opponent
@@ -115,6 +116,7 @@ _HOMES = {
     "stages.best_as_real": ("BestAsReal",),
     "stages.clock": ("SelfPlay",),
     "stages.dpo": ("DpoLightningModule", "RecordedPairs"),
+    "stages.evaluate_tasks": ("EvaluateTasks",),
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),

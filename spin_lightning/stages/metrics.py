@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.runs import processes
-from spin_lightning.types import PairLogProbs, PairLossOutput, TokenLogProbs, TokenLossOutput
+from spin_lightning.types import PairLogProbs, PairLossOutput, ResponseBatch, TokenLogProbs, TokenLossOutput
 
 #: TRL's names for the same numbers, for dashboards that expect them.
 ALIASES = {
@@ -142,3 +142,9 @@ def starting_metrics(trainer: Any) -> dict[str, float]:
     if trainer.global_step or trainer.num_sanity_val_steps * data.batch_size < len(data.val_prompts):
         return {}
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def count_tokens(batch: Any) -> int:
+    """Tokens that one pass over a batch of responses or pairs computes; 0 of another."""
+    parts = [getattr(part, "responses", part) for part in batch] if isinstance(batch, list) else []
+    return sum(len(part.input_ids) for part in parts if isinstance(part, ResponseBatch))
