@@ -77,6 +77,15 @@ def _run_score(args: list[str]) -> None:
     main(args)
 
 
+def _run_compare(args: list[str]) -> None:
+    from spin_lightning.cli.config_files import check_configs
+
+    check_configs(args)
+    from spin_lightning.cli.compare import main
+
+    main(args)
+
+
 def _run_slurm(args: list[str]) -> None:
     from spin_lightning.cli.slurm import main
 
@@ -279,6 +288,38 @@ is over is skipped; where the file has changed since, its command says whether
 it may be. A stage that fails ends the chain with its exit code, a signal ends
 both where they can be continued."""
 
+_OF_COMPARE = """Plays arms from one start model on one data set, each with several seeds, and
+ends with a table, a picture and one sentence: which is better, by how much, and
+what of that is noise. "Too close to call" is an answer.
+
+  spin-lightning compare --config configs/compare.yaml \\
+    --model.model_name_or_path MY_SFT_MODEL --data.train_data rows.jsonl
+
+Takes what `spin-lightning fit` takes, for every arm that has the setting. The
+arms, where none are listed: self_play, continued SFT with as many updates, with
+as many token-passes, and tuned (learning rates, early stopping, mean weights).
+
+  --compare.output_dir runs/compare    a run's folder for each arm and seed
+  --compare.seeds 3                    1 gives an interval over rows alone
+  --compare.reward NumberMatch         beside the exact match; score --help
+  --compare.temperatures '[0, 0.7, 1]' sharpening is free, so each arm is
+                                       judged at its best one
+  --compare.samples 4                  responses to a prompt above 0
+  --compare.learning_rates '[1.0e-5, 3.0e-5, 1.0e-4]'
+                                       what the tuned SFT tries
+  --data.val_data held_out.jsonl       one half to choose by, one to report on
+  --data.other_data others.jsonl       other tasks: what is forgotten
+
+Arms of your own stand in the config:
+  compare:
+    arms:
+      - {name: hot, stage: fit, model: {beta: 5}}
+      - {name: more, stage: sft, equal_compute: hot}
+      - {name: tuned, stage: sft, learning_rates: [1.0e-5, 1.0e-4]}
+
+The same command continues after a kill: what is over is skipped. An arm that
+ends with NaN is left out, and the sentence says so. docs/compare.md has more."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -301,6 +342,11 @@ COMMANDS = {
         function=_run_score,
         usage="[--config FILE] [--KEY VALUE ...]",
         help=_OF_SCORE,
+    ),
+    "compare": Command(
+        "self-play against SFT from one start, over seeds, and a verdict",
+        function=_run_compare,
+        help=_OF_COMPARE,
     ),
     "slurm": Command(
         "a batch script for a run on a cluster",
