@@ -7,35 +7,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from spin_lightning.cli import score
 from spin_lightning.cli.check import make_object
 from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.cli.settings_errors import explaining_plugins, explaining_settings
 from spin_lightning.models.batches import pack
-from spin_lightning.models.log_probs import response_log_probs
 from spin_lightning.models.modes import evaluating
-from spin_lightning.models.token_laws import TokenLaws, coarse_kl, laws_of, top_laws
 from spin_lightning.progress import track
 from spin_lightning.rewards.base import Reward, SumOfRewards
 from spin_lightning.rewards.program import TextMatch
-from spin_lightning.runs.files import read_json, replacing, sha256_of, write_json
+from spin_lightning.runs.files import read_json, write_json
+from spin_lightning.stages.retention import StartLaws, measure
 from spin_lightning.stages.scoring import Players, RewardStore, Scoring
 from spin_lightning.types import Prompt, ResponseBatch
 
 #: What every response is asked first.
 EXACT = "exact_match"
-#: Tokens of a law that are kept one by one.
-TOKENS_OF_A_LAW = 64
 
 
 @dataclass(frozen=True)
@@ -109,13 +106,11 @@ def main(wanted: str, args: Sequence[str]) -> None:
             others = score.read_rows(settings, scoring).prompts
         most = settings.data.micro_batch_tokens
         with torch.no_grad(), fabric.autocast(), evaluating(model):
-            found |= measure_nll(model, data.prompts, most, fabric.to_device)
-            laws = Path(what.laws)
-            if what.is_start:
-                _write_laws(laws, model, data.prompts, most, fabric.to_device)
-            found["kl_to_start"] = _kl_to(laws, model, data.prompts, most, fabric.to_device)
+            batches = list(_batches(data.prompts, most))
+            laws = _laws_of_start(Path(what.laws), what.is_start, model, batches, data.prompts_hash, fabric.to_device)
+            found |= measure_nll(model, batches, fabric.to_device, laws)
             if others:
-                other = measure_nll(model, others, most, fabric.to_device)
+                other = measure_nll(model, _batches(others, most), fabric.to_device)
                 found |= {"other_nll": other["nll"], "other_nll_per_token": other["nll_per_token"]}
     write_json(scoring.output_dir / "summary.json", {"model": players.name, "rows": len(data.prompts), **found})
 
@@ -143,66 +138,53 @@ def _read_rewards(folder: Path) -> dict[str, dict[str, Any]]:
     return {**found, "responses": {"cut_share": summary["cut_share"], "mean_tokens": summary["mean_tokens"]}}
 
 
-def _batches(prompts: Sequence[Prompt], most: int, move: Callable[[Any], Any]) -> Iterator[ResponseBatch]:
+def _batches(prompts: Sequence[Prompt], most: int) -> Iterator[ResponseBatch]:
     """The real responses in the order of their prompts, in passes of at most so many tokens."""
     held: list[Any] = []
     tokens = 0
-    for prompt in track(prompts, "measuring", len(prompts), "rows"):
+    for prompt in prompts:
         size = len(prompt.prompt_ids) + len(prompt.real_ids)
         if held and tokens + size > most:
-            yield move(pack(held))
+            yield pack(held)
             held, tokens = [], 0
-        held.append((prompt.prompt_ids, [prompt.real_ids]))
-        tokens += size
+        if prompt.real_ids:
+            held.append((prompt.prompt_ids, [prompt.real_ids]))
+            tokens += size
     if held:
-        yield move(pack(held))
+        yield pack(held)
 
 
-def measure_nll(model: Any, prompts: Sequence[Prompt], most: int, move: Callable[[Any], Any]) -> dict[str, Any]:
-    """NLL of the real responses, in nats a response and a token, and of each row.
+def _laws_of_start(
+    path: Path, is_start: bool, model: Any, batches: Sequence[ResponseBatch], of: str, move: Callable[[Any], Any]
+) -> StartLaws:
+    """The next-token laws of the start, which it writes itself."""
+    laws = StartLaws(math.inf)
+    if is_start:
+        for batch in track(batches, "measuring", len(batches), "passes"):
+            laws.add(model, move(batch))
+        laws.save(path, of)
+    laws.load(path, of)
+    return laws
+
+
+def measure_nll(
+    model: Any, batches: Iterable[ResponseBatch], move: Callable[[Any], Any], laws: StartLaws | None = None
+) -> dict[str, Any]:
+    """NLL of the real responses, in nats a response and a token, and of each row; and the KL to laws that are given.
 
     Args:
         model: In evaluation mode, without gradients.
-        prompts: The rows.
-        most: Tokens in a pass.
+        batches: The rows.
         move: Brings a batch to the model.
+        laws: Those of the model that training started from.
     """
     found: list[float] = []
+    divergences: list[float] = []
     tokens = 0
-    for batch in _batches([prompt for prompt in prompts if prompt.real_ids], most, move):
-        found += (-response_log_probs(model, batch)).double().tolist()
+    for batch in map(move, track(batches := list(batches), "measuring", len(batches), "passes")):
+        log_probs, of_tokens = measure(model, batch, None if laws is None else laws.of(batch))
+        found += (-log_probs).double().tolist()
+        divergences += [] if of_tokens is None else of_tokens.double().tolist()
         tokens += int(batch.response_lengths.sum())
-    return {"nll": fmean(found), "nll_per_token": sum(found) / tokens, "nll_by_row": found}
-
-
-def _write_laws(path: Path, model: Any, prompts: Sequence[Prompt], most: int, move: Callable[[Any], Any]) -> None:
-    laws = [top_laws(model, batch, TOKENS_OF_A_LAW) for batch in _batches(prompts, most, move)]
-    tensors = {
-        name: torch.cat([getattr(law, name) for law in laws]).cpu().contiguous()
-        for name in ("ids", "log_probs", "rest")
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"real_sha256": _hash_of(prompts)})
-
-
-def _kl_to(path: Path, model: Any, prompts: Sequence[Prompt], most: int, move: Callable[[Any], Any]) -> float:
-    """KL of the model to the one whose laws are in a file, in nats a token of the real responses."""
-    start, first, total = TokenLaws(**load_file(path)), 0, 0.0
-    for batch in _batches(prompts, most, move):
-        part = move(
-            replace(
-                start,
-                **{
-                    name: getattr(start, name)[first : first + len(batch.scored)]
-                    for name in ("ids", "log_probs", "rest")
-                },
-            )
-        )
-        total += float(coarse_kl(laws_of(model, batch, part.ids), part).double().sum())
-        first += len(batch.scored)
-    return total / first
-
-
-def _hash_of(prompts: Sequence[Prompt]) -> str:
-    return sha256_of([[prompt.prompt_ids, prompt.real_ids] for prompt in prompts])
+    kl = {"kl_to_start": fmean(divergences)} if divergences else {}
+    return {"nll": fmean(found), "nll_per_token": sum(found) / tokens, "nll_by_row": found, **kl}

@@ -35,7 +35,7 @@ from spin_lightning.schedule import check_schedule
 from spin_lightning.stages.export import name_models
 from spin_lightning.stages.iteration import Iteration, Run, find_place, iteration_folder
 from spin_lightning.stages.iterative import IterativeModule
-from spin_lightning.stages.metrics import count_tokens, starting_metrics
+from spin_lightning.stages.metrics import count_tokens, describe_retention, starting_metrics
 from spin_lightning.stages.ranking import make_ranking
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -346,6 +346,9 @@ class IterationClock(HoldsFolder):
             **module.describe_iteration(iteration.number),
             "pairs": self._report,
         }
+        if summary["val_nll"] is not None:
+            start = read_json(self.output_dir / "start.json")
+            summary |= describe_retention(self.trainer.callback_metrics, start)
         self.trainer.lightning_module.gather_policy()
         if processes.is_first():
             iteration.close(summary)
