@@ -65,13 +65,13 @@ def main(args: list[str]) -> None:
         answers = settings.data.answers_per_prompt
         settings.data.answers_per_prompt = answers or 1
         scoring: Scoring = make_object("spin_lightning.stages.scoring.Scoring", settings.score)
-        fabric = _make_fabric(settings.trainer)
-        data = _read(settings, scoring, recorded=not answers)
-        others = _read(settings, scoring, of=scoring.against) if scoring.against is not None else None
+        fabric = make_fabric(settings.trainer)
+        data = read_rows(settings, scoring, recorded=not answers)
+        others = read_rows(settings, scoring, of=scoring.against) if scoring.against is not None else None
         kept = scoring.output_dir / "config.yaml"
         if not kept.exists():  # that of a run is not changed by a command that may be refused
             _keep(settings, answers, kept)
-        load = _Loader(settings, fabric, data, others)
+        load = Loader(settings, fabric, data, others)
         players = Players(load, fabric.autocast, settings.model.model_name_or_path, settings.model.trust_remote_code)
         summary = scoring.run(players, data, answers, others)
         _keep(settings, answers, kept)
@@ -153,7 +153,9 @@ def _without_others(config: str, known: set[str], left_out: list[str]) -> str:
     return yaml.safe_dump(kept)
 
 
-def _read(settings: Namespace, scoring: Scoring, recorded: bool = False, of: str | None = None) -> SyntheticDataModule:
+def read_rows(
+    settings: Namespace, scoring: Scoring, recorded: bool = False, of: str | None = None
+) -> SyntheticDataModule:
     """The rows, encoded for the model of the settings or for another one."""
     kind = RecordedPairs if recorded and scoring.reward.compares else SyntheticDataModule
     data: SyntheticDataModule = make_object(f"{kind.__module__}.{kind.__qualname__}", settings.data)
@@ -175,14 +177,19 @@ def _read(settings: Namespace, scoring: Scoring, recorded: bool = False, of: str
     return data
 
 
-def _make_fabric(trainer: Namespace) -> L.Fabric:
+def make_fabric(trainer: Namespace) -> L.Fabric:
+    """Where to compute, and in which precision.
+
+    Raises:
+        UserError: There is no such device.
+    """
     try:
         return L.Fabric(devices=1, accelerator=trainer.accelerator, precision=trainer.precision)
     except RuntimeError as error:  # no such device here
         raise UserError(f"trainer.accelerator {trainer.accelerator!r} cannot be used: {error} Leave it out.") from None
 
 
-class _Loader:
+class Loader:
     """Loads the model of the settings, or another one, as it is computed with here."""
 
     def __init__(self, settings: Namespace, fabric: L.Fabric, data: Any, others: Any) -> None:

@@ -242,9 +242,11 @@ class DpoLightningModule(PairModule):
             self.held_out_accuracy.update(output.real_rewards, output.generated_rewards)
         return policy.real, policy.real_lengths
 
-    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Any], batch_idx: int) -> None:
         """Held-out NLL of the better responses; and once the reference has scored them, loss and accuracy of pairs."""
         super().validation_step(batch, batch_idx)
+        if self.is_other(batch_idx):
+            return
         if self._playing is not None and self._playing.held_out is not None:
             size = sum(map(len, batch))
             for name in ("loss", "accuracy", "margin"):

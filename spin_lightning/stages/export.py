@@ -23,7 +23,7 @@ from spin_lightning.runs.settings import versions
 from spin_lightning.runs.sharding import ShardedStrategy
 from spin_lightning.stages.averaging import WeightAverage, exchange
 from spin_lightning.stages.evaluation import RESULTS, update_card
-from spin_lightning.stages.metrics import count_tokens, starting_metrics
+from spin_lightning.stages.metrics import count_tokens, describe_retention, starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -189,7 +189,7 @@ class ExportPolicy(L.Callback):
         if start and not trainer.fast_dev_run and processes.is_first():  # type: ignore[attr-defined]
             write_json(self.output_dir / "start.json", start)
         if "val/nll" in start:
-            self._note_best(0, start["val/nll"], pl_module)
+            self._note_best(0, {"val_nll": start["val/nll"], **describe_retention(start, start)}, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
@@ -224,28 +224,33 @@ class ExportPolicy(L.Callback):
             self._state |= held_out
             if trainer.state.fn == "fit" and "val_nll" in held_out:
                 self._state.pop("is_due", None)
-                self._note_best(trainer.global_step, held_out["val_nll"], pl_module)
+                self._note_best(trainer.global_step, held_out, pl_module)
                 if self.patience is not None and self._state["best"]["since"] >= self.patience:
                     self._state["is_over"] = trainer.should_stop = True
         if self._raw is not None:
             exchange(_trained_weights(pl_module), self._raw)
             self._raw = None
 
-    def _note_best(self, step: int, nll: float, module: Any) -> None:
-        """Keep the weights that were just measured, if they are the best so far."""
+    def _note_best(self, step: int, held_out: dict[str, Any], module: Any) -> None:
+        """Keep the weights that were just measured, if they are the best so far, with what was found."""
         best = self._state.get("best")
         if self.keep != "best":
             return
-        if best is not None and not nll < best["val_nll"]:
+        if best is not None and not held_out["val_nll"] < best["val_nll"]:
             self._state["best"] = {**best, "since": best["since"] + 1}
             return
         weights = {name: weight.detach().cpu().clone() for name, weight in _trained_weights(module).items()}
-        self._state["best"] = {"step": step, "val_nll": nll, "since": 0, "weights": weights}
+        self._state["best"] = {"step": step, **held_out, "since": 0, "weights": weights}
 
     def read_held_out(self, trainer: L.Trainer) -> dict[str, Any]:
         """What the summary says of the held-out rows, after they were measured."""
-        nll = trainer.callback_metrics.get("val/nll")
-        return {} if nll is None else {"val_nll": float(nll)}
+        found = trainer.callback_metrics
+        if "val/nll" not in found:
+            return {}
+        return {
+            "val_nll": float(found["val/nll"]),
+            **describe_retention(found, read_json(self.output_dir / "start.json")),
+        }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A hook that Lightning also calls when it resumes and finds nothing left to train on."""
@@ -282,7 +287,8 @@ class ExportPolicy(L.Callback):
             last = "" if last_nll is None else f", after the last measurement {last_nll:.3f}"
             say(f"the weights with the lowest held-out NLL are kept, {is_start}: {best['val_nll']:.3f}{last}")
             averaged = averaged if best["step"] else {}
-            return {"val_nll": best["val_nll"], "best_step": best["step"], "last_val_nll": last_nll, **averaged}
+            measured = {name: best[name] for name in ("val_nll", "retention") if name in best}
+            return {**measured, "best_step": best["step"], "last_val_nll": last_nll, **averaged}
         if self._average is not None and self._average.updates:
             exchange(_trained_weights(module), self._average.weights)
             say(f"the mean of the weights over the updates is kept (export.average_weights {self.average_weights})")

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import yaml
 from games import read, without_seconds
-from several import Forked, thorough
+from several import Forked, run_here, thorough
 
 from spin_lightning import UserError
 from spin_lightning.cli.chain import Line, table
 from spin_lightning.cli.chain_file import Link, read_chain
-from spin_lightning.cli.children import Children
 from spin_lightning.cli.commands import config_folder, main
 from spin_lightning.types import StageFailed
 
@@ -80,21 +79,6 @@ def weights_in(folder: Path) -> dict[str, bytes]:
 
 def kept_in(folder: Path) -> Any:
     return without_seconds(read(folder / "chain.json"))
-
-
-def run_here(patch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Have the commands of stages run in this process; returns those that did."""
-    commands: list[list[str]] = []
-
-    def run(children: Children, command: list[str], what: str, advice: str = "") -> None:
-        commands.append(command)
-        try:
-            main(command[3:])
-        except SystemExit as ended:
-            raise StageFailed(what, int(ended.code or 0), advice) from None
-
-    patch.setattr(Children, "run", run)
-    return commands
 
 
 @pytest.fixture
