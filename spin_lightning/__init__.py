@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from spin_lightning.losses import SpinLoss as SpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
+    from spin_lightning.reports.callback import WriteReport as WriteReport
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
     from spin_lightning.rewards import JudgeReward as JudgeReward
@@ -93,6 +94,7 @@ _HOMES = {
         "TSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
+    "reports.callback": ("WriteReport",),
     "rewards": (
         "Answer",
         "FunctionReward",

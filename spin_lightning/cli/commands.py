@@ -77,6 +77,12 @@ def _run_score(args: list[str]) -> None:
     main(args)
 
 
+def _run_report(args: list[str]) -> None:
+    from spin_lightning.cli.report import main
+
+    main(args)
+
+
 def _run_slurm(args: list[str]) -> None:
     from spin_lightning.cli.slurm import main
 
@@ -279,6 +285,23 @@ is over is skipped; where the file has changed since, its command says whether
 it may be. A stage that fails ends the chain with its exit code, a signal ends
 both where they can be continued."""
 
+_OF_REPORT = """Makes one HTML file of a run's folder, offline and under 2 MB: what happened in
+words, curves, responses of the iterations side by side, data, settings, hashes.
+
+  spin-lightning report runs/mine      writes runs/mine/report.html
+  spin-lightning report runs/mine --against runs/sft
+                                       draws the curves of another run over it;
+                                       can be given several times
+
+  --output FILE                        write it elsewhere
+  --samples 8                          prompts whose responses are shown
+
+RUN is the folder of any run: of fit, sft, dpo, reward, ppo or score, over or
+not, or one that holds runs: a chain's or a demo's. A run keeps its report.html
+current by itself; --report.enabled false leaves it out.
+
+docs/report.md says how to read it."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -301,6 +324,13 @@ COMMANDS = {
         function=_run_score,
         usage="[--config FILE] [--KEY VALUE ...]",
         help=_OF_SCORE,
+    ),
+    "report": Command(
+        "one HTML page of a run: curves, responses, health, settings",
+        function=_run_report,
+        usage="RUN [--output FILE] [--against OTHER_RUN] [--samples N]",
+        fits=lambda args: bool(args) and _folder_is_first(args),
+        help=_OF_REPORT,
     ),
     "slurm": Command(
         "a batch script for a run on a cluster",
