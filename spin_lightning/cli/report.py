@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from spin_lightning.cli.arguments import Arguments
 from spin_lightning.reports.page import write_report
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -26,7 +27,7 @@ def main(args: list[str]) -> None:
     say(f"the report is in {path} ({path.stat().st_size / 1000:,.0f} kB): open it in a browser")
 
 
-def parse(args: Sequence[str]) -> Namespace:
+def parse(args: Sequence[str]) -> Any:
     """The arguments.
 
     Raises:
@@ -36,21 +37,16 @@ def parse(args: Sequence[str]) -> Namespace:
         >>> parse(["runs/mine", "--against", "runs/sft"]).against[0].as_posix()
         'runs/sft'
     """
-    parser = ArgumentParser("spin-lightning report", allow_abbrev=False, add_help=False, exit_on_error=False)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--against", type=Path, action="append", default=[])
+
+    def path(text: str) -> Path:
+        return Path(text).expanduser()
+
+    parser = Arguments("report")
+    parser.add_argument("run", type=path)
+    parser.add_argument("--output", type=path)
+    parser.add_argument("--against", type=path, action="append", default=[])
     parser.add_argument("--samples", type=int, default=8)
-    try:
-        given, unknown = parser.parse_known_args(args)
-    except (ArgumentError, SystemExit) as error:
-        raise UserError(f"{error}. Give it as: spin-lightning report RUN [--output FILE].") from None
-    if unknown:
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)}. spin-lightning report --help shows the options.")
+    given = parser.parse_args(args)
     if given.samples < 0:
         raise UserError(f"--samples must be 0 or more, got {given.samples!r}.")
-    for name in ("run", "output"):
-        if (path := getattr(given, name)) is not None:
-            setattr(given, name, path.expanduser())
-    given.against = [path.expanduser() for path in given.against]
     return given

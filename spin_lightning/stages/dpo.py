@@ -37,7 +37,7 @@ from spin_lightning.runs.files import need_space, write_json
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import refuse_other_binding
 from spin_lightning.stages.clock import IterationClock
-from spin_lightning.stages.export import name_models, plain_card
+from spin_lightning.stages.export import name_models, origin_of, plain_card
 from spin_lightning.stages.health import keep_remark, remarks_on_preferences, remarks_on_rewards
 from spin_lightning.stages.iteration import Iteration, PolicyView, Run
 from spin_lightning.stages.metrics import RewardAccuracy
@@ -131,7 +131,8 @@ class DpoIteration(Iteration):
         return TrainingSet(table, collate_pairs, report, metrics, sentence)
 
     def card(self, summary: Mapping[str, Any]) -> str:
-        return plain_card("dpo", "Policy after direct preference optimisation", summary)
+        origin = origin_of(self.policy.name, self.run.data)
+        return plain_card("dpo", "Policy after direct preference optimisation", summary, origin)
 
     def _held_out_store(self, binding: Mapping[str, Any] | None) -> PreferenceStore | None:
         """The held-out pairs; None if there are none."""

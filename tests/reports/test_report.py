@@ -341,7 +341,7 @@ def test_the_command_writes_a_file_and_says_where(tmp_path, capsys, refusal):
     assert "holds nothing that tells what was trained" in refusal(["report", str(tmp_path / "empty")])
     assert "--output must name a file" in refusal(["report", str(folder), "--output", str(tmp_path)])
     assert "--samples must be 0 or more, got -1" in refusal(["report", str(folder), "--samples", "-1"])
-    assert "unrecognized arguments: --outptu x" in refusal(["report", str(folder), "--outptu", "x"])
+    assert "has no '--outptu'. Did you mean --output?" in refusal(["report", str(folder), "--outptu", "x"])
     assert "argument --samples: invalid int value: 'many'" in refusal(["report", str(folder), "--samples", "many"])
     with pytest.raises(UserError, match="there is no folder"):
         write_report(folder, against=[tmp_path / "nothing"])
