@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from spin_lightning.losses import TokenSpinLoss as TokenSpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
+    from spin_lightning.reports.callback import WriteReport as WriteReport
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
     from spin_lightning.rewards import JudgeReward as JudgeReward
@@ -100,6 +101,7 @@ _HOMES = {
         "TokenSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
+    "reports.callback": ("WriteReport",),
     "rewards": (
         "Answer",
         "FunctionReward",
