@@ -83,6 +83,12 @@ def _run_evaluate(args: list[str]) -> None:
     main(args)
 
 
+def _run_push(args: list[str]) -> None:
+    from spin_lightning.cli.push import main
+
+    main(args)
+
+
 def _run_slurm(args: list[str]) -> None:
     from spin_lightning.cli.slurm import main
 
@@ -317,6 +323,24 @@ Results are written to evaluation.json beside the model's summary.json, each as
 soon as it is there, and on the model's card. The same command does not ask
 again what was asked of the same weights in the same way. docs/evaluate.md"""
 
+_OF_PUSH = """Uploads an exported model to a repository of the Hugging Face hub, in one commit:
+
+  export HF_TOKEN=...
+  spin-lightning push runs/mine USER/NAME
+
+FOLDER is policy/, adapter/ or reward_model/, or a run's folder, of which the
+last one is taken. The files, their sizes and the repository are shown first,
+and it is asked whether that is meant.
+
+  --private false                      a public repository; a new one is private
+  --revision v1                        a branch, which is made if need be
+  --message '...'                      of the commit
+  --base USER/NAME                     what an adapter's base is called on the hub
+  --yes                                do not ask
+
+The token is taken from the environment only. A folder that is not whole, and a
+file with what looks like a secret, are refused. docs/push.md has more."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -346,6 +370,13 @@ COMMANDS = {
         usage="MODEL [--tasks TASK ...] [--shots N] [--against MODEL] ...",
         fits=lambda args: bool(args) and _folder_is_first(args),
         help=_OF_EVALUATE,
+    ),
+    "push": Command(
+        "an exported model to a repository of the hub",
+        function=_run_push,
+        usage="FOLDER USER/NAME [--private true|false] [--revision BRANCH] [--yes]",
+        fits=lambda args: len(args) > 1 and _folder_is_first(args),
+        help=_OF_PUSH,
     ),
     "slurm": Command(
         "a batch script for a run on a cluster",
