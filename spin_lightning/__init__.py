@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from spin_lightning.losses import IpoLoss as IpoLoss
     from spin_lightning.losses import LengthNormalizedLoss as LengthNormalizedLoss
     from spin_lightning.losses import PairLoss as PairLoss
+    from spin_lightning.losses import SelfPlayLoss as SelfPlayLoss
     from spin_lightning.losses import SpaceLoss as SpaceLoss
     from spin_lightning.losses import SpinLoss as SpinLoss
+    from spin_lightning.losses import TokenLoss as TokenLoss
+    from spin_lightning.losses import TokenSpinLoss as TokenSpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
     from spin_lightning.rewards import Answer as Answer
@@ -89,9 +92,12 @@ _HOMES = {
         "IpoLoss",
         "LengthNormalizedLoss",
         "PairLoss",
+        "SelfPlayLoss",
         "SpaceLoss",
         "SpinLoss",
         "TSpinLoss",
+        "TokenLoss",
+        "TokenSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
     "rewards": (

@@ -12,7 +12,8 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,11 +53,16 @@ COLUMN = 34
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting by its name on the command line; ``default`` as YAML has it, with the other choices if any."""
+    """A setting by its name on the command line; ``default`` as YAML has it, with the other choices if any.
+
+    ``type`` is its annotation, ``whole`` all that its docstring says of it, of which ``text`` is the first sentence.
+    """
 
     name: str
     default: str
     text: str
+    type: str = ""
+    whole: str = ""
 
 
 def page(word: str, usage: str, summary: str, record: str) -> str:
@@ -77,7 +83,8 @@ def page(word: str, usage: str, summary: str, record: str) -> str:
     lines += ["", "More:"]
     for flag, text in {
         "-c, --config FILE": "A YAML file of settings by section. Flags that follow it win.",
-        "--print_config": "All settings with their values, as a file to start from.",
+        "--print_config": "All settings with their values and what they are, as a file to start from. "
+        "=plain leaves the comments out, =skip_default what has its default.",
         "--model.optimizer.help CLASS": "The settings of a class; so for every setting that names one.",
         "--help=all": "All settings, and the classes that they can name.",
     }.items():
@@ -113,15 +120,29 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
         module, node = _find_class(path)
         settings = _settings_of_class(module, node, section, defaults)
         found[section] = (
-            _take_first_sentence(ast.get_docstring(node) or ""),
+            first_sentence(ast.get_docstring(node) or ""),
             [setting for setting in settings if setting.name not in follow],
         )
     words = {f"trainer.{name}": text for name, text in OF_TRAINER.items()}
-    of_trainer = {setting.name: setting.default for setting in found["trainer"][1]}
+    of_trainer = {setting.name: setting for setting in found["trainer"][1]}
     found["trainer"] = (
         "Lightning's Trainer.",
-        [Setting(name, of_trainer[name], text) for name, text in words.items() if name in of_trainer],
+        [replace(of_trainer[name], text=text, whole=text) for name, text in words.items() if name in of_trainer],
     )
+    return found
+
+
+def settings_of_class(path: str) -> list[Setting]:
+    """The settings of a class that a setting can name, such as a loss, without its name before them.
+
+    Args:
+        path: Its import path.
+    """
+    module, node = _find_class(path)
+    found = []
+    with suppress(LookupError):  # a base class from elsewhere has no settings
+        for setting in _settings_of_class(module, node, "", {}):
+            found.append(replace(setting, name=setting.name.removeprefix(".")))
     return found
 
 
@@ -131,7 +152,7 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
     names = set()
     if init is not None:
         docs = [param for part in (node, init) for param in parse(ast.get_docstring(part) or "").params]
-        texts = {param.arg_name: _take_first_sentence(param.description or "") for param in docs}
+        texts = {param.arg_name: param.description or "" for param in docs}
         values: list[ast.expr | None] = [*init.args.defaults, *init.args.kw_defaults]
         arguments = [*init.args.args, *init.args.kwonlyargs][1:]
         for argument, value in zip(arguments, [None] * (len(arguments) - len(values)) + values, strict=True):
@@ -143,7 +164,8 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
                 named.rpartition(".")[2] or (default if isinstance(default, str) else json.dumps(default)),
                 *([f"or {', '.join(choices)}"] if choices else []),
             ]
-            yield Setting(name, "; ".join(shown), texts.get(argument.arg, ""))
+            text = texts.get(argument.arg, "")
+            yield Setting(name, "; ".join(shown), first_sentence(text), _name_type(argument.annotation), text)
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)
     if init is None or init.args.kwarg is not None:
@@ -159,6 +181,10 @@ def _write_yaml(value: ast.expr | None) -> str:
     return str(value.value) if isinstance(value.value, str) else json.dumps(value.value).replace("e-0", "e-")
 
 
+def _name_type(annotation: ast.expr | None) -> str:
+    return "" if annotation is None else ast.unparse(annotation)
+
+
 def _choices_of(annotation: ast.expr | None) -> list[str]:
     """The values of each ``Literal`` in an annotation."""
     literals = [
@@ -169,16 +195,18 @@ def _choices_of(annotation: ast.expr | None) -> list[str]:
     return [str(choice) for literal in literals for choice in ast.literal_eval(f"[{literal}]")]
 
 
-def _take_first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
     r"""In plain text, with the words of YAML.
 
     Example:
-        >>> _take_first_sentence("Of ``beta``, by Chen et al. (2024).  None: 1.\n``0`` is greedy.")
+        >>> first_sentence("Of ``beta``, by Chen et al. (2024).  None: 1.\n``0`` is greedy.")
         'Of beta, by Chen et al. (2024).'
-        >>> _take_first_sentence("None takes the model's.")
+        >>> first_sentence("None takes the model's.")
         "null takes the model's."
     """
-    sentence = re.split(r"(?<=[.!?])(?<! al\.)(?<!\.g\.) (?=[A-Z0-9`{])", " ".join(text.split()), maxsplit=1)[0]
+    sentence = re.split(r"(?<=[.!?])(?<! al\.)(?<!\.g\.)(?<! Eq\.) (?=[A-Z0-9`{])", " ".join(text.split()), maxsplit=1)[
+        0
+    ]
     return re.sub(r"\bNone\b", "null", sentence.replace("``", ""))
 
 
@@ -218,4 +246,6 @@ def _parse_module(name: str) -> ast.Module:
     if inside:
         path = path.parent.joinpath(*inside)
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_file():
+        raise LookupError(f"{name} is no module with a source")
     return ast.parse(path.read_text(encoding="utf-8"))
