@@ -125,7 +125,7 @@ class ModelReward(Reward):
             raise UserError(
                 f"{self.folder!r} is the folder of a run. Give its reward model, {str(folder / 'reward_model')!r}."
             )
-        check_model(self.folder, trust_remote_code=self.trust_remote_code)
+        check_model(self.folder, trust_remote_code=self.trust_remote_code, needs_head=False)
         config: Any = load_config(self.folder, trust_remote_code=self.trust_remote_code)
         kinds = [str(name) for name in getattr(config, "architectures", None) or ()]
         if not any(name.endswith("ForSequenceClassification") for name in kinds):
