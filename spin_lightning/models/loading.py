@@ -89,8 +89,10 @@ def check_model(
         )
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     if needs_head and "config.json" in files:
+        config: Any = None
         with suppress(ValueError, RecursionError):  # loading says what is wrong with it
-            _refuse_classifier(json.loads((folder / "config.json").read_text(errors="replace")), name_or_path)
+            config = json.loads((folder / "config.json").read_text(errors="replace"))
+        _refuse_classifier(config, name_or_path)
     pickles = [name for name in files if re.fullmatch(r"pytorch_model.*\.bin|.*\.(pth?|ckpt)", name)]
     if pickles and not any(name.endswith(".safetensors") for name in files):
         raise UserError(

@@ -66,7 +66,7 @@ def test_a_reward_model_is_no_policy_even_where_its_embeddings_would_be_a_head(
     settings = {key: value for key, value in load_config(model).to_dict().items() if "label" not in key}
     LlamaForSequenceClassification(LlamaConfig(**settings, num_labels=1)).save_pretrained(reward)
     rows = write_rows(tmp_path / "rows.jsonl")
-    for word in ("fit", "sft", "check"):
+    for word in ("fit", "sft", "check", "dpo"):
         with pytest.raises(SystemExit) as stop:
             main([word, f"--model.model_name_or_path={reward}", f"--data.train_data={rows}"])
         error = " ".join(capsys.readouterr().err.split())
