@@ -165,7 +165,11 @@ class ModelReward(Reward):
         assert self._encoder is not None
         ended = [place for place, answer in enumerate(answers) if answer.finish_reason == "stop"]
         found = self._encoder.encode_rows(
-            (Row(tuple(answers[place].prompt), answers[place].text) for place in ended), self._longest + 1
+            (
+                Row(tuple(answers[place].prompt), answers[place].text, tools=tuple(answers[place].tools))
+                for place in ended
+            ),
+            self._longest + 1,
         )
         for place, encoded in zip(ended, found, strict=True):
             if isinstance(encoded, UserError):
