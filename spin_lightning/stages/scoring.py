@@ -52,7 +52,7 @@ from spin_lightning.rewards.conclusions import (
 )
 from spin_lightning.runs import signals
 from spin_lightning.runs.files import hold, read_json, refuse_links, replacing, run_folder, write_json
-from spin_lightning.runs.shards import MESSAGES, ShardStore
+from spin_lightning.runs.shards import MESSAGES, ShardStore, find_differing
 from spin_lightning.types import Prompt, UserError
 
 #: Prompts in a shard of responses, at least: with fewer, slots that are free early stay empty.
@@ -246,10 +246,8 @@ class Scoring:
         folder = self.output_dir / name
         manifest = folder.with_name(f"{name}_manifest.json")
         kept = read_json(manifest)
-        if kept is not None and kept["binding"] != binding:
+        if kept is not None and (differing := find_differing(binding, kept["binding"])):
             if kept["shards"]:
-                keys = {**binding, **kept["binding"]}
-                differing = [key for key in keys if binding.get(key) != kept["binding"].get(key)]
                 raise UserError(
                     f"the {kind.rows_are} in {folder} were made by something else than this run; what differs: "
                     f"{', '.join(differing)}. Use another score.output_dir, or remove {name}/ and {manifest.name} to "

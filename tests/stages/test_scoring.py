@@ -8,11 +8,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import fake_judge
 import pytest
 from games import FakeGenerator, read
 from helpers import byte_tokenizer, tiny_model
 
 from spin_lightning import (
+    FunctionReward,
     ModelReward,
     NumberMatch,
     Reward,
@@ -27,6 +29,7 @@ from spin_lightning.cli.score import render
 from spin_lightning.data.preferences import PreferenceDataModule
 from spin_lightning.rewards import Answer
 from spin_lightning.rewards.base import refuse_unanswered
+from spin_lightning.runs.files import write_json
 from spin_lightning.stages.scoring import Players, RecordedPairs, RewardStore, Scoring
 
 Rule = Callable[[list[int], int], list[int]]
@@ -236,6 +239,24 @@ def test_a_judge_that_falls_silent_is_not_asked_again_about_what_it_said(sums: s
     (tmp_path / "run" / "rewards" / "prompts-000000002.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="is not the file that was written"):
         Scoring(reward, str(tmp_path / "run"), shard_size=2).run(PLAYERS, data, 1)
+
+
+def test_a_changed_function_is_noticed_and_a_run_of_before_goes_on(
+    sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def run(function: str) -> dict[str, Any]:
+        return Scoring(FunctionReward(function), str(tmp_path / "run")).run(PLAYERS, read_data(sums), 1)
+
+    summary = run("fake_judge:count_vowels")
+    manifest = tmp_path / "run" / "rewards_manifest.json"
+    kept = read(manifest)
+    assert kept["binding"]["reward"]["source_sha256"]
+    monkeypatch.setattr(fake_judge, "count_vowels", lambda completions: [0.0] * len(completions))
+    with pytest.raises(UserError, match=r"rewards in .* what differs: reward\."):
+        run("fake_judge:count_vowels")
+    del kept["binding"]["reward"]["source_sha256"]  # as an earlier version has left it
+    write_json(manifest, kept)
+    assert run("fake_judge:count_vowels")["mean"] == summary["mean"]  # what was said stays
 
 
 @pytest.mark.parametrize(
