@@ -252,7 +252,10 @@ def render(summary: Mapping[str, Any]) -> list[str]:
     elif summary["pass_at"]:
         lines.append(f"  right         none: no reward is at least {summary['right_from']:g} (score.right_from)")
     lines += [f"  {f'best of {k}':<13} {number(value)}" for k, value in summary["best_of"].items() if k != "1"]
-    lines += [f"  not judged    {summary['unjudged']}"] if summary["unjudged"] else []
+    reasons = summary.get("reasons", {})
+    if summary["unjudged"]:
+        why = reasons.get("unjudged")
+        lines.append(f"  not judged    {summary['unjudged']}" + (f": {why}" if why else ""))
     lines += [f"  cut           {summary['cut_share']:.0%}"] if summary["cut_share"] else []
     if (against := summary["against"]) is not None and against["win_rate"] is not None:
         low, high = against["interval"]
@@ -263,4 +266,6 @@ def render(summary: Mapping[str, Any]) -> list[str]:
         if against["order_sensitivity"] is not None:
             lines.append(f"  order         moves the judge by {against['order_sensitivity']:.3f} on average")
     lines.append(f"  {summary['best_rows']} rows for sft in best.jsonl, {summary['pair_rows']} pairs in pairs.jsonl")
+    for key, what in (("best_rows", "no rows"), ("pair_rows", "no pairs")):
+        lines += [f"  {what:<13} {reasons[key]}"] if key in reasons else []
     return lines
