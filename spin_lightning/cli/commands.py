@@ -290,7 +290,7 @@ is written, shows what each is, and marks what a run would refuse: a wrong name,
 a text for a number, a number out of its range.
 
   spin-lightning schema > spin-lightning.schema.json
-                                       of all stages, each known by its sections,
+                                       of all stages, known by their sections,
                                        and of the files of chain
   spin-lightning schema fit > fit.schema.json
                                        of one: fit, sft, ppo, dpo, reward, score;
