@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from spin_lightning.runs.checkpoints import last_checkpoint as last_checkpoint
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
     from spin_lightning.runs.sharding import ShardedStrategy as ShardedStrategy
+    from spin_lightning.runs.trackers import TrackioLogger as TrackioLogger
     from spin_lightning.stages.best_as_real import BestAsReal as BestAsReal
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
     from spin_lightning.stages.dpo import DpoLightningModule as DpoLightningModule
@@ -115,6 +116,7 @@ _HOMES = {
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
+    "runs.trackers": ("TrackioLogger",),
     "stages.best_as_real": ("BestAsReal",),
     "stages.clock": ("SelfPlay",),
     "stages.dpo": ("DpoLightningModule", "RecordedPairs"),
