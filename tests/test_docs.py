@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 from helpers import save_tiny_model, write_rows
 
+import spin_lightning
 from spin_lightning.cli import plan, play, score
 from spin_lightning.cli.chain_file import read_chain
-from spin_lightning.cli.commands import COMMANDS, main, run
+from spin_lightning.cli.commands import COMMANDS, STAGES, main, run
+from spin_lightning.cli.short_help import settings_of
 from spin_lightning.cli.slurm import make_script
 from spin_lightning.cli.stage_cli import parse_settings
 
@@ -89,6 +92,29 @@ def test_every_page_stands_in_the_site_once():
     listed = [name for tree in re.findall(r"```{toctree}(.*?)```", index, re.S) for name in tree.splitlines() if name]
     names = [name for name in listed if not name.startswith(":")]
     assert sorted(names) == sorted(page.stem for page in PAGES[1:] if page.stem != "index")
+
+
+def test_settings_commands_and_names_are_written_from_the_code():
+    pytest.importorskip("myst_parser")
+    specification = spec_from_file_location("docs_conf", ROOT / "docs/conf.py")
+    assert specification is not None and specification.loader is not None
+    site = module_from_spec(specification)
+    specification.loader.exec_module(site)
+    pages = {name: "\n".join(write()) for name, write in site.WRITERS.items()}
+    for word, record in STAGES.items():
+        assert f"\n## {word}\n" in f"\n{pages['settings']}"
+        for _, settings in settings_of(record).values():
+            for setting in settings:
+                assert f"| `{setting.name}`<br>" in pages["settings"] and setting.type
+    assert "| `mu`<br><small>`float` or `list[float]`</small> | `1.0` | How many generated" in pages["classes"]
+    assert [word for word in COMMANDS if f"spin-lightning {word} " not in pages["commands"]] == []
+    assert sorted(re.findall(r":: spin_lightning\.(\w+)$", pages["api"], re.M)) == [
+        name for name in spin_lightning.__all__ if name != "__version__"
+    ]
+    text = ["[a](../configs/dpo.yaml) [b](../examples) [c](dpo.md#what-to-look-at) <!-- from the code: commands -->"]
+    site.prepare_page(None, "page", text)
+    assert f"[a]({REPOSITORY}/blob/main/configs/dpo.yaml) [b]({REPOSITORY}/tree/main/examples) [c](dpo.md#" in text[0]
+    assert "## chain" in text[0]
 
 
 def commands_of(page: Path) -> list[list[str]]:
