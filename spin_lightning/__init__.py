@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spin_lightning.losses import IpoLoss as IpoLoss
     from spin_lightning.losses import LengthNormalizedLoss as LengthNormalizedLoss
     from spin_lightning.losses import PairLoss as PairLoss
+    from spin_lightning.losses import SelfPlayLoss as SelfPlayLoss
     from spin_lightning.losses import SpaceLoss as SpaceLoss
     from spin_lightning.losses import SpinLoss as SpinLoss
     from spin_lightning.losses import TokenLoss as TokenLoss
@@ -91,6 +92,7 @@ _HOMES = {
         "IpoLoss",
         "LengthNormalizedLoss",
         "PairLoss",
+        "SelfPlayLoss",
         "SpaceLoss",
         "SpinLoss",
         "TSpinLoss",

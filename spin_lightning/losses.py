@@ -82,6 +82,9 @@ class SelfPlayLoss(nn.Module, ABC):
     #: What the rewards compare the policy with, so that they are 0 where it is as likely. None: with nothing, they are
     #: log-probs of the policy alone, and always negative.
     reference: str | None = "the opponent"
+    #: What are told apart, and what it may mean where that is nearly all of them.
+    compares: ClassVar[str] = "pairs"
+    if_all_apart: ClassVar[str] = "they are memorised, or a trivial cue such as length or format gives them away"
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,13 +165,13 @@ class PairLoss(SelfPlayLoss):
 
 
 def with_preference(
-    loss: PairLoss,
+    loss: SelfPlayLoss,
     preference: Tensor | None,
-    policy: PairLogProbs,
-    opponent: PairLogProbs,
+    policy: Any,
+    opponent: Any,
     beta: float,
     initial: PairLogProbs | None = None,
-) -> PairLossOutput:
+) -> Any:
     """A loss where the real response is the better one with a probability p: ``p loss(y, y') + (1 - p) loss(y', y)``.
 
     With the margin m the logistic loss is then ``p l(m) + (1 - p) l(-m)``, least at ``m = logit p`` instead of at
@@ -176,7 +179,7 @@ def with_preference(
 
     Args:
         loss: Of a pair whose real response is the better one.
-        preference: p, shape ``(B,)``. None: 1 in every pair.
+        preference: p, shape ``(B,)``. None: 1 in every pair; so it is for a loss of tokens.
         policy: As the loss takes it.
         opponent: As the loss takes it.
         beta: As the loss takes it.
@@ -188,7 +191,7 @@ def with_preference(
         >>> with_preference(SpinLoss(), torch.tensor([0.7]), better, same, beta=1.0).losses  # 0.7 l(1) + 0.3 l(-1)
         tensor([0.6133])
     """
-    output: PairLossOutput = loss(policy, opponent, beta, initial)
+    output = loss(policy, opponent, beta, initial)
     if preference is None or not (is_soft := preference < 1).any():
         return output
     p = preference[is_soft].to(output.losses.dtype)  # of those alone: zero times an infinite loss is NaN
@@ -542,16 +545,21 @@ class TokenLoss(SelfPlayLoss):
     """
 
     _returns = TokenLossOutput, "token"
+    compares = "tokens"
+    if_all_apart = "they are memorised, or the opponent hardly ever says what the data say"
     top_k: int
 
     @abstractmethod
-    def forward(self, policy: TokenLogProbs, opponent: TokenLogProbs, beta: float) -> TokenLossOutput:
+    def forward(
+        self, policy: TokenLogProbs, opponent: TokenLogProbs, beta: float, initial: None = None
+    ) -> TokenLossOutput:
         """The loss of each response token.
 
         Args:
             policy: Log-probs under the policy, with gradient; its laws are of the outcomes that the opponent's are of.
             opponent: Log-probs under the frozen opponent, ``p_t``.
             beta: Positive scale of the rewards, in this iteration.
+            initial: As a pair loss is called. None: no token loss is told of the opponent of iteration 0.
         """
 
 
@@ -595,7 +603,9 @@ class TokenSpinLoss(TokenLoss):
         self.temperature = temperature
         self.top_k = top_k
 
-    def forward(self, policy: TokenLogProbs, opponent: TokenLogProbs, beta: float) -> TokenLossOutput:
+    def forward(
+        self, policy: TokenLogProbs, opponent: TokenLogProbs, beta: float, initial: None = None
+    ) -> TokenLossOutput:
         of_opponent, of_policy = opponent.laws.outcomes, policy.laws.outcomes
         is_possible = of_opponent > -math.inf
         flattened = of_opponent.masked_fill(~is_possible, 0.0) / self.now(self.temperature)

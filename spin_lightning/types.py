@@ -341,6 +341,26 @@ class RolloutBatch:
 
 
 @dataclass
+class TokenBatch:
+    """Real responses that are computed in one pass, with what the opponent says where their tokens stand.
+
+    Attributes:
+        responses: The responses, each behind a prompt of its own.
+        opponent: Of each of the N scored tokens of ``responses``.
+        preference: As in a batch of pairs. Always None.
+        initial: As in a batch of pairs. Always None.
+    """
+
+    responses: ResponseBatch
+    opponent: TokenLogProbs
+    preference: None = None
+    initial: None = None
+
+    def __len__(self) -> int:
+        return len(self.opponent.real)
+
+
+@dataclass
 class PairBatch:
     """Pairs that are computed in one pass: a training batch is a list of these.
 

@@ -11,7 +11,7 @@ from helpers import save_tiny_model, write_rows
 
 from spin_lightning.cli import plan, play, score
 from spin_lightning.cli.chain_file import read_chain
-from spin_lightning.cli.commands import COMMANDS, run
+from spin_lightning.cli.commands import COMMANDS, main, run
 from spin_lightning.cli.slurm import make_script
 from spin_lightning.cli.stage_cli import parse_settings
 
@@ -181,6 +181,53 @@ def test_the_readme_s_line_numbers_point_at_the_method():
         path: 1 + next(i for i, line in enumerate(lines[path]) if words in line) for path, words in wanted.items()
     }
     assert {path: int(number) for path, number in links.items()} == numbers
+
+
+def test_every_number_that_a_run_logs_is_explained(tmp_path):
+    """Of a tiny run of each stage: the columns of its CSV file."""
+    page = (ROOT / "docs/metrics.md").read_text()
+    model, rows, pairs = save_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl"), tmp_path / "p.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "{a}+1?", "chosen": "{a + 1}", "rejected": "no"}}\n' for a in range(16)))
+    reward = "--{}.reward=TextMatch"
+    stages = {
+        "fit": (rows, "self_play", ["--self_play.epochs=1", "--self_play.iterations=1", reward.format("self_play")]),
+        "sft": (rows, "export", []),
+        "dpo": (str(pairs), "export", []),
+        "reward": (str(pairs), "export", []),
+        "ppo": (rows, "rollouts", ["--rollouts.iterations=1", "--rollouts.prompts=4", reward.format("rollouts")]),
+    }
+    unexplained = {}
+    for word, (data, section, flags) in stages.items():
+        if word in ("fit", "ppo"):
+            flags = [*flags, "--data.generator.max_new_tokens=3", *(["--self_play.pairs=real_wrong"] * (word == "fit"))]
+        run(
+            [
+                *(word, f"--model.model_name_or_path={model}", f"--data.train_data={data}", *flags),
+                *("--data.batch_size=4", "--data.val_fraction=0.25", "--trainer.enable_progress_bar=false"),
+                f"--{section}.output_dir={tmp_path / word}",
+            ]
+        )
+        (log,) = (tmp_path / word).rglob("metrics.csv")
+        names = {name.removeprefix("epoch/") for name in log.read_text().partition("\n")[0].split(",")}
+        unexplained[word] = sorted(name for name in names if f"`{name}`" not in page)
+        assert {"loss", "lr"} <= names
+    assert not any(unexplained.values()), unexplained
+
+
+def test_the_quick_start_s_commands_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    """With a tiny model and few rows in the place of its own: each command, in its order, in one folder."""
+    commands = commands_of(ROOT / "docs/quickstart.md")
+    assert [words[0] for words in commands] == ["check", "sft", "plan", "fit", "sft", "score"]
+    monkeypatch.chdir(tmp_path)
+    model = save_tiny_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", 16), write_rows(tmp_path / "held_out.jsonl", 4)
+    for words in commands:
+        args = [model if word == "$MODEL" else "4" if word == "32" else "2" if word == "39" else word for word in words]
+        main(args)
+    said = capsys.readouterr().out
+    assert "the game is over: all 2 iterations were played" in said
+    for folder in ("runs/sft/policy", "runs/mine/iteration_1/policy", "runs/control/policy", "runs/scored"):
+        assert (tmp_path / folder).is_dir()
 
 
 def test_the_design_lists_every_file_once():

@@ -32,7 +32,18 @@ SHORTER = {
         "3e-3, 250": "3e-3, 20",
         "prompts * 12": "prompts * 2",
         "assert final[": "final[",  # so short a game ends anywhere
-    }
+    },
+    "03_one_iteration": {"max_steps=150": "max_steps=20", "prompts * 6": "prompts", "prompts * 20": "prompts"},
+    "05_reading_a_run": {
+        "max_steps=250": "max_steps=20",
+        "prompts * 20": "prompts",
+        "prompts * 12": "prompts",
+        "prompts * 4": "prompts",
+        "epochs=10": "epochs=2",
+        "iterations=3": "iterations=2",
+        "assert min(": "min(",
+    },
+    "06_reward_and_ppo": {"iterations = 100": "iterations = 10", "assert reached": "reached"},
 }
 
 

@@ -77,8 +77,32 @@ def _run_score(args: list[str]) -> None:
     main(args)
 
 
+def _run_evaluate(args: list[str]) -> None:
+    from spin_lightning.cli.evaluate import main
+
+    main(args)
+
+
+def _run_chat(args: list[str]) -> None:
+    from spin_lightning.cli.chat import main
+
+    main(args)
+
+
+def _run_pairs(args: list[str]) -> None:
+    from spin_lightning.cli.pairs import main
+
+    main(args)
+
+
 def _run_slurm(args: list[str]) -> None:
     from spin_lightning.cli.slurm import main
+
+    main(args)
+
+
+def _run_schema(args: list[str]) -> None:
+    from spin_lightning.cli.schema import main
 
     main(args)
 
@@ -279,6 +303,98 @@ is over is skipped; where the file has changed since, its command says whether
 it may be. A stage that fails ends the chain with its exit code, a signal ends
 both where they can be continued."""
 
+_OF_EVALUATE = """Asks a model tasks of lm-evaluation-harness (pip install 'spin-lightning[eval]'),
+and prints each number with its standard error:
+
+  spin-lightning evaluate runs/mine
+  spin-lightning evaluate runs/mine/iteration_0/policy --tasks my_rows.jsonl
+
+MODEL is an exported folder (policy/ or adapter/), a run's folder, of which the
+last policy is taken, or a name on the hub. Without --tasks these are the six of
+the paper: arc_challenge 25 shots, truthfulqa_mc2 0, winogrande 5, gsm8k 5,
+hellaswag 10 and mmlu 5. Their data are on the hub.
+
+  --tasks hellaswag my_rows.jsonl      names, .yaml files of the harness, folders
+                                       of them, or .jsonl files of rows with
+                                       question, choices and answer; or prompt
+                                       and target
+  --shots 5                            examples before each question: one number
+                                       or one for each task
+  --limit 100                          the first documents of each task only
+  --against MODEL                      another model, and the paired difference
+  --chat_template true                 ask in messages; off is the paper's way
+  --batch_size 8                       sequences in one pass
+  --device cuda                        and --dtype bfloat16 instead of the stored
+                                       one
+  --output FOLDER                      where evaluation.json goes
+  --base MODEL                         what an adapter is put on, if that moved
+  --revision main                      of a name on the hub, and
+                                       --trust_remote_code true
+
+Results are written to evaluation.json beside the model's summary.json, each as
+soon as it is there, and on the model's card. The same command does not ask
+again what was asked of the same weights in the same way. docs/evaluate.md"""
+_OF_CHAT = """Talks with a model in the terminal.
+  spin-lightning chat runs/mine
+  spin-lightning chat runs/mine --iteration 0
+  spin-lightning chat runs/mine --against 0
+  spin-lightning chat runs/mine --against HuggingFaceTB/SmolLM2-135M-Instruct
+RUN is the folder of a run, of a model or of an adapter, a .gguf file, or a hub
+name. Of a run with iterations its last model is taken.
+  --iteration 0                        the model of another iteration
+  --against OTHER                      a second model, which answers the same
+                                       questions: what RUN may be, or the number
+                                       of an iteration of RUN
+  --system TEXT                        what the conversation begins with
+  --temperature 0.7                    0: the most likely response
+  --top_p 1.0
+  --max_new_tokens 512
+  --seed 0                             the same questions, the same responses
+  --prompt_template alpaca             where the model has no chat template
+  --dtype bfloat16                     else float32 on a CPU, and on a GPU what
+                                       the model is stored in
+  --device cuda                        else a GPU where there is one
+In a conversation, Ctrl-C stops the response, and
+  /reset                               begins another conversation
+  /save FILE                           adds it to FILE: a row for sft
+  /quit                                ends, as Ctrl-D does
+Where the input is no terminal, each line is a question of its own:
+  spin-lightning chat runs/mine < questions.txt
+  spin-lightning chat runs/mine --json < questions.txt > rows.jsonl"""
+_OF_PAIRS = """Writes what a game or `spin-lightning score` has made of prompts as rows that
+other trainers read. A row is a pair: the better and the worse response.
+  spin-lightning pairs runs/mine --output pairs.jsonl
+RUN is the folder of a game, of one of its iterations, or of score.
+  --iteration 0                        whose opponent answered; all: every one.
+                                       Left out: the last one with pairs
+  --format trl                         conversations: TRL's DPO and reward
+                                       trainers, OpenRLHF, and our own dpo
+  --format trl_text                    texts as the chat template wrote them,
+                                       with the end token: TRL, no template
+  --format axolotl                     type: chat_template.default
+  --format llama_factory               sharegpt with ranking, and the entry for
+                                       dataset_info.json
+  --output FILE                        .jsonl or .parquet. Left out: JSONL on
+                                       the standard output
+  --drop identical clipped             leave out pairs of equal responses, pairs
+                                       with a response that was cut, or both
+FILE.provenance.json says where the rows come from: iterations, opponents,
+sampling, seed, versions, hashes. Each row has its iteration, prompt, seed and
+opponent, in columns that these trainers do not read.
+docs/handover.md has more."""
+_OF_SCHEMA = """Prints a JSON Schema by which an editor completes the settings of a config as it
+is written, shows what each is, and marks what a run would refuse: a wrong name,
+a text for a number, a number out of its range.
+  spin-lightning schema > spin-lightning.schema.json
+                                       of all stages, each known by its sections,
+                                       and of the files of chain
+  spin-lightning schema fit > fit.schema.json
+                                       of one: fit, sft, ppo, dpo, reward, score;
+                                       or chain
+Then the first line of a config says where the schema is:
+  # yaml-language-server: $schema=spin-lightning.schema.json
+docs/settings.md shows it in VS Code and PyCharm."""
+
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
     "sft": Command("supervised fine-tuning, the stage before it", "spin_lightning.stages.sft.STAGE"),
@@ -301,6 +417,34 @@ COMMANDS = {
         function=_run_score,
         usage="[--config FILE] [--KEY VALUE ...]",
         help=_OF_SCORE,
+    ),
+    "evaluate": Command(
+        "tasks of lm-evaluation-harness, and your own",
+        function=_run_evaluate,
+        usage="MODEL [--tasks TASK ...] [--shots N] [--against MODEL] ...",
+        fits=lambda args: bool(args) and _folder_is_first(args),
+        help=_OF_EVALUATE,
+    ),
+    "chat": Command(
+        "talk with a model of any iteration, or with two",
+        function=_run_chat,
+        usage="RUN [--iteration K] [--against OTHER] [--OPTION VALUE ...]",
+        fits=lambda args: bool(args) and _folder_is_first(args),
+        help=_OF_CHAT,
+    ),
+    "pairs": Command(
+        "a game's pairs as rows for TRL, axolotl and LLaMA-Factory",
+        function=_run_pairs,
+        usage="RUN [--iteration K] [--format LAYOUT] [--output FILE] [--drop WHAT ...]",
+        fits=lambda args: bool(args) and _folder_is_first(args),
+        help=_OF_PAIRS,
+    ),
+    "schema": Command(
+        "a JSON Schema of configs, for editors",
+        function=_run_schema,
+        usage="[STAGE] > FILE",
+        fits=lambda args: len(args) < 2 and _folder_is_first(args),
+        help=_OF_SCHEMA,
     ),
     "slurm": Command(
         "a batch script for a run on a cluster",

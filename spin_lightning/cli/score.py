@@ -88,15 +88,11 @@ def parse(args: Sequence[str]) -> Namespace:
     Raises:
         UserError: They are not as the classes want them.
     """
-    parser = ArgumentParser(exit_on_error=False, prog="spin-lightning score")
-    parser.add_argument("-c", "--config", action=ActionConfigFile)
-    for section, kind in CLASSES.items():
-        parser.add_class_arguments(kind, section)
-    for name, default in OF_TRAINER.items():
-        parser.add_argument(f"--trainer.{name}", type=str | None, default=default)
-    parser.set_defaults(
-        {"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}, "data.val_fraction": 0.0}
-    )
+    parser = make_parser()
+    if any(arg.partition("=")[0] == "--print_config" for arg in args):
+        from spin_lightning.cli.comments import print_commented
+
+        args = print_commented(parser, "score", list(args))
     known = {key for key, _ in parser.get_defaults().items()}
     try:
         with own_defaults():
@@ -107,6 +103,20 @@ def parse(args: Sequence[str]) -> Namespace:
         raise UserError(
             f"{sentence}{full_stop_of(sentence)} spin-lightning score --help shows the settings."
         ) from error
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of the command's settings."""
+    parser = ArgumentParser(exit_on_error=False, prog="spin-lightning score")
+    parser.add_argument("-c", "--config", action=ActionConfigFile)
+    for section, kind in CLASSES.items():
+        parser.add_class_arguments(kind, section)
+    for name, default in OF_TRAINER.items():
+        parser.add_argument(f"--trainer.{name}", type=str | None, default=default)
+    parser.set_defaults(
+        {"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}, "data.val_fraction": 0.0}
+    )
+    return parser
 
 
 def _read_over_others(args: Sequence[str], known: set[str]) -> list[str]:

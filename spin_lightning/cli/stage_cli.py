@@ -149,7 +149,12 @@ class StageCLI(FlagsWin, LightningCLI):
         return {method: LightningCLI.subcommands()[method]}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        parsers_of(self)[COMMANDS[self.word].method].prog = f"spin-lightning {self.word}"  # for --help
+        own = parsers_of(self)[COMMANDS[self.word].method]
+        own.prog = f"spin-lightning {self.word}"  # for --help
+        if any(arg.partition("=")[0] == "--print_config" for arg in args):
+            from spin_lightning.cli.comments import print_commented
+
+            args = print_commented(own, self.word, args)
         try:
             # Lightning's own also warns that `args` were given: here they always are
             with own_defaults():
@@ -356,6 +361,19 @@ def parse_settings(word: str, args: Sequence[str], may_read_over: bool = True) -
         ParseOnly(word, args)
     except _OnlyParsed as parsed:
         return parsed.args[0]
+
+
+def parser_of(word: str) -> Any:
+    """The parser of a command that runs a stage. Nothing is parsed with it."""
+
+    class MakeParser(StageCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            raise _OnlyParsed(parsers_of(self)[COMMANDS[word].method])
+
+    try:
+        MakeParser(word, [])
+    except _OnlyParsed as made:
+        return made.args[0]
 
 
 def _find_default_lr(class_path: str) -> Any:

@@ -93,6 +93,7 @@ class EvaluateTasks(L.Callback):
         module.to(trainer.strategy.root_device)  # where a fit ends, Lightning has moved it to the CPU
         policy = module.gather_policy()
         if processes.is_first() and not self.evaluation.is_complete(place, sha256 := weights_hash(policy)):
+            say(f"{place.name}: the policy is asked {', '.join(task.name for task in self.evaluation.load())}")
             with module.precision_context():
                 outcomes = self.evaluation.run(policy, trainer.datamodule.encoder.tokenizer, place, sha256, place.name)
             for kind in ("policy", "adapter"):
@@ -100,6 +101,5 @@ class EvaluateTasks(L.Callback):
             metrics = {f"eval/{name}": outcome.entry["value"] for name, outcome in outcomes.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
-            say(f"{place.name}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}")
         processes.wait()
         self._over = place

@@ -139,6 +139,7 @@ class Evaluation:
             outcome = self._conclude(wanted, found)
             outcomes[wanted.name] = outcome
             _write_entry(place, outcome, sha256, name, dtype_name(model.dtype))
+            say(f"  {wanted.name}: {_in_words(outcome.entry)}")
         return outcomes
 
     def _hash_of(self, wanted: Wanted) -> str:
@@ -190,6 +191,11 @@ class Evaluation:
         if wanted.group is not None:
             entry["tasks"] = {name: part.metrics.get(key, (None, None))[0] for name, part in found.items()}
         return Outcome(wanted.name, entry, key, found, weights_of(wanted, found))
+
+
+def _in_words(entry: Mapping[str, Any]) -> str:
+    error = "" if entry["stderr"] is None else f" +- {entry['stderr']:.4f}"
+    return f"{entry['metric']} {entry['value']:.4f}{error} ({entry['shots']} shots, {entry['documents']} documents)"
 
 
 def _write_entry(place: Path, outcome: Outcome, sha256: str, name: str, dtype: str) -> None:

@@ -69,6 +69,27 @@ def name_models(folder: Path, within: str = "") -> str:
     return " and ".join(f"{folder}/{within}{kind}" for kind in kinds)
 
 
+def find_exported(folder: Path) -> Path:
+    """The model in a folder: the folder itself, or what a run, or an iteration of it, has exported there last.
+
+    Raises:
+        UserError: There is none.
+    """
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return folder
+    places = [folder, *sorted(folder.glob("iteration_*"), key=lambda place: int(place.name[10:] or 0), reverse=True)]
+    for place in places:
+        if (place / "summary.json").is_file():  # written last
+            for kind in ("policy", "adapter", "reward_model"):
+                if (place / kind).is_dir():
+                    return place / kind
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"there is no model in {str(folder)!r}: it has {there}. Give a Hugging Face folder, a run's folder that has "
+        "finished an iteration, or a name on the hub."
+    )
+
+
 def plain_card(tag: str, title: str, summary: Mapping[str, Any], origin: Origin | None = None) -> str:
     """The README of an exported policy: what its summary says, and what it comes from."""
     return render_plain_card(tag, title, summary, origin, versions())

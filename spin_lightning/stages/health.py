@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 
 from spin_lightning.generation.pair_store import name_sides
-from spin_lightning.losses import PairLoss, SpinLoss
+from spin_lightning.losses import SelfPlayLoss, SpinLoss
 from spin_lightning.runs.shards import ShardStore
 from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
@@ -185,7 +185,7 @@ class Health(L.Callback):
             trainer.datamodule.game.stop("harm: the held-out reward falls while the reward rises")  # type: ignore[attr-defined]
         self.noted = list(found)
 
-    def _judge_rewards(self, iteration: int, metrics: dict[str, float], loss: PairLoss) -> None:
+    def _judge_rewards(self, iteration: int, metrics: dict[str, float], loss: SelfPlayLoss) -> None:
         reward, accuracy = metrics["rewards/real"], metrics["rewards/accuracies"]
         if loss.reference is not None and reward < 0:
             self._say(
@@ -194,10 +194,10 @@ class Health(L.Callback):
                 f"{loss.remedy}",
             )
         if accuracy > 0.95:
-            why = "they are memorised, or a trivial cue such as length or format gives them away"
+            why = loss.if_all_apart
             if loss.reference is None:
                 why = "this loss has no reference to compare with, so shorter answers are enough for that"
-            self._say(iteration, f"the policy tells {accuracy:.0%} of the pairs apart: {why}")
+            self._say(iteration, f"the policy tells {accuracy:.0%} of the {loss.compares} apart: {why}")
 
     def _say(self, iteration: int, sentence: str) -> None:
         self.remarks.append((iteration, sentence))
@@ -227,7 +227,7 @@ def remarks_on_preferences(report: Mapping[str, Any]) -> list[str]:
     return remarks
 
 
-def remarks_on_rewards(metrics: Mapping[str, float], report: Mapping[str, Any], loss: PairLoss) -> list[str]:
+def remarks_on_rewards(metrics: Mapping[str, float], report: Mapping[str, Any], loss: SelfPlayLoss) -> list[str]:
     """What the rewards of recorded pairs tell after training, in sentences without a full stop.
 
     Args:
@@ -250,6 +250,6 @@ def remarks_on_rewards(metrics: Mapping[str, float], report: Mapping[str, Any], 
     return remarks
 
 
-def _loss_of(module: Any) -> PairLoss:
+def _loss_of(module: Any) -> SelfPlayLoss:
     """What the rewards and the pairs of a module mean."""
     return getattr(module, "loss", None) or SpinLoss()

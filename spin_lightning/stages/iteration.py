@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+#: The tables that an iteration of self-play may make, by their folders.
+TABLES = ("pairs", "laws")
+
+
 def iteration_folder(run: Path, iteration: int) -> Path:
     """Where an iteration keeps what it made, in the folder of its run."""
     return run / f"iteration_{iteration}"
