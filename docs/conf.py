@@ -84,6 +84,7 @@ TITLES = {
     "rewards": "Rewards",
     "models": "Adapters",
     "runs": "Checkpoints and strategies",
+    "reports": "Reports",
     "types": "Errors",
 }
 
@@ -91,7 +92,7 @@ TITLES = {
 #: What an extension is handed, or inherits from, by its import path.
 RECORDS = """
 types.Row types.Message types.Prompt types.Response types.PairLogProbs types.PairLossOutput types.ResponseBatch
-types.PairBatch types.RolloutBatch advantages.Trajectories advantages.Advantages generation.base.Player
+types.PairBatch types.TokenBatch types.TokenLogProbs types.TokenLossOutput types.TokenLaws types.RolloutBatch advantages.Trajectories advantages.Advantages generation.base.Player
 stages.policy.PolicyModule stages.pairs.PairModule stages.iterative.IterativeModule stages.clock.IterationClock
 stages.iteration.Iteration stages.iteration.Run stages.iteration.PolicyView stages.stage.Stage
 """.split()

@@ -131,6 +131,8 @@ def commands_of(page: Path) -> list[list[str]]:
     return found
 
 
+#: The plug-in of the docs.
+MY_PLUGIN = next(re.finditer(r"^```python\n(.*?)^```$", (ROOT / "docs/extending.md").read_text(), re.S | re.M))[1]
 COMMANDS_OF_DOCS = {
     f"{page.name}: {' '.join(words)}": words
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
@@ -145,6 +147,8 @@ def test_every_command_of_the_docs_is_one_that_would_run(command, tmp_path, monk
     monkeypatch.chdir(ROOT)
     run_yaml = tmp_path / "run.yaml"  # a reader's own config
     run_yaml.write_text("model: {model_name_or_path: a/b}\ndata: {train_data: rows.jsonl}\n")
+    (tmp_path / "my_plugin.py").write_text(MY_PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
     theirs = {arg for arg in args if arg.endswith(".yaml") and not Path(arg).exists()}
     parse_command(word, [str(run_yaml) if arg in theirs else arg for arg in args])
 
@@ -173,6 +177,10 @@ def parse_command(word: str, args: list[str]) -> None:
         args = play.take_options(args)[1]
     if word in ("plan", "play", "check"):
         word = "fit"
+    if any(arg.endswith(".help") for arg in args):  # of a class: it is printed, and that is all
+        with pytest.raises(SystemExit, match="^0$"):
+            parse_settings(word, args)
+        return
     if not {"-c", "--config"} & set(args):
         given = {arg.partition("=")[0] for arg in args}
         args += [

@@ -144,8 +144,8 @@ Arms of your own stand in the config:
 The same command continues after a kill: what is over is skipped. An arm that
 ends with NaN is left out, and the sentence says so. docs/compare.md has more."""
 
-EVALUATE = """Asks a model tasks of lm-evaluation-harness (pip install 'spin-lightning[eval]'),
-and prints each number with its standard error:
+EVALUATE = """Asks a model tasks of lm-evaluation-harness, and prints each number with its
+standard error. pip install 'spin-lightning[eval]'
 
   spin-lightning evaluate runs/mine
   spin-lightning evaluate runs/mine/iteration_0/policy --tasks my_rows.jsonl
