@@ -12,6 +12,7 @@ from helpers import save_tiny_model, write_rows
 from spin_lightning.cli import plan, play, score
 from spin_lightning.cli.chain_file import read_chain
 from spin_lightning.cli.commands import COMMANDS, run
+from spin_lightning.cli.compare_file import read_comparison
 from spin_lightning.cli.slurm import make_script
 from spin_lightning.cli.stage_cli import parse_settings
 
@@ -128,6 +129,9 @@ def parse_command(word: str, args: list[str]) -> None:
         word, args = args[cut + 1], args[cut + 2 :]
     if word == "chain":
         read_chain(args)
+        return
+    if word == "compare":
+        read_comparison(args)
         return
     if word == "plan":
         args = plan.take_options(args)[1]
