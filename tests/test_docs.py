@@ -11,7 +11,7 @@ import pytest
 from helpers import save_tiny_model, write_rows
 
 import spin_lightning
-from spin_lightning.cli import plan, play, score
+from spin_lightning.cli import plan, play, report, score
 from spin_lightning.cli.chain_file import read_chain
 from spin_lightning.cli.commands import COMMANDS, STAGES, main, run
 from spin_lightning.cli.short_help import settings_of
@@ -154,6 +154,9 @@ def parse_command(word: str, args: list[str]) -> None:
         word, args = args[cut + 1], args[cut + 2 :]
     if word == "chain":
         read_chain(args)
+        return
+    if word == "report":
+        report.parse(args)
         return
     if word == "plan":
         args = plan.take_options(args)[1]
