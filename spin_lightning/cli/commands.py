@@ -116,7 +116,7 @@ COMMANDS = {
     "report": Command(
         "one HTML page of a run: curves, responses, health, settings",
         function="spin_lightning.cli.report:main",
-        usage="RUN [--output FILE] [--against OTHER_RUN] [--samples N]",
+        usage="RUN [--output FILE] [--against OTHER] [--samples N]",
         fits=_names_one,
         help=help_texts.REPORT,
     ),

@@ -181,6 +181,16 @@ def find_kind(folder: Path) -> str:
     return next((kind for mark, kind in marks.items() if mark in summary), "")
 
 
+def read_verdict(folder: Path) -> list[str]:
+    """The sentence of a comparison over seeds that was made in a folder, if there is one."""
+    try:
+        verdict = as_dict(read_json(folder / "comparison.json")).get("verdict")
+    except (UserError, OSError):
+        return []
+    sentence = as_dict(verdict).get("sentence", verdict)
+    return [sentence] if isinstance(sentence, str) else []
+
+
 def runs_in(folder: Path) -> list[Path]:
     """The folders of runs directly inside a folder, in the order of their names."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spin_lightning.reports.record import Iteration, Record, as_dict, as_number, find_kind, read_run, runs_in
+from spin_lightning.reports.record import (
+    Iteration,
+    Record,
+    as_dict,
+    as_number,
+    find_kind,
+    read_run,
+    read_verdict,
+    runs_in,
+)
 from spin_lightning.reports.tables import MOST_ROWS, Table
 from spin_lightning.reports.texts import clean, percent, show, show_time
 from spin_lightning.runs.files import read_json
@@ -72,9 +81,8 @@ def _join(controls: Sequence[Record]) -> Record:
 
 
 def _say_result(folder: Path) -> list[str]:
-    comparison = _read(folder / "comparison.json").get("verdict")
-    if comparison:
-        return [clean(str(comparison))]
+    if verdict := read_verdict(folder):
+        return [clean(sentence) for sentence in verdict]
     results = _read(folder / "results.json")
     spin = [as_dict(found) for name, found in results.items() if name.startswith("SPIN")]
     control = [as_dict(found) for name, found in results.items() if name.startswith("control")]

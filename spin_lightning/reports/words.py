@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from spin_lightning.reports.record import KINDS, Record, as_dict, as_number
+from spin_lightning.reports.record import KINDS, Record, as_dict, as_number, read_verdict
 from spin_lightning.reports.texts import add_up, capital, clean, count, show, show_time
-from spin_lightning.runs.files import read_json
 
 
 def say_what_happened(record: Record, others: Mapping[str, Record]) -> list[str]:
@@ -35,8 +34,7 @@ def say_what_happened(record: Record, others: Mapping[str, Record]) -> list[str]
     sentences += _say_retention(record)
     for name, other in others.items():
         sentences += _say_against(record, name, other)
-    verdict = as_dict(read_json(record.folder / "comparison.json")).get("verdict")
-    return [*sentences, *([clean(str(verdict))] if verdict else [])]
+    return [*sentences, *map(clean, read_verdict(record.folder))]
 
 
 def _say_end(record: Record) -> str:
@@ -54,8 +52,7 @@ def _say_end(record: Record) -> str:
     if record.iterations and record.kind != "dpo":
         now = record.iterations[-1]
         where = f"in iteration {now.number}" if not now.summary else f"after iteration {now.number}"
-        part = f", {played}{of} iterations are over"
-        return f"It is not over: {where}{part}, after {count(record.updates, 'update')}."
+        return f"It is not over: {where} ({played}{of} iterations are over), after {count(record.updates, 'update')}."
     if not record.updates:
         return "It is not over: no update was made yet."
     return f"It is not over: {count(record.updates, 'update')} so far."

@@ -263,7 +263,7 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "going" / "game.json").unlink()
     (tmp_path / "going" / "iteration_1" / "summary.json").unlink()
     text = page(tmp_path / "going").text
-    assert "It is not over: in iteration 1, 1 of 2 iterations are over, after 20 updates." in text
+    assert "It is not over: in iteration 1 (1 of 2 iterations are over), after 20 updates." in text
 
 
 def test_a_long_run_is_small_and_quick(tmp_path):
@@ -328,6 +328,8 @@ def test_a_folder_of_runs_has_a_section_for_each(tmp_path):
     text = page(tmp_path / "line").text
     assert "continued SFT has the lower held-out NLL: 5.000 against 6.000 of self-play" in text
     assert "held-out NLL 6.000 here and 5.000 there, so continued SFT is better" in text
+    write(tmp_path / "line" / "comparison.json", {"verdict": {"sentence": "Too close to call.", "judgements": []}})
+    assert "Too close to call." in page(tmp_path / "line").text
 
 
 def test_the_command_writes_a_file_and_says_where(tmp_path, capsys, refusal):
