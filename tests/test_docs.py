@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import save_tiny_model, write_rows
 
-from spin_lightning.cli import plan, play, score
+from spin_lightning.cli import evaluate, plan, play, push, score
 from spin_lightning.cli.chain_file import read_chain
 from spin_lightning.cli.commands import COMMANDS, main, run
 from spin_lightning.cli.slurm import make_script
@@ -128,6 +128,9 @@ def parse_command(word: str, args: list[str]) -> None:
         word, args = args[cut + 1], args[cut + 2 :]
     if word == "chain":
         read_chain(args)
+        return
+    if word in ("evaluate", "push"):
+        (evaluate if word == "evaluate" else push).parse(args)
         return
     if word == "plan":
         args = plan.take_options(args)[1]
