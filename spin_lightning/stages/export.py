@@ -16,14 +16,13 @@ from spin_lightning.data.sources import looks_local
 from spin_lightning.models.adapters import base_of, exports_merged, save_adapter
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
-from spin_lightning.models.saving import save_model, weights_hash
+from spin_lightning.models.saving import save_model
 from spin_lightning.runs import processes
-from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
+from spin_lightning.runs.files import refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import validate_now, validation_follows, was_cut_short
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.sharding import ShardedStrategy
 from spin_lightning.stages.averaging import WeightAverage, exchange
-from spin_lightning.stages.evaluation import RESULTS, update_card
 from spin_lightning.stages.metrics import count_tokens, describe_retention, starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -50,10 +49,6 @@ def export_policy(
         save_model(model, tokenizer, folder / "policy", card, encoder.end_ids, trust_remote_code=trust_remote_code)
     else:
         shutil.rmtree(folder / "policy", ignore_errors=True)  # of an earlier export, with other weights
-    results = read_json(folder / RESULTS)
-    if results is not None and results["model_sha256"] == weights_hash(model):  # of tasks that were asked before
-        for kind in ("policy", "adapter"):
-            update_card(folder / kind, results)
     write_json(folder / "summary.json", summary)
 
 
@@ -297,6 +292,9 @@ class ExportPolicy(L.Callback):
         adapter = self.output_dir / "adapter"  # merged in the model, or what there is of it
         folders = dict.fromkeys([self.find_model(), *([adapter] if adapter.exists() else [])])
         say(f"the model is in {' and '.join(map(str, folders))}")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_export"):
+                callback.on_export(trainer, module, self.output_dir)
 
     def _choose_weights(self, module: Any) -> dict[str, Any]:
         """Put the weights that are wanted into the model, and return what the summary says of them."""
