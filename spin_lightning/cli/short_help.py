@@ -143,7 +143,10 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
                 named.rpartition(".")[2] or (default if isinstance(default, str) else json.dumps(default)),
                 *([f"or {', '.join(choices)}"] if choices else []),
             ]
-            yield Setting(name, "; ".join(shown), texts.get(argument.arg, ""))
+            text = texts.get(argument.arg, "")
+            if "must be given" in text:  # where a default of null is refused by a sentence
+                shown[0] = "required"
+            yield Setting(name, "; ".join(shown), text)
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)
     if init is None or init.args.kwarg is not None:
