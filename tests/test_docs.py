@@ -178,7 +178,7 @@ def parse_command(word: str, args: list[str]) -> None:
     if word in ("plan", "play", "check"):
         word = "fit"
     if any(arg.endswith(".help") for arg in args):  # of a class: it is printed, and that is all
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             parse_settings(word, args)
         return
     if not {"-c", "--config"} & set(args):

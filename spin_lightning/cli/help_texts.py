@@ -280,10 +280,10 @@ is, such as --partition gpu or --account mine:
   --nodes 1
   --gpus-per-node 1
   --time 24:00:00
-After it, a command of this package that trains: fit, play, sft, dpo, reward or
-ppo. Its processes are one for each GPU, started by srun; trainer.num_nodes and
-trainer.devices are added. The run's folder has to be on a disk that all nodes
-see.
+After it, a command of this package that trains: fit, play, sft, dpo, reward,
+ppo, or a chain of them, whose file is read now. Its processes are one for each
+GPU, started by srun; trainer.num_nodes and trainer.devices are added. The run's
+folder has to be on a disk that all nodes see.
 
 Five minutes before its time is over the job is sent SIGUSR1: the run saves what
 it has and ends, and the script queues the job again, which continues it."""
@@ -313,7 +313,8 @@ folder. What is said last wins: a config, common, the stage, its flags.
   --sft.model.learning_rate 1e-5       over what the file says
   --common.trainer.accelerator cpu     the same for all stages without their own
   launcher: torchrun --nproc_per_node 8
-                                       in a stage: takes the place of python
+                                       in a stage: takes the place of python;
+                                       also --STAGE.launcher '...'
 
 All settings and files are looked at before the first stage starts. A stage that
 is over is skipped; where the file has changed since, its command says whether

@@ -18,7 +18,7 @@ from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
 from spin_lightning.models.saving import save_model
 from spin_lightning.runs import processes
-from spin_lightning.runs.files import refuse_links, run_folder, write_json
+from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import validate_now, validation_follows, was_cut_short
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.sharding import ShardedStrategy
