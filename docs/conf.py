@@ -92,7 +92,6 @@ TITLES = {
 #: What an extension is handed, or inherits from, by its import path.
 RECORDS = """
 types.Row types.Message types.Prompt types.Response types.PairLogProbs types.PairLossOutput types.ResponseBatch
-
 types.PairBatch types.TokenBatch types.TokenLogProbs types.TokenLossOutput types.TokenLaws
 types.RolloutBatch advantages.Trajectories advantages.Advantages generation.base.Player
 stages.policy.PolicyModule stages.pairs.PairModule stages.iterative.IterativeModule stages.clock.IterationClock
