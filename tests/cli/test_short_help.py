@@ -36,7 +36,7 @@ def parsed(word: str) -> Any:
 @pytest.mark.parametrize("word", STAGES)
 def test_settings_and_defaults_are_those_of_the_parser(word):
     settings, shown = parsed(word), settings_of(STAGES[word])
-    follow = {"checkpoint.dirpath", *({"trainer.max_epochs"} if word in ("fit", "ppo") else ())}
+    follow = {"checkpoint.dirpath", "report.output_dir", *({"trainer.max_epochs"} if word in ("fit", "ppo") else ())}
     for section, (title, of_section) in shown.items():
         assert title.endswith(".")
         expected = {}
