@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from spin_lightning.losses import IpoLoss as IpoLoss
     from spin_lightning.losses import LengthNormalizedLoss as LengthNormalizedLoss
     from spin_lightning.losses import PairLoss as PairLoss
+    from spin_lightning.losses import SelfPlayLoss as SelfPlayLoss
     from spin_lightning.losses import SpaceLoss as SpaceLoss
     from spin_lightning.losses import SpinLoss as SpinLoss
+    from spin_lightning.losses import TokenLoss as TokenLoss
+    from spin_lightning.losses import TokenSpinLoss as TokenSpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
+    from spin_lightning.reports.callback import WriteReport as WriteReport
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
     from spin_lightning.rewards import JudgeReward as JudgeReward
@@ -43,10 +47,12 @@ if TYPE_CHECKING:
     from spin_lightning.runs.checkpoints import last_checkpoint as last_checkpoint
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
     from spin_lightning.runs.sharding import ShardedStrategy as ShardedStrategy
+    from spin_lightning.runs.trackers import TrackioLogger as TrackioLogger
     from spin_lightning.stages.best_as_real import BestAsReal as BestAsReal
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
     from spin_lightning.stages.dpo import DpoLightningModule as DpoLightningModule
     from spin_lightning.stages.dpo import RecordedPairs as RecordedPairs
+    from spin_lightning.stages.evaluate_tasks import EvaluateTasks as EvaluateTasks
     from spin_lightning.stages.export import ExportPolicy as ExportPolicy
     from spin_lightning.stages.health import Health as Health
     from spin_lightning.stages.opponent import Opponent as Opponent
@@ -88,11 +94,15 @@ _HOMES = {
         "IpoLoss",
         "LengthNormalizedLoss",
         "PairLoss",
+        "SelfPlayLoss",
         "SpaceLoss",
         "SpinLoss",
         "TSpinLoss",
+        "TokenLoss",
+        "TokenSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
+    "reports.callback": ("WriteReport",),
     "rewards": (
         "Answer",
         "FunctionReward",
@@ -106,9 +116,11 @@ _HOMES = {
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
+    "runs.trackers": ("TrackioLogger",),
     "stages.best_as_real": ("BestAsReal",),
     "stages.clock": ("SelfPlay",),
     "stages.dpo": ("DpoLightningModule", "RecordedPairs"),
+    "stages.evaluate_tasks": ("EvaluateTasks",),
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),

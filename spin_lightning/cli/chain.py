@@ -63,6 +63,8 @@ def _run(line: Line, scratch: Path, children: Children) -> None:
             say(f"the stage {step.name} ended before it is over (a time limit, perhaps). The same command continues.")
             break
     say(f"\n{table(line.results())}")
+    if remark := remark_on_caps(line.results()):
+        say(remark)
     say(f"Folders are in {line.chain.output_dir}. NLL in nats a held-out response; before -> after each stage.")
 
 
@@ -331,8 +333,10 @@ class Line:
         result, start = read_json(folder / record.over_file), read_json(folder / "start.json") or {}
         parts = result["iterations"] if isinstance(result.get("iterations"), list) else [result]
         first, last, end = (parts or [{}])[0], (parts or [{}])[-1], result.get("held_out") or {}
-        exported = record.exported(folder)
+        exported, data = record.exported(folder), self.settings[step.name].data
+        sampler = data.get("generator") or {}
         return {
+            "response_cap": data.get("max_response_tokens") or (sampler.get("init_args") or {}).get("max_new_tokens"),
             "updates": sum(part.get("updates") or 0 for part in parts),
             "seconds": sum(_add_up(part.get("seconds") or 0.0) for part in parts),
             "nll": [start.get("val/nll"), last.get("val_nll")],
@@ -380,6 +384,25 @@ def aligned(rows: Sequence[Sequence[str]], sides: Sequence[str]) -> str:
         if len(rows) == 1 or any(row[place] for row in rows[1:])
     ]
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*shown, strict=True))
+
+
+def remark_on_caps(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A warning where NLLs are of responses that were cut at different lengths; empty where they are not.
+
+    Example:
+        >>> print(remark_on_caps({"sft": {"nll": [9.5], "response_cap": 64}, "fit": {"nll": [8.0], "response_cap": 5}}))
+        note: held-out responses were cut at 64 tokens in sft, at 5 in fit: their NLLs do not compare.
+    """
+    of_stage = {
+        name: result["response_cap"]
+        for name, result in results.items()
+        if result.get("response_cap") and any(value is not None for value in result.get("nll") or ())
+    }
+    first, *others = [f"{cap} in {name}" for name, cap in of_stage.items()] or [""]
+    if len({*of_stage.values()}) < 2:
+        return ""
+    cut = ", at ".join([first.replace(" in", " tokens in", 1), *others])
+    return f"note: held-out responses were cut at {cut}: their NLLs do not compare."
 
 
 def _before_after(values: Sequence[float | None] | None, style: str) -> str:

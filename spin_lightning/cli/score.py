@@ -34,7 +34,7 @@ from spin_lightning.models.loading import (
 from spin_lightning.runs.files import replacing
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.stages.policy import PolicyModule
-from spin_lightning.stages.scoring import Players, RecordedPairs, Scoring
+from spin_lightning.stages.scoring import ComparedPairs, Players, Scoring
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -88,15 +88,11 @@ def parse(args: Sequence[str]) -> Namespace:
     Raises:
         UserError: They are not as the classes want them.
     """
-    parser = ArgumentParser(exit_on_error=False, prog="spin-lightning score")
-    parser.add_argument("-c", "--config", action=ActionConfigFile)
-    for section, kind in CLASSES.items():
-        parser.add_class_arguments(kind, section)
-    for name, default in OF_TRAINER.items():
-        parser.add_argument(f"--trainer.{name}", type=str | None, default=default)
-    parser.set_defaults(
-        {"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}, "data.val_fraction": 0.0}
-    )
+    parser = make_parser()
+    if any(arg.partition("=")[0] == "--print_config" for arg in args):
+        from spin_lightning.cli.comments import print_commented
+
+        args = print_commented(parser, "score", list(args))
     known = {key for key, _ in parser.get_defaults().items()}
     try:
         with own_defaults():
@@ -107,6 +103,20 @@ def parse(args: Sequence[str]) -> Namespace:
         raise UserError(
             f"{sentence}{full_stop_of(sentence)} spin-lightning score --help shows the settings."
         ) from error
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of the command's settings."""
+    parser = ArgumentParser(exit_on_error=False, prog="spin-lightning score")
+    parser.add_argument("-c", "--config", action=ActionConfigFile)
+    for section, kind in CLASSES.items():
+        parser.add_class_arguments(kind, section)
+    for name, default in OF_TRAINER.items():
+        parser.add_argument(f"--trainer.{name}", type=str | None, default=default)
+    parser.set_defaults(
+        {"data.generator": {"class_path": "spin_lightning.ContinuousGenerator"}, "data.val_fraction": 0.0}
+    )
+    return parser
 
 
 def _read_over_others(args: Sequence[str], known: set[str]) -> list[str]:
@@ -147,7 +157,7 @@ def read_rows(
     settings: Namespace, scoring: Scoring, recorded: bool = False, of: str | None = None
 ) -> SyntheticDataModule:
     """The rows, encoded for the model of the settings or for another one."""
-    kind = RecordedPairs if recorded and scoring.reward.compares else SyntheticDataModule
+    kind = ComparedPairs if recorded and scoring.reward.compares else SyntheticDataModule
     data: SyntheticDataModule = make_object(f"{kind.__module__}.{kind.__qualname__}", settings.data)
     model = settings.model
     name = model.model_name_or_path if of is None else of
@@ -242,7 +252,10 @@ def render(summary: Mapping[str, Any]) -> list[str]:
     elif summary["pass_at"]:
         lines.append(f"  right         none: no reward is at least {summary['right_from']:g} (score.right_from)")
     lines += [f"  {f'best of {k}':<13} {number(value)}" for k, value in summary["best_of"].items() if k != "1"]
-    lines += [f"  not judged    {summary['unjudged']}"] if summary["unjudged"] else []
+    reasons = summary.get("reasons", {})
+    if summary["unjudged"]:
+        why = reasons.get("unjudged")
+        lines.append(f"  not judged    {summary['unjudged']}" + (f": {why}" if why else ""))
     lines += [f"  cut           {summary['cut_share']:.0%}"] if summary["cut_share"] else []
     if (against := summary["against"]) is not None and against["win_rate"] is not None:
         low, high = against["interval"]
@@ -253,4 +266,6 @@ def render(summary: Mapping[str, Any]) -> list[str]:
         if against["order_sensitivity"] is not None:
             lines.append(f"  order         moves the judge by {against['order_sensitivity']:.3f} on average")
     lines.append(f"  {summary['best_rows']} rows for sft in best.jsonl, {summary['pair_rows']} pairs in pairs.jsonl")
+    for key, what in (("best_rows", "no rows"), ("pair_rows", "no pairs")):
+        lines += [f"  {what:<13} {reasons[key]}"] if key in reasons else []
     return lines

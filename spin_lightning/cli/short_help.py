@@ -21,7 +21,11 @@ from typing import Any
 
 from docstring_parser import parse
 
-CHECKPOINT = "spin_lightning.runs.run_checkpoint.RunCheckpoint"
+#: Sections that every stage has beside its own.
+OF_EVERY_STAGE = {
+    "checkpoint": "spin_lightning.runs.run_checkpoint.RunCheckpoint",
+    "report": "spin_lightning.reports.callback.WriteReport",
+}
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 #: Settings of the trainer whose defaults are not Lightning's here.
 TRAINER_DEFAULTS = {
@@ -83,7 +87,8 @@ def page(word: str, usage: str, summary: str, record: str) -> str:
     lines += ["", "More:"]
     for flag, text in {
         "-c, --config FILE": "A YAML file of settings by section. Flags that follow it win.",
-        "--print_config": "All settings with their values, as a file to start from.",
+        "--print_config": "All settings with their values and what they are, as a file to start from. "
+        "=plain leaves the comments out, =skip_default what has its default.",
         "--model.optimizer.help CLASS": "The settings of a class; so for every setting that names one.",
         "--help=all": "All settings, and the classes that they can name.",
     }.items():
@@ -106,20 +111,20 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
         record: Import path of the stage's record.
     """
     stage = _literals_of(record)
-    follow = {*stage.get("links", ()), "checkpoint.dirpath"}
+    follow = {*stage.get("links", ()), "checkpoint.dirpath", "report.output_dir"}
     found = {}
     defaults = {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()} | stage.get("defaults", {})
     for section, path in {
         "model": stage["module"],
         "data": stage["data"],
         **stage["callbacks"],
-        "checkpoint": CHECKPOINT,
+        **OF_EVERY_STAGE,
         "trainer": TRAINER,
     }.items():
         module, node = _find_class(path)
         settings = _settings_of_class(module, node, section, defaults)
         found[section] = (
-            _take_first_sentence(ast.get_docstring(node) or ""),
+            first_sentence(ast.get_docstring(node) or ""),
             [setting for setting in settings if setting.name not in follow],
         )
     words = {f"trainer.{name}": text for name, text in OF_TRAINER.items()}
@@ -164,7 +169,9 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
                 *([f"or {', '.join(choices)}"] if choices else []),
             ]
             text = texts.get(argument.arg, "")
-            yield Setting(name, "; ".join(shown), _take_first_sentence(text), _name_type(argument.annotation), text)
+            if "must be given" in text:  # where a default of null is refused by a sentence
+                shown[0] = "required"
+            yield Setting(name, "; ".join(shown), first_sentence(text), _name_type(argument.annotation), text)
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)
     if init is None or init.args.kwarg is not None:
@@ -194,16 +201,18 @@ def _choices_of(annotation: ast.expr | None) -> list[str]:
     return [str(choice) for literal in literals for choice in ast.literal_eval(f"[{literal}]")]
 
 
-def _take_first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
     r"""In plain text, with the words of YAML.
 
     Example:
-        >>> _take_first_sentence("Of ``beta``, by Chen et al. (2024).  None: 1.\n``0`` is greedy.")
+        >>> first_sentence("Of ``beta``, by Chen et al. (2024).  None: 1.\n``0`` is greedy.")
         'Of beta, by Chen et al. (2024).'
-        >>> _take_first_sentence("None takes the model's.")
+        >>> first_sentence("None takes the model's.")
         "null takes the model's."
     """
-    sentence = re.split(r"(?<=[.!?])(?<! al\.)(?<!\.g\.) (?=[A-Z0-9`{])", " ".join(text.split()), maxsplit=1)[0]
+    sentence = re.split(r"(?<=[.!?])(?<! al\.)(?<!\.g\.)(?<! Eq\.) (?=[A-Z0-9`{])", " ".join(text.split()), maxsplit=1)[
+        0
+    ]
     return re.sub(r"\bNone\b", "null", sentence.replace("``", ""))
 
 

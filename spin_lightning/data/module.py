@@ -111,6 +111,8 @@ class RowDataModule(L.LightningDataModule):
         other_data: str | dict[str, float] | None = None,
     ) -> None:
         super().__init__()
+        #: What is trained on in the place of the rows as they are; asked whenever a loader is made. None: the rows.
+        self.make_training_set: Callable[[], TrainingSet] | None = None
         refuse_below(1, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens)
         refuse_below(1, max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
         refuse_below(0, num_workers=num_workers)
@@ -332,8 +334,10 @@ class RowDataModule(L.LightningDataModule):
         report = min(reports, key=lambda report: report["train"]["prompts"])
         train = report["train"]
         num_prompts = train.get("sample_of", train["prompts"])
-        if num_prompts * self.examples_per_prompt < self.batch_size:
-            answers = f" with {self.examples_per_prompt} answers each" if self.examples_per_prompt > 1 else ""
+        most = num_prompts * self.examples_per_prompt
+        if most < self.batch_size:
+            lower = f"Set --data.batch_size {most} or less, or give" if most else "Give"
+            answers = f" with {self.examples_per_prompt} responses each" if self.examples_per_prompt > 1 else ""
             num_rows = report["train_data"]["rows_kept"]
             refused = train["refused_rows"]["count"]
             of_iteration = f" in iteration {reports.index(report)}" if len(reports) > 1 else ""
@@ -342,7 +346,7 @@ class RowDataModule(L.LightningDataModule):
                 f"{self.batch_size}: of {num_rows} rows {num_rows - train['rows']} are held out and "
                 f"{train['long_prompts']['count']} have "
                 f"prompts that are too long{f', {refused} are refused by the chat template' if refused else ''}. "
-                "Lower data.batch_size, or give more rows."
+                f"{lower} more rows."
             )
 
     def refuse_longer_than(self, limit: float, is_of_tokenizer: bool = False) -> None:
@@ -507,7 +511,9 @@ class RowDataModule(L.LightningDataModule):
         return _hash_of(self.val_prompts)
 
     def train_dataloader(self) -> ResumableLoader:
-        """The real responses."""
+        """The real responses, or what the module makes of them."""
+        if self.make_training_set is not None:
+            return self._serve(self.make_training_set())
         return self._make_loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
 
     def _serve(self, training_set: TrainingSet, keeps_prompts_together: bool = False) -> ResumableLoader:

@@ -100,14 +100,17 @@ class ForwardPath:
         return values, states.hidden if states.logits or states.hidden is None else states.hidden[: len(targets)]
 
     def top(self, model: nn.Module, batch: ResponseBatch, k: int) -> tuple[Tensor, Tensor]:
-        """The k tokens that are most likely where each response token stands, and their log-probs, both ``(N, k)``."""
+        """The k tokens that are most likely where each response token stands ``(N, k)``.
+
+        And the log-probs of the response token and of these ``(N, 1 + k)``.
+        """
         states = self.read(model, batch, predicting)
         if states.logits:
             ids = torch.cat([head.pick_top(piece, k) for piece in states.logits])
         else:
             assert states.hidden is not None
             ids = head.top_ids(model, states.hidden[: len(batch.scored)], k, is_linear=self.is_linear)
-        return ids, self._log_probs(model, states, ids)
+        return ids, self._log_probs(model, states, torch.cat([batch.input_ids[batch.scored, None], ids], 1))
 
     def _log_probs(self, model: nn.Module, states: States, targets: Tensor) -> Tensor:
         hidden, logits = states
@@ -177,12 +180,13 @@ def token_log_probs(model: nn.Module, batch: ResponseBatch, targets: Tensor | No
 
 
 @torch.no_grad()
-def top_log_probs(model: nn.Module, batch: ResponseBatch, k: int) -> tuple[Tensor, Tensor]:
+def top_log_probs(model: nn.Module, batch: ResponseBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k tokens that a model finds most likely where each response token stands, by its forward path.
 
     Returns:
-        Token ids, the likeliest first, and their log-probs, with the bits that :func:`token_log_probs` gives these
-        ids; both of shape ``(N, k)``, with fewer columns where the vocabulary has no k tokens.
+        Log-probs of the response tokens ``(N,)``; ids of the most likely ones, the likeliest first, and their
+        log-probs, both ``(N, k)``, with fewer columns where the vocabulary has no k tokens. All with the bits that
+        :func:`token_log_probs` gives these ids.
 
     Raises:
         UserError: The model is not a causal language model.
@@ -190,12 +194,13 @@ def top_log_probs(model: nn.Module, batch: ResponseBatch, k: int) -> tuple[Tenso
     forward_path_of(model)
     if not len(batch.scored):
         ids = batch.input_ids.new_zeros(0, k)
-        return ids, token_log_probs(model, batch, ids)
+        return token_log_probs(model, batch), ids, token_log_probs(model, batch, ids)
 
-    def top(path: ForwardPath) -> tuple[Tensor, Tensor]:
+    def top(path: ForwardPath) -> tuple[Tensor, Tensor, Tensor]:
         parts = [(places, *path.top(model, part, k)) for places, part in _split_at_boundary(model, batch, predicting)]
         ids = _reorder([(places, ids) for places, ids, _ in parts])
-        return ids, _reorder([(places, values) for places, _, values in parts])
+        values = _reorder([(places, values) for places, _, values in parts])
+        return values[:, 0], ids, values[:, 1:]
 
     return _on_its_path(model, top)
 

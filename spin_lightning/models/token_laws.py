@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spin_lightning.models.forward_paths import in_one_pass, token_log_probs, top_log_probs
 from spin_lightning.models.head import head_of
-from spin_lightning.types import ResponseBatch
+from spin_lightning.types import PairLogProbs, ResponseBatch, TokenBatch, TokenLogProbs
 from spin_lightning.types import TokenLaws as TokenLaws
 
 
@@ -38,11 +38,16 @@ def top_laws(model: nn.Module, batch: ResponseBatch, k: int) -> TokenLaws:
         ...     vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
         ... )
         >>> laws = top_laws(LlamaForCausalLM(config), pack([([5, 6], [[7, 2], [8]])]), k=4)
-        >>> laws.ids.shape, laws.outcomes.exp().sum(1)
-        (torch.Size([3, 4]), tensor([1.0000, 1.0000, 1.0000]))
+        >>> laws.ids.shape, laws.rest.shape
+        (torch.Size([3, 4]), torch.Size([3]))
     """
-    ids, log_probs = top_log_probs(model, batch, k)
-    return TokenLaws(ids, log_probs, _log_rest(model, log_probs))
+    return top_says(model, batch, k).laws
+
+
+def top_says(model: nn.Module, batch: ResponseBatch, k: int) -> TokenLogProbs:
+    """What :func:`top_laws` gives, and from the same pass the log-probs of the response tokens. Without gradient."""
+    real, ids, log_probs = top_log_probs(model, batch, k)
+    return TokenLogProbs(real, cut_laws(model, ids, log_probs))
 
 
 def law_log_probs(model: nn.Module, batch: ResponseBatch, ids: Tensor) -> Tensor:
@@ -71,9 +76,35 @@ def laws_of(model: nn.Module, batch: ResponseBatch, ids: Tensor) -> TokenLaws:
     return cut_laws(model, ids, law_log_probs(model, batch, ids))
 
 
+def says_of(model: nn.Module, batch: ResponseBatch, ids: Tensor) -> TokenLogProbs:
+    """What :func:`laws_of` gives, and from the same pass the log-probs of the response tokens, all with gradient."""
+    values = law_log_probs(model, batch, torch.cat([batch.input_ids[batch.scored, None], ids], 1))
+    return TokenLogProbs(values[:, 0], cut_laws(model, ids, values[:, 1:]))
+
+
 def cut_laws(model: nn.Module, ids: Tensor, log_probs: Tensor) -> TokenLaws:
     """The laws of which a model gave these log-probs ``(N, k)``: what is missing to 1 is the rest, with gradient."""
     return TokenLaws(ids, log_probs, _log_rest(model, log_probs))
+
+
+def token_batch_log_probs(model: nn.Module, batch: TokenBatch) -> TokenLogProbs:
+    """What a model says of the response tokens of a batch and of the opponent's outcomes, in one pass."""
+    return says_of(model, batch.responses, batch.opponent.laws.ids)
+
+
+def sum_of_responses(says: TokenLogProbs, batch: TokenBatch) -> PairLogProbs:
+    """What a model says of the tokens of a batch, summed over each response, as it would say it of a pair.
+
+    In the place of the generated response stands what the opponent may say at each place, in the mean over its law.
+    """
+    of_opponent = batch.opponent.laws.outcomes
+    is_possible = of_opponent > -torch.inf
+    mean = (of_opponent.exp() * says.laws.outcomes.masked_fill(~is_possible, 0.0)).sum(1)
+    index, lengths = (batch.responses.response_index,), batch.responses.response_lengths
+    real, generated = (
+        values.new_zeros(len(lengths)).index_put(index, values, accumulate=True) for values in (says.real, mean)
+    )
+    return PairLogProbs(real, generated, lengths, lengths)
 
 
 def coarse_kl(a: TokenLaws, b: TokenLaws) -> Tensor:

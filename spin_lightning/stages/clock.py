@@ -24,6 +24,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from spin_lightning.generation.synthetic_data import NOTHING, TrainingSet
+from spin_lightning.losses import TokenLoss
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.rewards.base import Reward, check_reward, refuse_without_real
 from spin_lightning.runs import lightning_internals as internals
@@ -489,6 +490,11 @@ class SelfPlay(IterationClock):
         super().refuse_unplayable(trainer, module)
         if self.ranking is None:
             return
+        if isinstance(loss := getattr(module, "loss", None), TokenLoss):
+            raise UserError(
+                f"{type(loss).__name__} compares tokens, so there are no responses that self_play.reward could rank. "
+                "Leave self_play.pairs and reward out, or use a loss of pairs."
+            )
         check_reward(self.ranking.reward)
         refuse_without_real(self.ranking.reward, trainer.datamodule.prompts)
         if self.pairs == "best_worst" and trainer.datamodule.answers_per_prompt < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -11,13 +12,15 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 from torch import Tensor
 
+from spin_lightning.data.sources import looks_local
 from spin_lightning.models.adapters import base_of, exports_merged, save_adapter
 from spin_lightning.models.loading import dtype_name
-from spin_lightning.models.model_card import add_adapter, how_to_cast
+from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
 from spin_lightning.models.saving import save_model
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import validate_now, validation_follows, was_cut_short
+from spin_lightning.runs.settings import versions
 from spin_lightning.runs.sharding import ShardedStrategy
 from spin_lightning.stages.averaging import WeightAverage, exchange
 from spin_lightning.stages.metrics import count_tokens, describe_retention, starting_metrics
@@ -62,14 +65,66 @@ def name_models(folder: Path, within: str = "") -> str:
     return " and ".join(f"{folder}/{within}{kind}" for kind in kinds)
 
 
-def plain_card(tag: str, title: str, summary: Mapping[str, Any]) -> str:
-    """The README of an exported policy: what its summary says."""
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tag}, spin-lightning]\n---\n\n# "
-        f"{title}\n\n"
-        + "\n".join(f"- {name}: {value}" for name, value in summary.items())
-        + f"\n\n{how_to_cast(summary)}"
+def find_exported(folder: Path, iteration: int | None = None) -> Path:
+    """The model in a folder: the folder itself, or what a run, or an iteration of it, has exported there last.
+
+    Args:
+        folder: Of a model, an adapter, a run or an iteration.
+        iteration: Of a run with iterations. None: the last one with a model.
+
+    Raises:
+        UserError: There is none, or none of that iteration.
+    """
+    is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if is_model and iteration is None:
+        return folder
+    numbered = {
+        int(place.name.removeprefix("iteration_")): place
+        for place in folder.glob("iteration_*")
+        if re.fullmatch(r"iteration_\d+", place.name) and _export_in(place) is not None
+    }
+    if iteration is not None and iteration not in numbered:
+        if not numbered:
+            raise UserError(f"iteration {iteration} is of a run with iterations, and {str(folder)!r} has none.")
+        there = ", ".join(map(str, sorted(numbered)))
+        raise UserError(f"{folder} has no model of iteration {iteration}; it has those of {there}.")
+    last = max(numbered, default=None) if iteration is None else iteration
+    found = _export_in(folder if last is None else numbered[last])
+    if found is not None:
+        return found
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"there is no model in {str(folder)!r}: it has {there}. Give a Hugging Face folder, a run's folder that has "
+        "finished an iteration, or a name on the hub."
     )
+
+
+def _export_in(place: Path) -> Path | None:
+    """What was exported here, if that is finished: the summary is written last."""
+    if not (place / "summary.json").is_file():
+        return None
+    return next((place / kind for kind in ("policy", "adapter", "reward_model") if (place / kind).is_dir()), None)
+
+
+def plain_card(tag: str, title: str, summary: Mapping[str, Any], origin: Origin | None = None) -> str:
+    """The README of an exported policy: what its summary says, and what it comes from."""
+    return render_plain_card(tag, title, summary, origin, versions())
+
+
+def origin_of(model: str, data: Any) -> Origin:
+    """What a policy comes from, as its card may say it.
+
+    Args:
+        model: The name of the model that the run started from.
+        data: The data module that it was trained with.
+    """
+    sources = getattr(data, "train_data", ())
+    names = [name for source in (sources if isinstance(sources, list) else [sources]) for name in _names_in(source)]
+    return read_origin(model, [name for name in names if not looks_local(name)])
+
+
+def _names_in(source: Any) -> list[str]:
+    return [source] if isinstance(source, str) else [str(name) for name in source]
 
 
 class ExportPolicy(L.Callback):
@@ -237,6 +292,9 @@ class ExportPolicy(L.Callback):
         adapter = self.output_dir / "adapter"  # merged in the model, or what there is of it
         folders = dict.fromkeys([self.find_model(), *([adapter] if adapter.exists() else [])])
         say(f"the model is in {' and '.join(map(str, folders))}")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_export"):
+                callback.on_export(trainer, module, self.output_dir)
 
     def _choose_weights(self, module: Any) -> dict[str, Any]:
         """Put the weights that are wanted into the model, and return what the summary says of them."""
@@ -258,9 +316,10 @@ class ExportPolicy(L.Callback):
     def write(self, policy: Any, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         """Write the model, and then the summary. In the first process."""
         module: Any = trainer.lightning_module
-        card = plain_card("sft", "Supervised fine-tuned policy", summary)
-        encoder = trainer.datamodule.encoder  # type: ignore[attr-defined]
-        export_policy(policy, encoder, self.output_dir, card, summary, module.trust_remote_code)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        origin = origin_of(module.model_name_or_path, data)
+        card = plain_card("sft", "Supervised fine-tuned policy", summary, origin)
+        export_policy(policy, data.encoder, self.output_dir, card, summary, module.trust_remote_code)
 
     def find_model(self) -> Path:
         """Where the model is."""

@@ -196,8 +196,8 @@ class PolicyModule(L.LightningModule):
         self.held_out_nll_per_token = MeanMetric()
         self.other_nll = MeanMetric()
         self.other_nll_per_token = MeanMetric()
-        self.kl_to_start = MeanMetric()
-        self._start_laws: StartLaws | None = None
+        self.held_out_kl = MeanMetric()
+        self._held_out_laws: StartLaws | None = None
 
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # validate, or a second fit
@@ -658,13 +658,13 @@ class PolicyModule(L.LightningModule):
 
     def held_out_log_probs(self, part: Any) -> tuple[Tensor, Tensor]:
         """Log-probs and lengths of the real responses in one part of a held-out batch."""
-        if not isinstance(part, ResponseBatch) or self._start_laws is None:
+        if not isinstance(part, ResponseBatch) or self._held_out_laws is None:
             return response_log_probs(self.plain_policy, part), part.response_lengths
-        log_probs, divergences = measure(self.plain_policy, part, self._start_laws.of(part))
+        log_probs, divergences = measure(self.plain_policy, part, self._held_out_laws.of(part))
         if divergences is not None:
-            self.kl_to_start.update(divergences)
+            self.held_out_kl.update(divergences)
         elif self._is_start:
-            self._start_laws.add(self.plain_policy, part)
+            self._held_out_laws.add(self.plain_policy, part)
         return log_probs, part.response_lengths
 
     def is_other(self, batch_idx: int) -> bool:
@@ -689,8 +689,8 @@ class PolicyModule(L.LightningModule):
         always: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": size}
         self.log("val/nll", self.held_out_nll, prog_bar=True, **always)
         self.log("val/nll_per_token", self.held_out_nll_per_token, **always)
-        if self.kl_to_start.update_called:
-            self.log("val/kl_to_start", self.kl_to_start, **always)
+        if self.held_out_kl.update_called:
+            self.log("val/kl_to_start", self.held_out_kl, **always)
 
     def _measure_other(self, batch: list[ResponseBatch]) -> None:
         own = processes.deal(batch)
@@ -715,23 +715,23 @@ class PolicyModule(L.LightningModule):
     def _begin_laws(self) -> None:
         """Have the laws of the start at hand where a fit of one process measures held-out rows."""
         if self.trainer.state.fn != "fit" or processes.world_size() > 1:
-            self._start_laws = None
+            self._held_out_laws = None
         elif self._is_start:
-            self._start_laws = StartLaws()
-        elif self._start_laws is None:  # of a run that continues
-            self._start_laws = StartLaws()
+            self._held_out_laws = StartLaws()
+        elif self._held_out_laws is None:  # of a run that continues
+            self._held_out_laws = StartLaws()
             if (path := self._laws_path) is not None:
-                self._start_laws.load(path, self.trainer.datamodule.held_out_hash)  # type: ignore[attr-defined]
+                self._held_out_laws.load(path, self.trainer.datamodule.held_out_hash)  # type: ignore[attr-defined]
 
     def _keep_laws(self) -> None:
         path = self._laws_path
-        if self._is_start and self._start_laws is not None and len(self._start_laws) and path is not None:
-            self._start_laws.save(path, self.trainer.datamodule.held_out_hash)  # type: ignore[attr-defined]
+        if self._is_start and self._held_out_laws is not None and len(self._held_out_laws) and path is not None:
+            self._held_out_laws.save(path, self.trainer.datamodule.held_out_hash)  # type: ignore[attr-defined]
 
     @property
     def _laws_path(self) -> Path | None:
         folders = [callback.folder for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "folder")]
-        return Path(folders[0]).parent / "start_laws.safetensors" if folders else None
+        return Path(folders[0]).parent / "held_out_laws.safetensors" if folders else None
 
 
 def _check_model(model: Any, attn_implementation: str | None, revision: str | None) -> Any:

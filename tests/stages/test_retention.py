@@ -75,7 +75,7 @@ def test_a_run_that_continues_measures_against_the_same_start(
     kept = [without_seconds(read(tmp_path / name / "game.json")) for name in ("run", "whole")]
     assert kept[0] == kept[1] and "kl_to_start" in kept[0]["iterations"][1]["retention"]
     # one that was begun by a version without it goes on, and does not say what it cannot know
-    (tmp_path / "run" / "start_laws.safetensors").unlink()
+    (tmp_path / "run" / "held_out_laws.safetensors").unlink()
     longer = {**settings, "play": {"iterations": 3}}
     Game(model, rows, tmp_path / "run", **longer).play()
     assert read(tmp_path / "run" / "game.json")["iterations"][2]["retention"].keys() == {
