@@ -104,7 +104,7 @@ trackers: .trackers/installed
 .trackers/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .trackers
 	.trackers/bin/pip install --quiet $(LOCK) torch
-	.trackers/bin/pip install --quiet --editable . pytest wandb mlflow trackio
+	.trackers/bin/pip install --quiet --editable ".[trackio]" pytest wandb mlflow
 	@touch $@
 
 versions-differ:

@@ -84,6 +84,7 @@ TITLES = {
     "rewards": "Rewards",
     "models": "Adapters",
     "runs": "Checkpoints and strategies",
+    "reports": "Reports",
     "types": "Errors",
 }
 
@@ -91,9 +92,10 @@ TITLES = {
 #: What an extension is handed, or inherits from, by its import path.
 RECORDS = """
 types.Row types.Message types.Prompt types.Response types.PairLogProbs types.PairLossOutput types.ResponseBatch
-types.PairBatch types.RolloutBatch advantages.Trajectories advantages.Advantages generation.base.Player
-stages.policy.PolicyModule stages.pairs.PairModule stages.iterative.IterativeModule stages.clock.IterationClock
-stages.iteration.Iteration stages.iteration.Run stages.iteration.PolicyView stages.stage.Stage
+types.PairBatch types.RolloutBatch types.TokenBatch types.TokenLogProbs types.TokenLossOutput types.TokenLaws
+advantages.Trajectories advantages.Advantages generation.base.Player stages.policy.PolicyModule
+stages.pairs.PairModule stages.iterative.IterativeModule stages.clock.IterationClock stages.iteration.Iteration
+stages.iteration.Run stages.iteration.PolicyView stages.stage.Stage
 """.split()
 
 
@@ -101,7 +103,7 @@ def public_names() -> dict[str, list[str]]:
     """What ``spin_lightning`` exports, by room."""
     rooms: dict[str, list[str]] = {room: [] for room in TITLES}
     for home, names in spin_lightning._HOMES.items():
-        rooms[home.partition(".")[0]].extend(names)
+        rooms.setdefault(home.partition(".")[0], []).extend(names)
     return rooms
 
 
@@ -175,7 +177,7 @@ def escaped(text: str) -> str:
 def write_api() -> Iterator[str]:
     """Every public name with its docstring."""
     for room, names in public_names().items():
-        yield f"## {TITLES[room]}\n\n```{{eval-rst}}"
+        yield f"## {TITLES.get(room, room.capitalize())}\n\n```{{eval-rst}}"
         for name in names:
             if inspect.isclass(getattr(spin_lightning, name)):
                 yield f".. autoclass:: spin_lightning.{name}\n   :members:\n   :show-inheritance:\n"

@@ -39,6 +39,7 @@ def test_every_package_that_is_imported_is_declared():
         "spin_lightning",
         "matplotlib",
         "peft",
+        "trackio",
         "tokenizers",
         "huggingface_hub",
         "lm_eval",

@@ -86,6 +86,7 @@ def test_our_stages_pass(word):
     testing.check_stage(STAGES[word])
 
 
+@pytest.mark.slow
 def test_our_callbacks_pass():
     testing.check_callback(Health)
 

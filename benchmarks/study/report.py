@@ -257,7 +257,7 @@ def cell_table(cell: Record) -> str:
                 arm,
                 *(_number(own[name]) for name in ("kl", "reverse_kl", "tv", "valid", "greedy", "forgotten")),
                 f"{(own['tokens'] or 0) / 1000:.0f}k",
-                *(_number(tuned[name]) for name in ("kl", "reverse_kl", "tv", "valid")),
+                *(_number(tuned[name]) for name in ("kl", "reverse_kl", "tv", "valid", "forgotten")),
                 _number(tuned["temperature"], ".2f"),
                 *equal,
             ]
@@ -344,7 +344,7 @@ def machine(report: Record) -> str:
     """With what it was measured, and what of the design is missing."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     missing = [
-        f"`{cell.name}`" if cell.name not in report["cells"] else f"`{cell.name}` ({', '.join(left)})"
+        f"`{cell.name}`" if cell.name not in report["cells"] else f"`{cell.name}` ({'; '.join(left)})"
         for cell in CELLS
         if (left := [arm for arm in ARMS if "confirm" not in report["cells"].get(cell.name, {}).get(arm, {})])
     ]

@@ -132,11 +132,15 @@ class Race:
         self._check(first, measurements)
 
     def _check(self, first: int, measurements: Sequence[Step]) -> None:
-        """Parse the settings of the runs with the first seed: those of others differ in the seed alone."""
-        some = [step for (_, seed, _), step in self.steps.items() if seed == first]
+        """Parse the settings of each arm once: with other seeds and learning rates they differ in numbers alone."""
+        parsed: dict[str, str] = {}
+        for (name, seed, _), step in self.steps.items():
+            if seed == first:
+                parsed.setdefault(name, step.name)
+        some = [step for step in self.steps.values() if step.name in parsed.values()]
         self.runs.check(self.scratch, [*some, measurements[0]])
-        for (name, _, rate), step in self.steps.items():
-            self.runs.settings[step.name] = self.runs.settings[self.steps[name, first, rate].name]
+        for (name, _, _), step in self.steps.items():
+            self.runs.settings[step.name] = self.runs.settings[parsed[name]]
         for step in measurements:
             self.runs.settings[step.name] = self.runs.settings[measurements[0].name]
 
@@ -301,7 +305,7 @@ class Race:
             if chosen is None:
                 self.failed[f"{arm.name}, seed 0"] = "no learning rate has a result"
                 return
-            say(f"{arm.name}: of the learning rates {', '.join(f'{rate:g}' for rate in rates)} {chosen:g} is best")
+            say(f"{arm.name}: of the learning rates {', '.join(f'{rate:g}' for rate in rates)} the best is {chosen:g}")
             rates = (chosen,)
         for rate in rates:
             name = self.steps[arm.name, seed, rate].name

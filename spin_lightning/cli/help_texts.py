@@ -144,8 +144,8 @@ Arms of your own stand in the config:
 The same command continues after a kill: what is over is skipped. An arm that
 ends with NaN is left out, and the sentence says so. docs/compare.md has more."""
 
-EVALUATE = """Asks a model tasks of lm-evaluation-harness (pip install 'spin-lightning[eval]'),
-and prints each number with its standard error:
+EVALUATE = """Asks a model tasks of lm-evaluation-harness, and prints each number with its
+standard error. pip install 'spin-lightning[eval]'
 
   spin-lightning evaluate runs/mine
   spin-lightning evaluate runs/mine/iteration_0/policy --tasks my_rows.jsonl
@@ -280,10 +280,10 @@ is, such as --partition gpu or --account mine:
   --nodes 1
   --gpus-per-node 1
   --time 24:00:00
-After it, a command of this package that trains: fit, play, sft, dpo, reward or
-ppo. Its processes are one for each GPU, started by srun; trainer.num_nodes and
-trainer.devices are added. The run's folder has to be on a disk that all nodes
-see.
+After it, a command of this package that trains: fit, play, sft, dpo, reward,
+ppo, or a chain of them, whose file is read now. Its processes are one for each
+GPU, started by srun; trainer.num_nodes and trainer.devices are added. The run's
+folder has to be on a disk that all nodes see.
 
 Five minutes before its time is over the job is sent SIGUSR1: the run saves what
 it has and ends, and the script queues the job again, which continues it."""
@@ -313,7 +313,8 @@ folder. What is said last wins: a config, common, the stage, its flags.
   --sft.model.learning_rate 1e-5       over what the file says
   --common.trainer.accelerator cpu     the same for all stages without their own
   launcher: torchrun --nproc_per_node 8
-                                       in a stage: takes the place of python
+                                       in a stage: takes the place of python;
+                                       also --STAGE.launcher '...'
 
 All settings and files are looked at before the first stage starts. A stage that
 is over is skipped; where the file has changed since, its command says whether

@@ -34,7 +34,7 @@ from spin_lightning.models.loading import (
 from spin_lightning.runs.files import replacing
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.stages.policy import PolicyModule
-from spin_lightning.stages.scoring import Players, RecordedPairs, Scoring
+from spin_lightning.stages.scoring import ComparedPairs, Players, Scoring
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -157,7 +157,7 @@ def read_rows(
     settings: Namespace, scoring: Scoring, recorded: bool = False, of: str | None = None
 ) -> SyntheticDataModule:
     """The rows, encoded for the model of the settings or for another one."""
-    kind = RecordedPairs if recorded and scoring.reward.compares else SyntheticDataModule
+    kind = ComparedPairs if recorded and scoring.reward.compares else SyntheticDataModule
     data: SyntheticDataModule = make_object(f"{kind.__module__}.{kind.__qualname__}", settings.data)
     model = settings.model
     name = model.model_name_or_path if of is None else of

@@ -169,6 +169,8 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
                 *([f"or {', '.join(choices)}"] if choices else []),
             ]
             text = texts.get(argument.arg, "")
+            if "must be given" in text:  # where a default of null is refused by a sentence
+                shown[0] = "required"
             yield Setting(name, "; ".join(shown), first_sentence(text), _name_type(argument.annotation), text)
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)

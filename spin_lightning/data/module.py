@@ -334,8 +334,10 @@ class RowDataModule(L.LightningDataModule):
         report = min(reports, key=lambda report: report["train"]["prompts"])
         train = report["train"]
         num_prompts = train.get("sample_of", train["prompts"])
-        if num_prompts * self.examples_per_prompt < self.batch_size:
-            answers = f" with {self.examples_per_prompt} answers each" if self.examples_per_prompt > 1 else ""
+        most = num_prompts * self.examples_per_prompt
+        if most < self.batch_size:
+            lower = f"Set --data.batch_size {most} or less, or give" if most else "Give"
+            answers = f" with {self.examples_per_prompt} responses each" if self.examples_per_prompt > 1 else ""
             num_rows = report["train_data"]["rows_kept"]
             refused = train["refused_rows"]["count"]
             of_iteration = f" in iteration {reports.index(report)}" if len(reports) > 1 else ""
@@ -344,7 +346,7 @@ class RowDataModule(L.LightningDataModule):
                 f"{self.batch_size}: of {num_rows} rows {num_rows - train['rows']} are held out and "
                 f"{train['long_prompts']['count']} have "
                 f"prompts that are too long{f', {refused} are refused by the chat template' if refused else ''}. "
-                "Lower data.batch_size, or give more rows."
+                f"{lower} more rows."
             )
 
     def refuse_longer_than(self, limit: float, is_of_tokenizer: bool = False) -> None:

@@ -31,7 +31,7 @@ _CALLED_WHILE_TRAINING = ("log_metrics", "log_graph", "save", "finalize", "after
 
 
 class TrackioLogger(Logger):
-    """Metrics and settings in trackio (``pip install trackio``): on this machine, or in a Space of Hugging Face.
+    """Metrics and settings in trackio (``spin-lightning[trackio]``): on this machine, or in a Space of Hugging Face.
 
     ``trackio show`` opens them in a browser.
 
@@ -58,7 +58,7 @@ class TrackioLogger(Logger):
         try:
             import trackio  # noqa: F401
         except ImportError as error:
-            raise UserError("TrackioLogger needs the package 'trackio'. Install it: pip install trackio.") from error
+            raise UserError("TrackioLogger needs the package 'trackio'. Install spin-lightning[trackio].") from error
         self.project, self.run_name, self.space_id = project, name, space_id
         self._run: Any = None
         self._is_finished = False

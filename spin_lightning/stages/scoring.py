@@ -99,7 +99,7 @@ class ComparisonStore(ShardStore):
     rows_are: ClassVar[str] = "comparisons"
 
 
-class RecordedPairs(SyntheticDataModule):
+class ComparedPairs(SyntheticDataModule):
     """Rows with two responses each, to be compared by a reward."""
 
     needs_rejected = True

@@ -12,10 +12,13 @@ from games import read
 from helpers import write_rows
 from several import run_here
 
+from spin_lightning.cli.children import Children
 from spin_lightning.cli.commands import main
 from spin_lightning.cli.compare_file import merged
 from spin_lightning.cli.compute import passes_of, updates_for
 from spin_lightning.generation.pair_store import PairStore
+from spin_lightning.runs.files import write_json
+from spin_lightning.types import StageFailed
 
 Refusal = Callable[..., str]
 ARMS: list[dict[str, Any]] = [
@@ -115,3 +118,136 @@ def test_exact_match_is_that_of_the_stored_responses(asked: tuple[Path, list[str
         assert read(stored / "summary.json")["responses"] == count
     found = read(folder / "comparison.json")["arms"]["sft"]["seeds"]["0"]["rewards"]["1"]["exact_match"]
     assert found["mean"] == pytest.approx(sum(found["by_row"]) / 3)
+
+
+# --- what goes wrong, with arms that only pretend ---------------------------------------------------------------------
+
+
+class Pretended:
+    """In the place of the commands: each writes what its run would have left, or fails."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.ran: list[str] = []
+        self.fails: dict[str, int] = {}
+        patch.setattr(Children, "run", lambda children, command, what, advice="": self.run(command, what))
+
+    def run(self, command: list[str], what: str) -> None:
+        folder = Path(command[-1].partition("=")[2])
+        self.ran.append(folder.name)
+        if code := self.fails.get(folder.name):
+            folder.mkdir(parents=True, exist_ok=True)
+            raise StageFailed(what, code)
+        seed = int(folder.name[-1]) if "seed" in folder.name else 0
+        if command[3] == "fit":
+            iteration = {"updates": 7, "seconds": {"training": 2.0}, "val_nll": 5.0}
+            write_json(
+                folder / "game.json", {"ended_because": "all 1 iterations were played", "iterations": [iteration]}
+            )
+            (folder / "iteration_0" / "policy").mkdir(parents=True)
+        elif command[3] == "sft":
+            own = yaml.safe_load(Path(command[5].partition("=")[2]).read_text())
+            nll = {1e-3: 6.0, 1e-2: 4.0}.get(own["model"].get("learning_rate"), 4.5)
+            updates = own["model"]["max_updates"]
+            write_json(folder / "summary.json", {"updates": updates, "seconds": 1.0, "val_nll": nll})
+            (folder / "policy").mkdir()
+        else:
+            nll = {"self_play": 5.0, "measured": 9.0}.get(folder.name.split("-")[1], 4.0) + 0.1 * seed
+            exact = {"exact_match": {"mean": 0.5, "by_row": [0.0, 1.0]}}
+            write_json(
+                folder / "summary.json",
+                {"nll": nll, "nll_by_row": [nll - 1, nll + 1], "rewards": {"0": exact, "1": exact}},
+            )
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    return Pretended(monkeypatch)
+
+
+def pretend_config(folder: Path, model: str, rows: str) -> list[str]:
+    arms = [
+        {"name": "self_play", "stage": "fit"},
+        {"name": "tuned", "stage": "sft", "equal_updates": "self_play", "learning_rates": [1e-3, 1e-2]},
+    ]
+    return write_config(folder, model, rows, compare={"arms": arms})
+
+
+def test_a_learning_rate_is_chosen_with_the_first_seed_and_kept_for_the_others(
+    pretended: Pretended, model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = pretend_config(tmp_path, model, rows)
+    pretended.fails["tuned-0.01-seed_1"] = 75  # no room on the disk: it ends there
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 75
+    played = ["self_play-seed_0", "tuned-0.001-seed_0", "tuned-0.01-seed_0", "self_play-seed_1", "tuned-0.01-seed_1"]
+    assert [name for name in pretended.ran if "measured" not in name] == played
+    pretended.fails.clear()
+    pretended.ran.clear()
+    main(args)
+    assert pretended.ran == ["tuned-0.01-seed_1", "measured-tuned-0.01-seed_1"]
+    result = read(tmp_path / "run" / "comparison.json")
+    tuned = result["arms"]["tuned"]["seeds"]
+    assert {seed: found["learning_rate"] for seed, found in tuned.items()} == {"0": 1e-2, "1": 1e-2}
+    assert tuned["0"]["updates"] == 7 and tuned["0"]["search_updates"] == 14
+    printed = capsys.readouterr().out
+    assert "run 5 of 5: tuned, seed 1, learning rate 0.01 (sft)" in printed
+    assert "tuned: of the learning rates 0.001, 0.01 the best is 0.01" in printed
+
+
+def test_an_arm_that_ends_with_nan_is_left_out_by_name_and_not_tried_again(
+    pretended: Pretended, model: str, rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = pretend_config(tmp_path, model, rows)
+    pretended.fails["self_play-seed_1"] = 1
+    for _ in range(2):
+        main(args)
+        result = read(tmp_path / "run" / "comparison.json")
+        assert (
+            list(result["arms"]["self_play"]["seeds"]) == ["0"] and "nll" in result["arms"]["self_play"]["seeds"]["0"]
+        )
+        assert result["verdict"]["sentence"].endswith(
+            "left out: self_play, seed 1 (NaN or infinite numbers, or an error), tuned, seed 1 (self_play has no "
+            "result)."
+        )
+    assert pretended.ran.count("self_play-seed_1") == 1
+    assert "has it tried again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"arms": [{"name": "x", "stage": "score"}]},
+            "the stage of the arm 'x' must be one of fit, sft, ppo, dpo, got",
+        ),
+        ({"arms": [{"stage": "fit"}]}, "the name of arm 0 of compare.arms must be letters, digits and _"),
+        ({"arms": [ARMS[0], ARMS[0]]}, "two arms of compare.arms are called 'game'"),
+        ({"arms": ARMS[1:]}, "the arm 'sft' gets as much as 'game'; the arms before it are none"),
+        (
+            {"arms": [ARMS[0], {**ARMS[0], "name": "b", "equal_updates": "game"}]},
+            "an arm of the stage sft may have one",
+        ),
+        ({"seeds": 0}, "compare.seeds and compare.samples must be at least 1, got 0 and 2"),
+        ({"temperatures": [-1.0]}, "compare.temperatures must be a list of numbers from 0 up, got [-1.0]"),
+        ({"learning_rates": []}, "compare.learning_rates must be a list of positive numbers"),
+        ({"seed": 3}, "seed"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    refusal: Refusal, model: str, rows: str, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    printed = " ".join(refusal(write_config(tmp_path, model, rows, compare=changes)).split())
+    assert words in printed and not (tmp_path / "run" / "data").exists()
+
+
+def test_missing_files_and_other_rows_are_refused(
+    refusal: Refusal, pretended: Pretended, model: str, rows: str, tmp_path: Path
+) -> None:
+    assert "no/file.jsonl" in refusal(write_config(tmp_path, model, "no/file.jsonl"))
+    arms = {"arms": [{"name": "x", "stage": "fit", "model": {"betta": 1}}]}
+    assert "betta" in refusal(write_config(tmp_path, model, rows, compare=arms))
+    main(write_config(tmp_path, model, rows, compare={"arms": ARMS[:1], "seeds": 1}))
+    other = write_rows(tmp_path / "other.jsonl", 12)
+    printed = " ".join(refusal(write_config(tmp_path, model, other, compare={"arms": ARMS[:1], "seeds": 1})).split())
+    assert "holds other rows than the data has now" in printed

@@ -131,4 +131,4 @@ def test_a_package_that_is_missing_is_named(fit, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(SystemExit):
         main(["fit", "--model.model_name_or_path=x", "--data.train_data=y", "--trainer.logger=TrackioLogger"])
-    assert "needs the package 'trackio'. Install it: pip install trackio." in capsys.readouterr().err
+    assert "needs the package 'trackio'. Install spin-lightning[trackio]." in capsys.readouterr().err

@@ -30,7 +30,7 @@ from spin_lightning.data.preferences import PreferenceDataModule
 from spin_lightning.rewards import Answer
 from spin_lightning.rewards.base import refuse_unanswered
 from spin_lightning.runs.files import write_json
-from spin_lightning.stages.scoring import Players, RecordedPairs, RewardStore, Scoring
+from spin_lightning.stages.scoring import ComparedPairs, Players, RewardStore, Scoring
 
 Rule = Callable[[list[int], int], list[int]]
 
@@ -356,7 +356,7 @@ def test_a_judge_that_compares_labels_pairs_of_responses_where_none_is_real(tmp_
 
 def test_a_judge_that_compares_labels_the_two_responses_of_preference_rows(tmp_path: Path):
     rows = [{"prompt": "q?", "chosen": "short", "rejected": "the longer one"}]
-    data = RecordedPairs(write(tmp_path / "rows.jsonl", rows), val_fraction=0)
+    data = ComparedPairs(write(tmp_path / "rows.jsonl", rows), val_fraction=0)
     data.tokenizer, data.end_ids = byte_tokenizer(), []
     data.setup("score")
     Scoring(Comparing(), str(tmp_path / "run")).run(PLAYERS, data, 0)

@@ -200,17 +200,18 @@ def test_stages_one_by_one_are_the_game(
     assert game.weights == played[0].weights
 
 
-def play_it(model: str, rows: str, folder: Path, devices: int) -> None:
-    trainer = {"precision": "64-true", "devices": devices, **({"strategy": "ddp"} if devices > 1 else {})}
+def play_it(model: str, rows: str, folder: Path, strategy: str = "") -> None:
+    trainer = {"precision": "64-true", **({"devices": 2, "strategy": strategy} if strategy else {})}
     data = {"batch_size": 5, "micro_batch_tokens": 60}
     game = game_of(model, rows, folder, trainer=trainer, data=data, play={"shard_size": 3}).play()
     (folder / f"weights_{game.trainer.global_rank}").write_bytes(weight_bits(game.module.gather_policy()))
 
 
 @thorough
-def test_two_processes_play_the_game_of_one(model: str, rows: str, tmp_path: Path) -> None:
-    play_it(model, rows, tmp_path / "one", 1)
-    ended = together(tmp_path, play_it, model, rows, tmp_path / "two", 2)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_play_the_game_of_one(strategy: str, model: str, rows: str, tmp_path: Path) -> None:
+    play_it(model, rows, tmp_path / "one")
+    ended = together(tmp_path, play_it, model, rows, tmp_path / "two", strategy)
     assert ended.codes == [0, 0], ended.printed
     one, two = (load(tmp_path / name / "iteration_1" / "policy", torch.float64).state_dict() for name in ("one", "two"))
     for name, weight in one.items():
@@ -234,6 +235,20 @@ def test_settings_that_mean_nothing_here_are_named(
         "note: TokenSpinLoss generates nothing, so data.generator, data.answers_per_prompt, data.history are not used; "
         "of the generator its max_new_tokens alone, which caps the real responses." in printed.replace("\n", " ")
     )
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_other_precisions_pass_the_gate_and_no_generator_has_to_be_ready(
+    precision: str, model: str, rows: str, tmp_path: Path
+) -> None:
+    class Absent(ContinuousGenerator):
+        def check_ready(self) -> None:
+            raise UserError("no engine is here")
+
+    settings: dict[str, Any] = {"trainer": {"precision": precision}, "play": {"iterations": 1, "epochs": 1}}
+    game_of(model, rows, tmp_path, data={"generator": Absent(max_new_tokens=5)}, **settings).play()
+    summary = read(tmp_path / "iteration_0" / "summary.json")
+    assert summary["first_loss"] == pytest.approx(LN2, abs=0.01) and summary["updates"] == 2
 
 
 def test_what_cannot_be_combined_is_refused(model: str, rows: str, tmp_path: Path) -> None:
