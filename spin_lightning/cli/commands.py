@@ -414,6 +414,8 @@ and it is asked whether that is meant.
   --revision v1                        a branch, which is made if need be
   --message '...'                      of the commit
   --base USER/NAME                     what an adapter's base is called on the hub
+  --pairs                              the pairs of a game's iterations instead, as
+                                       a data set
   --yes                                do not ask
 
 The token is taken from the environment only. A folder that is not whole, and a
@@ -459,7 +461,7 @@ COMMANDS = {
     "push": Command(
         "an exported model to a repository of the hub",
         function=_run_push,
-        usage="FOLDER USER/NAME [--private true|false] [--revision BRANCH] [--yes]",
+        usage="FOLDER USER/NAME [--private true|false] [--revision BRANCH] [--pairs] [--yes]",
         fits=lambda args: len(args) > 1 and _folder_is_first(args),
         help=_OF_PUSH,
     ),

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from spin_lightning.types import UserError
 
@@ -29,6 +30,32 @@ class Options(argparse.ArgumentParser):
             UserError: In any case.
         """
         raise UserError(f"{message}. {self.prog} --help shows the options.")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The options; of an unknown one it is said which may have been meant.
+
+        Raises:
+            UserError: They are not as they should be.
+        """
+        found, others = self.parse_known_args(args, namespace)
+        if others:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = get_close_matches(others[0].partition("=")[0], flags, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(others)}{hint}")
+        return found
+
+
+def as_bool(text: str) -> bool:
+    """What an option with true or false says.
+
+    Example:
+        >>> as_bool("false")
+        False
+    """
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
 
 
 @contextmanager
