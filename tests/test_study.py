@@ -41,6 +41,7 @@ from spin_lightning import (
     SftLightningModule,
     SpinLightningModule,
     SyntheticDataModule,
+    TokenSpinLoss,
     TransformersGenerator,
 )
 from spin_lightning.data.encoding import Encoder
@@ -287,8 +288,8 @@ def test_dropout_and_kl_to_start_are_those_of_each_run():
 
 
 @pytest.mark.no_cover
-def test_sft_and_self_play_end_where_the_packages_trainer_ends(tmp_path, monkeypatch):
-    """Sixteen rows in one batch, so that no order decides. Self-play gets the responses that the package sampled."""
+def test_sft_and_both_self_plays_end_where_the_packages_trainer_ends(tmp_path, monkeypatch):
+    """Sixteen rows in one batch, so that no order decides. Sampled play gets what the package drew."""
     spoken = laboratory.Language(length=3)
     start = laboratory.save_start(spoken, tmp_path / "start", seed=0, hidden_size=32)
     rows = spoken.rows(spoken.draw_prompts(16, seed=0), seed=0)
@@ -309,6 +310,14 @@ def test_sft_and_self_play_end_where_the_packages_trainer_ends(tmp_path, monkeyp
         callbacks=[clock], max_epochs=32, reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
     ).fit(spin, data())
 
+    token = SpinLightningModule(
+        start, beta=5.0, loss=TokenSpinLoss(temperature=2.0, top_k=14), learning_rate=3e-3, **fixed
+    )
+    second = Clock(str(tmp_path / "token"), iterations=2, epochs=16, reset_optimizer=False)
+    Trainer(
+        callbacks=[second], max_epochs=32, reload_dataloaders_every_n_epochs=1, enable_checkpointing=False, **QUIET
+    ).fit(token, data())
+
     language = replace(tiny(length=3), shape=Shape(14))
     messages = [row["messages"] for row in rows]
     prompts, answers = ([tuple(map(int, each[side]["content"])) for each in messages] for side in (0, 1))
@@ -316,7 +325,7 @@ def test_sft_and_self_play_end_where_the_packages_trainer_ends(tmp_path, monkeyp
     measure = TargetDistance(language, [tuple(map(int, prompt)) for prompt in held_out])
 
     def kl_after(method: str, updates: int) -> list[float]:
-        config = Config(3e-3, beta=5.0)
+        config = Config(3e-3, beta=5.0, temperature=2.0 if method == "token" else 1.0)
         stack = Stack(language, [config], prompt_ids(prompts)[None], response_ids(answers)[None], [0], weights)
         kls: list[float] = []
         watch = lambda _, weights, __: kls.append(float(measure.measure(weights, [1.0])["kl"]))  # noqa: E731

@@ -21,6 +21,7 @@ from benchmarks.study.languages import END, FIRST_DIGIT, Language
 from benchmarks.study.stacked import Layout, Sample, StackedAdamW, logits, sample
 from spin_lightning.advantages import LeaveOneOut, Trajectories
 from spin_lightning.losses import SpinLoss, TokenSpinLoss
+from spin_lightning.models.token_laws import coarse_kl
 from spin_lightning.ppo_loss import clipped_ratio_losses
 from spin_lightning.types import PairLogProbs, TokenLaws, TokenLogProbs
 
@@ -217,8 +218,8 @@ class Supervised(Method):
         losses = -log_probs_of(said, answers).sum(2).mean(1)
         if weight.any():
             with torch.no_grad():
-                start = self.real(self.stack.start, place).log_softmax(-1)
-            moved = (start.exp() * (start - said.log_softmax(-1))).sum((2, 3)).mean(1)
+                start = whole_laws(self.real(self.stack.start, place), answers).laws
+            moved = coarse_kl(start, whole_laws(said, answers).laws).view(answers.shape).sum(2).mean(1)
             losses = losses + weight * moved
         return losses
 

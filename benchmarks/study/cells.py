@@ -342,6 +342,7 @@ def confirm(laboratory: Laboratory, cell: Cell, arm: Arm, tuned: Record, seed: i
                 **asdict(config),
                 "seed": seed,
                 "kl": rounded(curves.metrics["kl"][:, run, -1].tolist()),
+                "kl, T tuned": rounded(curves.metrics["kl"][:, run].amin(1).tolist()),
                 "valid": rounded(curves.metrics["valid"][:, run, -1].tolist()),
                 "forgotten": rounded(curves.forgotten[:, run].tolist()),
             }

@@ -59,6 +59,13 @@ COMPARED = {
         for name, (share, of) in SHARES.items()
     },
 }
+SETTINGS = {
+    "learning_rate": "learning rate",
+    "beta": "beta",
+    "temperature": "temperature",
+    "dropout": "dropout",
+    "kl_to_start": "KL to start",
+}
 OTHERS = [name for name in ARMS if name != "SFT"]
 COLOURS = dict(
     zip(ARMS, ("0.35", "tab:green", "tab:olive", "tab:blue", "tab:cyan", "tab:purple", "tab:red"), strict=True)
@@ -250,7 +257,7 @@ def cell_table(cell: Record) -> str:
                 arm,
                 *(_number(own[name]) for name in ("kl", "reverse_kl", "tv", "valid", "greedy", "forgotten")),
                 f"{(own['tokens'] or 0) / 1000:.0f}k",
-                *(_number(tuned[name]) for name in ("kl", "reverse_kl", "tv", "valid")),
+                *(_number(tuned[name]) for name in ("kl", "reverse_kl", "tv", "valid", "forgotten")),
                 _number(tuned["temperature"], ".2f"),
                 *equal,
             ]
@@ -310,11 +317,34 @@ def _settings(config: Record | None) -> str:
     return ", ".join(said)
 
 
+def regrets_table(report: Record) -> str:
+    """What a value of a setting costs: the best of the grid with it less the best of all, mean over cells."""
+    rows = []
+    for arm in ARMS:
+        grids = [cell[arm]["tune"]["grid"] for cell in report["cells"].values() if "tune" in cell.get(arm, {})]
+        for name in SETTINGS:
+            values = sorted({config[name] for grid in grids for config in grid})
+            if len(values) < 2:
+                continue
+            costs = []
+            for value in values:
+                found = [[_regret(grid, name, value, by) for grid in grids] for by in ("kl", "kl, T tuned")]
+                costs.append(f"{value:g}: {' / '.join(f'{statistics.fmean(each):.3f}' for each in found)}")
+            called = "price of KL" if arm == "reward" and name == "beta" else SETTINGS[name]
+            rows.append([arm, called, "; ".join(costs)])
+    return table(["arm", "setting", "value: nats at temperature 1 / with the temperature tuned"], rows)
+
+
+def _regret(grid: Sequence[Record], name: str, value: float, by: str) -> float:
+    scores = [config["scores"][by] for config in grid]
+    return min(score for score, config in zip(scores, grid, strict=True) if config[name] == value) - min(scores)
+
+
 def machine(report: Record) -> str:
     """With what it was measured, and what of the design is missing."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     missing = [
-        f"`{cell.name}`" if cell.name not in report["cells"] else f"`{cell.name}` ({', '.join(left)})"
+        f"`{cell.name}`" if cell.name not in report["cells"] else f"`{cell.name}` ({'; '.join(left)})"
         for cell in CELLS
         if (left := [arm for arm in ARMS if "confirm" not in report["cells"].get(cell.name, {}).get(arm, {})])
     ]
@@ -331,6 +361,7 @@ def sections(report: Record) -> dict[str, str]:
         **{f"differences {name}": differences_table(report, by) for name, by in COMPARED.items()},
         "cells": cell_tables(report),
         "settings": settings_table(report),
+        "regrets": regrets_table(report),
         "machine": machine(report),
     }
 
@@ -402,7 +433,7 @@ def draw_differences(report: Record, path: Path) -> None:
         axes.set_ylim(len(cells) - 0.5, -0.5)
     handles = [figure.axes[0].plot([], [], "o", color=COLOURS[arm], label=arm)[0] for arm in OTHERS]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(OTHERS), fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def draw_courses(report: Record, path: Path, most: int = 4) -> None:
@@ -435,4 +466,4 @@ def draw_courses(report: Record, path: Path, most: int = 4) -> None:
     figure.axes[len(cells) if len(figure.axes) > len(cells) else 1].set_ylabel("forgotten, nats")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(ARMS), fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)

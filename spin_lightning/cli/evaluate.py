@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spin_lightning.cli.options import Options, as_bool
+from spin_lightning.cli.arguments import Arguments, as_bool
 from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.models.adapters import LoraAdapter, base_name_of
 from spin_lightning.models.loading import load_policy, load_tokenizer, locate, stored_dtype
@@ -84,12 +84,12 @@ def main(args: list[str]) -> None:
 
 
 def parse(args: Sequence[str]) -> Any:
-    """The arguments of the command.
+    """Read the arguments.
 
     Raises:
         UserError: They are not as they should be.
     """
-    parser = Options("evaluate")
+    parser = Arguments("evaluate")
     parser.add_argument("model")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--shots", nargs="+")

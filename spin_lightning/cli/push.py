@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from spin_lightning.cli.options import Options, as_bool
+from spin_lightning.cli.arguments import Arguments, as_bool
 from spin_lightning.cli.pairs import main as write_pairs
 from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.models import hub
@@ -109,14 +109,14 @@ def _push(given: Any, folder: Path, files: list[_Upload], left_out: list[str]) -
 
 
 def parse(args: Sequence[str]) -> Any:
-    """The arguments of the command.
+    """Read the arguments.
 
     Raises:
         UserError: They are not as they should be.
     """
     if secret := next((arg for arg in args if arg.startswith("--token")), None):
         raise UserError(f"push has no {secret.partition('=')[0]}: others may read a command line. export HF_TOKEN=...")
-    parser = Options("push")
+    parser = Arguments("push")
     parser.add_argument("folder")
     parser.add_argument("repository")
     parser.add_argument("--private", type=as_bool, nargs="?", const=True)

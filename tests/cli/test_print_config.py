@@ -20,7 +20,11 @@ def printed(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("word", [*STAGES, "score"])
+#: The stages by default, and those that are left for ``make slow``.
+WORDS = [pytest.param(word, marks=[] if word in ("fit", "score") else pytest.mark.slow) for word in (*STAGES, "score")]
+
+
+@pytest.mark.parametrize("word", WORDS)
 def test_it_is_commented_and_reads_back_to_the_same_settings(word, capsys, tmp_path):
     plain = printed(capsys, word, *REQUIRED, "--print_config=plain")
     text = with_comments(plain, word)

@@ -201,7 +201,7 @@ def test_a_model_without_the_summary_that_is_written_last_is_refused(hub: FakeHu
         (["nowhere", "me/mine"], "there is no folder 'nowhere'"),
         (["{run}", "me/mine", "--token", "hf_x"], "push has no --token: others may read a command line"),
         (["{run}", "me/mine", "--base", "org/base"], "--base is for adapters, and this is a whole model"),
-        (["{run}", "me/mine", "--privat"], "unrecognized arguments: --privat (did you mean --private?)"),
+        (["{run}", "me/mine", "--privat"], "push has no '--privat'. Did you mean --private?"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(
