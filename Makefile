@@ -1,10 +1,12 @@
 # make demo    install, then play self-play fine-tuning on a small real model (five to eight minutes on two CPU cores)
 # make reft    install, then SFT, PPO with a reward that a program gives, and the control (a quarter of an hour on two CPU cores)
 # make lab     install, then play it on a known language, measured exactly (about two minutes)
+# make study   install, then the exact study of docs/when-self-play-helps.md, whatever of it is not finished (an hour for all)
 # make test    install, then run the tests
 # make slow    the tests that are left out by default: further settings of what others test already
 # make check   format, lint, types (make style), and the tests
 # make gpu     on a machine with a GPU: install, run the GPU tests, play the demo there, measure (docs/gpu.md)
+# make docs    the docs as a site, in docs/_build/html: offline, in a minute; a warning is an error
 # make newest  the tests with the newest versions of everything, in an environment of its own: reports, and never fails
 # make processes  install, then end a run of two processes in every way at every point, and continue it (ten minutes)
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
@@ -28,7 +30,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo reft lab test slow processes style check newest oldest wheel trackers lock bench bench-brief bench-rl bench-vllm vllm-test gpu install clean
+.PHONY: demo reft lab study test slow processes style check docs newest oldest wheel trackers lock bench bench-brief bench-rl bench-vllm vllm-test gpu install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -68,6 +70,9 @@ style: install
 	$(BIN)/mypy
 
 check: style test
+
+docs: install
+	$(BIN)/python -m sphinx -E -W --keep-going -n -q -b html docs docs/_build/html
 
 newest:
 	rm -rf .newest
@@ -109,6 +114,9 @@ lock:
 	$(MAKE) install VENV=.newest LOCK=  # at once where `make newest` has done it
 	(head -1 constraints.txt; .newest/bin/pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new
 	mv constraints.new constraints.txt
+
+study: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study
 
 bench: install .bench/trl/installed
 	$(BIN)/python -m benchmarks.run

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 import spin_lightning
+from benchmarks.fit import fit
 from benchmarks.measure import Meter
 from benchmarks.worker import Worker
 from spin_lightning import Health, SelfPlay, SpinLightningModule, SyntheticDataModule
@@ -58,20 +59,7 @@ def main() -> None:
         **settings.get("data", {}),
     )
     module = SpinLightningModule(settings["model"], learning_rate=1e-6)
-    trainer = L.Trainer(
-        accelerator="auto",
-        devices=1,
-        precision=settings["precision"],
-        max_epochs=1,
-        reload_dataloaders_every_n_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[game, Health(), phases],
-    )
-    trainer.fit(module, data)
+    updates = fit(module, data, game, Health(), phases, precision=settings["precision"])
     worker.report(
         phases={
             "generate": generator.seconds,
@@ -79,7 +67,7 @@ def main() -> None:
             "train": phases.seconds["train"],
         },
         tokens=generator.tokens,
-        updates=trainer.global_step,
+        updates=updates,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 import spin_lightning
+from benchmarks.fit import fit
 from benchmarks.worker import Worker
 from spin_lightning import FunctionReward, PpoLightningModule, Rollouts, SyntheticDataModule
 
@@ -49,20 +50,7 @@ def main() -> None:
     )
     advantage = getattr(spin_lightning, settings["advantage"])()
     module = PpoLightningModule(settings["model"], beta=settings["beta"], advantage=advantage, learning_rate=1e-6)
-    trainer = L.Trainer(
-        accelerator="auto",
-        devices=1,
-        precision="bf16-true",
-        max_epochs=rollouts.total_epochs,
-        reload_dataloaders_every_n_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[rollouts, Turns(worker)],
-    )
-    trainer.fit(module, data)
+    fit(module, data, rollouts, Turns(worker))
 
 
 if __name__ == "__main__":

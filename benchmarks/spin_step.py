@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 
+from benchmarks.fit import fit
 from benchmarks.worker import Worker
 from benchmarks.workload import read_pairs
 from spin_lightning import Health, ResponseGenerator, SelfPlay, SpinLightningModule, SyntheticDataModule
@@ -71,20 +72,7 @@ def main() -> None:
         **settings.get("data", {}),
     )
     module = SpinLightningModule(settings["model"], learning_rate=1e-6, **settings.get("module", {}))
-    trainer = L.Trainer(
-        accelerator="auto",
-        devices=1,
-        precision=settings["precision"],
-        max_epochs=game.total_epochs,
-        reload_dataloaders_every_n_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[game, Health(), Turns(worker)],
-    )
-    trainer.fit(module, data)
+    fit(module, data, game, Health(), Turns(worker), precision=settings["precision"])
 
 
 if __name__ == "__main__":

@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from spin_lightning.losses import IpoLoss as IpoLoss
     from spin_lightning.losses import LengthNormalizedLoss as LengthNormalizedLoss
     from spin_lightning.losses import PairLoss as PairLoss
+    from spin_lightning.losses import SelfPlayLoss as SelfPlayLoss
     from spin_lightning.losses import SpaceLoss as SpaceLoss
     from spin_lightning.losses import SpinLoss as SpinLoss
+    from spin_lightning.losses import TokenLoss as TokenLoss
+    from spin_lightning.losses import TokenSpinLoss as TokenSpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
+    from spin_lightning.reports.callback import WriteReport as WriteReport
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
     from spin_lightning.rewards import JudgeReward as JudgeReward
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
     from spin_lightning.stages.dpo import DpoLightningModule as DpoLightningModule
     from spin_lightning.stages.dpo import RecordedPairs as RecordedPairs
+    from spin_lightning.stages.evaluate_tasks import EvaluateTasks as EvaluateTasks
     from spin_lightning.stages.export import ExportPolicy as ExportPolicy
     from spin_lightning.stages.health import Health as Health
     from spin_lightning.stages.opponent import Opponent as Opponent
@@ -89,11 +94,15 @@ _HOMES = {
         "IpoLoss",
         "LengthNormalizedLoss",
         "PairLoss",
+        "SelfPlayLoss",
         "SpaceLoss",
         "SpinLoss",
         "TSpinLoss",
+        "TokenLoss",
+        "TokenSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
+    "reports.callback": ("WriteReport",),
     "rewards": (
         "Answer",
         "FunctionReward",
@@ -111,6 +120,7 @@ _HOMES = {
     "stages.best_as_real": ("BestAsReal",),
     "stages.clock": ("SelfPlay",),
     "stages.dpo": ("DpoLightningModule", "RecordedPairs"),
+    "stages.evaluate_tasks": ("EvaluateTasks",),
     "stages.export": ("ExportPolicy",),
     "stages.health": ("Health",),
     "stages.opponent": ("Opponent", "ResidentOpponent", "StoredOpponent"),

@@ -6,6 +6,8 @@ log-probs are sums over response tokens, in nats; all shapes are ``(B,)``. In th
 what a loss compares, ``beta r`` unless its class says otherwise, and never carries a gradient. A setting that is out of
 range is a ``UserError`` when the loss is made; one that does not suit the game is a ``UserError`` in ``check``.
 
+A ``TokenLoss`` plays the same game token by token and needs no generated response: it gives one loss a real token.
+
 What may surprise: the losses do not lead to one place. Each class names its fixed point, where exact play can rest.
 """
 
@@ -14,15 +16,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spin_lightning.schedule import at_iteration, check_schedule
-from spin_lightning.types import PairLogProbs, PairLossOutput, UserError
+from spin_lightning.types import PairLogProbs, PairLossOutput, TokenLogProbs, TokenLossOutput, UserError
 
 T = TypeVar("T")
 Link = Literal["logistic", "hinge", "exponential", "correlation"]
@@ -68,9 +70,11 @@ def _require_choice(name: str, value: str, choices: list[str]) -> None:
         raise UserError(f"model.loss.{name} must be one of {choices}, got {value!r}. Choose one of them.")
 
 
-class PairLoss(nn.Module, ABC):
-    """A loss on pairs. Write your own as a subclass with :meth:`forward`; its list attributes are schedules."""
+class SelfPlayLoss(nn.Module, ABC):
+    """What losses of pairs and of tokens have in common. Their list attributes are schedules."""
 
+    #: What ``forward`` returns, and of what one entry each.
+    _returns: ClassVar[tuple[type[Any], str]]
     #: The loss wants ``initial``: log-probs of both responses under the opponent of iteration 0.
     needs_initial_log_probs = False
     #: The loss wants ``policy.initial_response``.
@@ -78,6 +82,9 @@ class PairLoss(nn.Module, ABC):
     #: What the rewards compare the policy with, so that they are 0 where it is as likely. None: with nothing, they are
     #: log-probs of the policy alone, and always negative.
     reference: str | None = "the opponent"
+    #: What are told apart, and what it may mean where that is nearly all of them.
+    compares: ClassVar[str] = "pairs"
+    if_all_apart: ClassVar[str] = "they are memorised, or a trivial cue such as length or format gives them away"
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,18 +114,18 @@ class PairLoss(nn.Module, ABC):
             if not name.startswith("_"):
                 check_schedule(f"model.loss.{name}", value, iterations)
 
-    def __call__(self, policy: PairLogProbs, *args: Any, **kwargs: Any) -> PairLossOutput:
-        """What :meth:`forward` gives, made sure to be one loss and two rewards a pair.
+    def __call__(self, policy: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ``forward`` gives, made sure to be one loss, and one of all else, for each pair or token.
 
         Raises:
             UserError: ``forward`` returned something else; the message names the class.
         """
-        name = type(self).__name__
+        name, (returns, unit) = type(self).__name__, self._returns
         if "_parameters" not in vars(self):
             raise UserError(f"{name}.__init__ must begin with super().__init__(), which was not called. Add that line.")
-        output = super().__call__(policy, *args, **kwargs)
+        output: Any = super().__call__(policy, *args, **kwargs)
         wanted = tuple(policy.real.shape)
-        if not isinstance(output, PairLossOutput):
+        if not isinstance(output, returns):
             found = _describe(output)
         else:
             wrong = {key: value for key, value in vars(output).items() if getattr(value, "shape", None) != wanted}
@@ -128,13 +135,20 @@ class PairLoss(nn.Module, ABC):
             if not found and policy.real.requires_grad and torch.is_grad_enabled() and not output.losses.requires_grad:
                 found = "losses without a gradient"
         if found:
+            first, *others = (field.name for field in fields(returns))
             raise UserError(
-                f"{name} must return a PairLossOutput with one entry a pair in losses, real_rewards and "
-                f"generated_rewards, each of shape {wanted}, the losses with a gradient; got {found}. End its forward "
-                "with return PairLossOutput(losses, real_rewards.detach(), generated_rewards.detach()), without a mean "
-                "or a sum."
+                f"{name} must return a {returns.__name__} with one entry a {unit} in "
+                f"{', '.join([first, *others[:-1]])} and {others[-1]}, each of shape {wanted}, the losses with a "
+                f"gradient; got {found}. End its forward with return {returns.__name__}("
+                f"{', '.join([first, *(f'{other}.detach()' for other in others)])}), without a mean or a sum."
             )
-        return cast(PairLossOutput, output)
+        return output
+
+
+class PairLoss(SelfPlayLoss):
+    """A loss on pairs. Write your own as a subclass with :meth:`forward`; its list attributes are schedules."""
+
+    _returns = PairLossOutput, "pair"
 
     @abstractmethod
     def forward(
@@ -151,13 +165,13 @@ class PairLoss(nn.Module, ABC):
 
 
 def with_preference(
-    loss: PairLoss,
+    loss: SelfPlayLoss,
     preference: Tensor | None,
-    policy: PairLogProbs,
-    opponent: PairLogProbs,
+    policy: Any,
+    opponent: Any,
     beta: float,
     initial: PairLogProbs | None = None,
-) -> PairLossOutput:
+) -> Any:
     """A loss where the real response is the better one with a probability p: ``p loss(y, y') + (1 - p) loss(y', y)``.
 
     With the margin m the logistic loss is then ``p l(m) + (1 - p) l(-m)``, least at ``m = logit p`` instead of at
@@ -165,7 +179,7 @@ def with_preference(
 
     Args:
         loss: Of a pair whose real response is the better one.
-        preference: p, shape ``(B,)``. None: 1 in every pair.
+        preference: p, shape ``(B,)``. None: 1 in every pair; so it is for a loss of tokens.
         policy: As the loss takes it.
         opponent: As the loss takes it.
         beta: As the loss takes it.
@@ -519,6 +533,96 @@ class LengthNormalizedLoss(PairLoss):
         real = beta * real / policy.real_lengths
         generated = beta * generated / policy.generated_lengths
         return _make_output(-F.logsigmoid(real - generated), real, generated)
+
+
+class TokenLoss(SelfPlayLoss):
+    """A loss of the tokens of real responses, each against what the opponent may say in its place.
+
+    Write your own as a subclass with :meth:`forward`; its list attributes are schedules.
+
+    Attributes:
+        top_k: So many of the opponent's most likely tokens are kept at each place; all others are one outcome.
+    """
+
+    _returns = TokenLossOutput, "token"
+    compares = "tokens"
+    if_all_apart = "they are memorised, or the opponent hardly ever says what the data say"
+    top_k: int
+
+    @abstractmethod
+    def forward(
+        self, policy: TokenLogProbs, opponent: TokenLogProbs, beta: float, initial: None = None
+    ) -> TokenLossOutput:
+        """The loss of each response token.
+
+        Args:
+            policy: Log-probs under the policy, with gradient; its laws are of the outcomes that the opponent's are of.
+            opponent: Log-probs under the frozen opponent, ``p_t``.
+            beta: Positive scale of the rewards, in this iteration.
+            initial: As a pair loss is called. None: no token loss is told of the opponent of iteration 0.
+        """
+
+
+class TokenSpinLoss(TokenLoss):
+    """SPIN's logistic loss token by token, with the opponent's answer summed over its law instead of sampled.
+
+    Each prefix of a real response is a prompt, the next token ``y`` its real response: ``sum over v of q(v)
+    log(1 + exp(-beta [r(y) - r(v)]))``, with q the opponent's law of the next token at a temperature T. Outcomes v are
+    the opponent's ``top_k`` most likely tokens and the rest, all others as one. Nothing is generated. Exactly ``ln 2``
+    at an iteration's first step, where the gradient is ``beta/2`` times that of SFT if T is 1, whatever ``top_k`` is.
+
+    Fixed point: ``p_data^T`` at each prefix, normalised (of the outcomes; within the rest it is the data's). An exact
+    iteration multiplies ``log(p_t / p_data^T)`` by ``1 - 1/(beta T)``: it converges at once for ``beta = 1/T`` and
+    diverges below half of that. T above 1 is a fixed point sharper than the data.
+
+    Args:
+        temperature: T, positive; ``.inf`` takes all outcomes alike.
+        top_k: As above. With a T far above 1 it decides what q is: the fewer, the closer to the opponent's own words.
+
+    Example:
+        >>> from spin_lightning.types import TokenLaws
+        >>> ids = torch.tensor([[3, 5]])
+        >>> def says(*p: float) -> TokenLogProbs:  # of tokens 3 and 5 and the rest; 3 is the real token
+        ...     outcomes = torch.tensor([p]).log()
+        ...     return TokenLogProbs(outcomes[:, 0], TokenLaws(ids, outcomes[:, :2], outcomes[:, 2]))
+        >>> output = TokenSpinLoss()(says(0.4, 0.4, 0.2), says(0.2, 0.6, 0.2), beta=1.0)
+        >>> output.losses  # 0.2 ln 2 + 0.6 ln(1 + 1/3) + 0.2 ln(1 + 1/2)
+        tensor([0.3923])
+    """
+
+    def __init__(self, temperature: float | list[float] = 1.0, top_k: int = 64) -> None:
+        super().__init__()
+        for value in _values_of(temperature):
+            if not value > 0:
+                raise UserError(
+                    f"model.loss.temperature must be positive, got {value!r}. 1 keeps the data's distribution as the "
+                    "fixed point."
+                )
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise UserError(f"model.loss.top_k must be a number of tokens, at least 1, got {top_k!r}. 64 is usual.")
+        self.temperature = temperature
+        self.top_k = top_k
+
+    def forward(
+        self, policy: TokenLogProbs, opponent: TokenLogProbs, beta: float, initial: None = None
+    ) -> TokenLossOutput:
+        of_opponent, of_policy = opponent.laws.outcomes, policy.laws.outcomes
+        is_possible = of_opponent > -math.inf
+        flattened = of_opponent.masked_fill(~is_possible, 0.0) / self.now(self.temperature)
+        q = flattened.masked_fill(~is_possible, -math.inf).softmax(1)
+        real = policy.real - opponent.real
+        outcomes = (of_policy - of_opponent).masked_fill(~is_possible, 0.0)  # where q is 0
+        losses = -(q * F.logsigmoid(beta * (real[:, None] - outcomes))).sum(1)
+        with torch.no_grad():
+            mean = (q * outcomes).sum(1)
+            above, level = real[:, None] > outcomes, real[:, None] == outcomes
+            return TokenLossOutput(
+                losses,
+                beta * real,
+                beta * mean,
+                (q * (above + 0.5 * level)).sum(1),
+                (q * of_policy.masked_fill(~is_possible, 0.0)).sum(1),
+            )
 
 
 def bradley_terry(

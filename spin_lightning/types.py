@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from signal import Signals
 from typing import Any, Literal, Required, TypedDict
 
+import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
@@ -220,6 +221,63 @@ class PairLossOutput:
 
 
 @dataclass
+class TokenLossOutput:
+    """What a token loss returns, one entry for each of N response tokens. Only the losses have a gradient.
+
+    The response token is compared with what the opponent may say in its place, of which there is a mean.
+
+    Attributes:
+        losses: Unreduced.
+        real_rewards: Of the response tokens.
+        generated_rewards: Of what the opponent may say, on average.
+        wins: How much of it has a lower reward than the response token; what has the same counts one half.
+        generated_log_probs: The policy's log-prob of it, on average.
+    """
+
+    losses: Tensor
+    real_rewards: Tensor
+    generated_rewards: Tensor
+    wins: Tensor
+    generated_log_probs: Tensor
+
+
+@dataclass
+class TokenLaws:
+    """A model's law of the next token at N places, cut to k tokens and "the rest", all other tokens as one outcome.
+
+    Attributes:
+        ids: Which tokens, shape ``(N, k)``, no token twice in a row.
+        log_probs: Their log-probs in nats, shape ``(N, k)``.
+        rest: Log-prob of all other tokens together, shape ``(N,)``; -inf where the k tokens are the whole vocabulary.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rest)
+
+    @property
+    def outcomes(self) -> Tensor:
+        """The log-probs of the tokens and, last, of the rest, shape ``(N, k + 1)``."""
+        return torch.cat([self.log_probs, self.rest[:, None]], 1)
+
+
+@dataclass
+class TokenLogProbs:
+    """What one model says where N response tokens stand.
+
+    Attributes:
+        real: Its log-prob of the response token, shape ``(N,)``.
+        laws: Its law of the tokens that may stand there.
+    """
+
+    real: Tensor
+    laws: TokenLaws
+
+
+@dataclass
 class ResponseBatch:
     """Prompts and their responses, end to end in one row: no padding, and each prompt once for all its responses.
 
@@ -280,6 +338,26 @@ class RolloutBatch:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+@dataclass
+class TokenBatch:
+    """Real responses that are computed in one pass, with what the opponent says where their tokens stand.
+
+    Attributes:
+        responses: The responses, each behind a prompt of its own.
+        opponent: Of each of the N scored tokens of ``responses``.
+        preference: As in a batch of pairs. Always None.
+        initial: As in a batch of pairs. Always None.
+    """
+
+    responses: ResponseBatch
+    opponent: TokenLogProbs
+    preference: None = None
+    initial: None = None
+
+    def __len__(self) -> int:
+        return len(self.opponent.real)
 
 
 @dataclass

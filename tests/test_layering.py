@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spin_lightning"
 
 #: A room imports from those above it only. What stands before the first room knows no room.
-ROOMS = ["runs", "models", "data", "generation", "rewards", "stages", "cli", "demos"]
+ROOMS = ["runs", "models", "data", "generation", "rewards", "stages", "reports", "cli", "demos"]
 #: Files that stand alone, and what they may import of each other.
 FOUNDATION = ["types", "terminal", "progress", "schedule", "losses", "advantages", "ppo_loss"]
 ORDER = [*FOUNDATION, *ROOMS, "testing"]

@@ -29,6 +29,7 @@ from spin_lightning.cli.plan_table import render
 from spin_lightning.data.module import RowDataModule
 from spin_lightning.data.report import spread
 from spin_lightning.generation.transformers import TransformersGenerator
+from spin_lightning.losses import TokenLoss
 from spin_lightning.models.batches import pack_rows
 from spin_lightning.models.counting import count_adapter, make_on_meta, measure_size
 from spin_lightning.models.footprint import (
@@ -186,6 +187,12 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
             "more: plan that, with the settings of sft."
         )
     model, trainer = settings.model, settings.trainer
+    if (loss := model.get("loss")) is not None and issubclass(resolve_name(loss.class_path), TokenLoss):
+        raise UserError(
+            f"plan does not know the iterations of {_name_of(loss).rpartition('.')[2]}, which generates nothing. Each "
+            "is an epoch of sft on the same rows, which plan knows, and one pass of scoring before it; its table takes "
+            "8 bytes a token and tokens of a law on disk, and in memory as it trains."
+        )
     if options.rows is None:
         data.sample = options.sample
         config = read_data(settings, data)

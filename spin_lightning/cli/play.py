@@ -14,7 +14,7 @@ from typing import Any
 from spin_lightning.cli.children import Children, command_of, read_launcher, refuse_several
 from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.runs.files import read_json, run_folder
-from spin_lightning.stages.iteration import find_place, iteration_folder
+from spin_lightning.stages.iteration import TABLES, find_place, iteration_folder
 from spin_lightning.stages.spin import STAGE
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -128,13 +128,14 @@ def find_next(folder: Path) -> tuple[int, str]:
     number, updates = find_place(folder)
     if updates < 0:  # exported, and killed before its checkpoint was written
         return number - 1, "train"
-    pairs = read_json(iteration_folder(folder, number) / "pairs_manifest.json")
-    return number, "train" if updates or (pairs and pairs["complete"]) else "generate"
+    paths = (iteration_folder(folder, number) / f"{table}_manifest.json" for table in TABLES)
+    is_made = any((manifest := read_json(path)) and manifest["complete"] for path in paths)
+    return number, "train" if updates or is_made else "generate"
 
 
 def _look(folder: Path) -> dict[Path, int]:
     """What changes in a run's folder when a stage comes to its end."""
-    names = ("summary.json", "pairs_manifest.json")
+    names = ("summary.json", *(f"{table}_manifest.json" for table in TABLES))
     return {path: path.stat().st_mtime_ns for name in names for path in folder.glob(f"iteration_*/{name}")}
 
 

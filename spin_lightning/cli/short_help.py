@@ -12,7 +12,8 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,11 @@ from typing import Any
 
 from docstring_parser import parse
 
-CHECKPOINT = "spin_lightning.runs.run_checkpoint.RunCheckpoint"
+#: Sections that every stage has beside its own.
+OF_EVERY_STAGE = {
+    "checkpoint": "spin_lightning.runs.run_checkpoint.RunCheckpoint",
+    "report": "spin_lightning.reports.callback.WriteReport",
+}
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 #: Settings of the trainer whose defaults are not Lightning's here.
 TRAINER_DEFAULTS = {
@@ -52,11 +57,16 @@ COLUMN = 34
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting by its name on the command line; ``default`` as YAML has it, with the other choices if any."""
+    """A setting by its name on the command line; ``default`` as YAML has it, with the other choices if any.
+
+    ``type`` is its annotation, ``whole`` all that its docstring says of it, of which ``text`` is the first sentence.
+    """
 
     name: str
     default: str
     text: str
+    type: str = ""
+    whole: str = ""
 
 
 def page(word: str, usage: str, summary: str, record: str) -> str:
@@ -101,14 +111,14 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
         record: Import path of the stage's record.
     """
     stage = _literals_of(record)
-    follow = {*stage.get("links", ()), "checkpoint.dirpath"}
+    follow = {*stage.get("links", ()), "checkpoint.dirpath", "report.output_dir"}
     found = {}
     defaults = {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()} | stage.get("defaults", {})
     for section, path in {
         "model": stage["module"],
         "data": stage["data"],
         **stage["callbacks"],
-        "checkpoint": CHECKPOINT,
+        **OF_EVERY_STAGE,
         "trainer": TRAINER,
     }.items():
         module, node = _find_class(path)
@@ -118,11 +128,25 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
             [setting for setting in settings if setting.name not in follow],
         )
     words = {f"trainer.{name}": text for name, text in OF_TRAINER.items()}
-    of_trainer = {setting.name: setting.default for setting in found["trainer"][1]}
+    of_trainer = {setting.name: setting for setting in found["trainer"][1]}
     found["trainer"] = (
         "Lightning's Trainer.",
-        [Setting(name, of_trainer[name], text) for name, text in words.items() if name in of_trainer],
+        [replace(of_trainer[name], text=text, whole=text) for name, text in words.items() if name in of_trainer],
     )
+    return found
+
+
+def settings_of_class(path: str) -> list[Setting]:
+    """The settings of a class that a setting can name, such as a loss, without its name before them.
+
+    Args:
+        path: Its import path.
+    """
+    module, node = _find_class(path)
+    found = []
+    with suppress(LookupError):  # a base class from elsewhere has no settings
+        for setting in _settings_of_class(module, node, "", {}):
+            found.append(replace(setting, name=setting.name.removeprefix(".")))
     return found
 
 
@@ -132,7 +156,7 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
     names = set()
     if init is not None:
         docs = [param for part in (node, init) for param in parse(ast.get_docstring(part) or "").params]
-        texts = {param.arg_name: first_sentence(param.description or "") for param in docs}
+        texts = {param.arg_name: param.description or "" for param in docs}
         values: list[ast.expr | None] = [*init.args.defaults, *init.args.kw_defaults]
         arguments = [*init.args.args, *init.args.kwonlyargs][1:]
         for argument, value in zip(arguments, [None] * (len(arguments) - len(values)) + values, strict=True):
@@ -144,7 +168,10 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
                 named.rpartition(".")[2] or (default if isinstance(default, str) else json.dumps(default)),
                 *([f"or {', '.join(choices)}"] if choices else []),
             ]
-            yield Setting(name, "; ".join(shown), texts.get(argument.arg, ""))
+            text = texts.get(argument.arg, "")
+            if "must be given" in text:  # where a default of null is refused by a sentence
+                shown[0] = "required"
+            yield Setting(name, "; ".join(shown), first_sentence(text), _name_type(argument.annotation), text)
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)
     if init is None or init.args.kwarg is not None:
@@ -158,6 +185,10 @@ def _write_yaml(value: ast.expr | None) -> str:
     if not isinstance(value, ast.Constant):
         return ast.unparse(value)
     return str(value.value) if isinstance(value.value, str) else json.dumps(value.value).replace("e-0", "e-")
+
+
+def _name_type(annotation: ast.expr | None) -> str:
+    return "" if annotation is None else ast.unparse(annotation)
 
 
 def _choices_of(annotation: ast.expr | None) -> list[str]:
@@ -221,4 +252,6 @@ def _parse_module(name: str) -> ast.Module:
     if inside:
         path = path.parent.joinpath(*inside)
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not path.is_file():
+        raise LookupError(f"{name} is no module with a source")
     return ast.parse(path.read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.cli.settings_errors import explaining_settings, refusal_of_arguments
 from spin_lightning.cli.short_help import TRAINER_DEFAULTS
 from spin_lightning.progress import display
+from spin_lightning.reports.callback import WriteReport
 from spin_lightning.runs import trackers
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
@@ -146,10 +147,12 @@ class StageCLI(FlagsWin, LightningCLI):
         for section, kind in self.stage.callbacks.items():
             parser.add_lightning_class_args(resolve_name(kind), section)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(WriteReport, "report")
         for setting in self.stage.reads_over:
             parser.add_argument(f"--{setting}", type=dict | Any, help=SUPPRESS, default=SUPPRESS)
         parser.set_defaults(dict(self.stage.defaults))
         parser.link_arguments(f"{self.stage.folder}.output_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
+        parser.link_arguments(f"{self.stage.folder}.output_dir", "report.output_dir")
         for target, (sources, follow) in self.stage.links.items():
             parser.link_arguments(sources, target, compute_fn=follow)
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation.base import Player, ResponseGenerator, opened, seed_of
-from spin_lightning.generation.pair_store import PairStore
+from spin_lightning.generation.pair_store import PairStore, own_shards
 from spin_lightning.generation.responding import Responder
 from spin_lightning.models.batches import pack_rows
 from spin_lightning.models.forward_paths import forward_path_of
@@ -91,7 +91,7 @@ class PairMaker:
         """
         starts = range(0, len(self.prompts), self.shard_size)
         sources = range(self.iteration - 1, max(-1, self.iteration - 1 - history), -1)
-        of_earlier = {source: _own_shards(earlier[source], source) for source in sources}
+        of_earlier = {source: own_shards(earlier[source], source) for source in sources}
         names = [*(self._shard_name(self.iteration, start) for start in starts), *itertools.chain(*of_earlier.values())]
         own = processes.deal(starts)
         done = [store.has_shard(self._shard_name(self.iteration, start)) for start in own]
@@ -255,12 +255,6 @@ def add_log_probs(
 def _have_same_rows(store: PairStore, other: PairStore) -> bool:
     """Whether two iterations have the same prompts and real responses."""
     return bool(store.binding.get("prompts_sha256") == other.binding.get("prompts_sha256"))
-
-
-def _own_shards(store: PairStore, iteration: int) -> list[str]:
-    """The names of the shards with responses that were generated in this iteration."""
-    names = [str(shard["file"]) for shard in store.manifest["shards"]]
-    return [name for name in names if name.startswith(f"iteration_{iteration}-")]
 
 
 def own_pairs(table: pa.Table, iteration: int) -> pa.Table:

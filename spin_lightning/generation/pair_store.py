@@ -79,6 +79,12 @@ class RankedPairStore(PairStore):
     )
 
 
+def own_shards(store: PairStore, iteration: int) -> list[str]:
+    """The names of the shards with responses that were generated in this iteration."""
+    names = [str(shard["file"]) for shard in store.manifest["shards"]]
+    return [name for name in names if name.startswith(f"iteration_{iteration}-")]
+
+
 def name_sides(report: Mapping[str, Any]) -> tuple[str, str]:
     """What the two sides of the pairs are called that a report is about."""
     real, generated = report.get("sides", ("real", "generated"))

@@ -7,7 +7,7 @@ that does is given prompts of one length at a time, or one by one, or no cache.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, groupby, islice
 from typing import Any
@@ -33,8 +33,15 @@ class SeededSampler(LogitsProcessor):
     """
 
     def __init__(
-        self, seeds: Sequence[int], num_steps: int, temperature: float, top_p: float, device: torch.device
+        self,
+        seeds: Sequence[int],
+        num_steps: int,
+        temperature: float,
+        top_p: float,
+        device: torch.device,
+        heard: Callable[[list[int]], None] | None = None,
     ) -> None:
+        self.heard = heard
         rows = [uniforms_of(seed, num_steps) for seed in seeds]
         self.uniforms = torch.stack(rows, dim=1).to(device)  # (steps, B)
         self.temperature, self.top_p = temperature, top_p
@@ -45,11 +52,20 @@ class SeededSampler(LogitsProcessor):
         tokens, log_probs = choose_tokens(scores, self.uniforms[len(self.tokens)], self.temperature, self.top_p)
         self.tokens.append(tokens)
         self.log_probs.append(log_probs)
+        if self.heard is not None:
+            self.heard(tokens.tolist())
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 class TransformersGenerator(ResponseGenerator):
-    """Batched ``generate`` of ``transformers``: works wherever the model does, no further package."""
+    """Batched ``generate`` of ``transformers``: works wherever the model does, no further package.
+
+    Attributes:
+        heard: Called with the next token of each response of a batch as soon as it is chosen; after its end a response
+            goes on with whatever is chosen for it. None: nobody listens.
+    """
+
+    heard: Callable[[list[int]], None] | None = None
 
     @torch.no_grad()
     def generate(
@@ -72,7 +88,12 @@ class TransformersGenerator(ResponseGenerator):
         for indices in self._plan_batches(model, prompts, manner):
             rope.settle(model)
             sampler = SeededSampler(
-                [seeds[index] for index in indices], self.max_new_tokens, self.temperature, self.top_p, device
+                [seeds[index] for index in indices],
+                self.max_new_tokens,
+                self.temperature,
+                self.top_p,
+                device,
+                self.heard,
             )
             _generate(model, [prompts[index] for index in indices], settings, sampler, pad_id)
             tokens = torch.stack(sampler.tokens, dim=1).tolist()

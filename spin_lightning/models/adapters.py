@@ -326,6 +326,19 @@ def _read_config(path: str) -> dict[str, Any]:
     return config
 
 
+def base_name_of(path: str) -> str:
+    """The name of the model that the adapter in a folder was trained on.
+
+    Raises:
+        UserError: There is no adapter of this kind, or it does not say.
+    """
+    config = _read_config(path)
+    name = (read_json(_folder(path) / _BASE) or {}).get("name") or config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"the adapter in {path!r} does not say which model it was trained on. Name that model.")
+    return str(name)
+
+
 def _sorted(value: Any) -> Any:
     """Names of layers have no order."""
     return sorted(value) if isinstance(value, list) else value

@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-from spin_lightning.types import PairBatch, PairLogProbs, Prompt, ResponseBatch, RolloutBatch
+from spin_lightning.types import (
+    PairBatch,
+    PairLogProbs,
+    Prompt,
+    ResponseBatch,
+    RolloutBatch,
+    TokenBatch,
+    TokenLaws,
+    TokenLogProbs,
+)
 
 Ids = Sequence[int]
 
@@ -183,6 +192,33 @@ def collate_pairs(pairs: Sequence[Mapping[str, Any]], max_tokens: int, multiple_
         _make_pair_batch([pairs[row] for row in rows], batch, *indices.unbind(1))
         for rows, batch, indices in pack_rows(pairs, sides, max_tokens, multiple_of)
     ]
+
+
+def collate_laws(rows: Sequence[Mapping[str, Any]], max_tokens: int, multiple_of: int = 1) -> list[TokenBatch]:
+    """Real responses with the opponent's next-token laws, in as many passes as the limits ask for.
+
+    Args:
+        rows: Each of a prompt of its own, with ``prompt_id``, ``prompt_ids`` and ``real_ids``; and as bytes of 32-bit
+            numbers, one of each response token, ``real_log_probs`` and ``law_rest``, and k of each, ``law_ids`` and
+            ``law_log_probs``.
+        max_tokens: Tokens in one pass.
+        multiple_of: As in :func:`pack_rows`.
+    """
+    return [
+        TokenBatch(responses, _read_laws([rows[index] for index in indices]))
+        for indices, responses, _ in pack_rows(rows, ["real_ids"], max_tokens, multiple_of)
+    ]
+
+
+def _read_laws(rows: Sequence[Mapping[str, Any]]) -> TokenLogProbs:
+    def numbers(name: str, dtype: torch.dtype) -> torch.Tensor:
+        joined = bytearray(b"".join(row[name] for row in rows))
+        return torch.frombuffer(joined, dtype=dtype) if joined else torch.empty(0, dtype=dtype)
+
+    real, rest = numbers("real_log_probs", torch.float32), numbers("law_rest", torch.float32)
+    ids, log_probs = numbers("law_ids", torch.int32), numbers("law_log_probs", torch.float32)
+    k = len(ids) // max(1, len(rest))
+    return TokenLogProbs(real, TokenLaws(ids.view(len(rest), k).long(), log_probs.view(len(rest), k), rest))
 
 
 def collate_rollouts(rows: Sequence[Mapping[str, Any]], max_tokens: int, multiple_of: int = 1) -> list[RolloutBatch]:

@@ -88,20 +88,39 @@ class ForwardPath:
     read: Read
     is_linear: bool = False
 
-    def __call__(self, model: nn.Module, batch: ResponseBatch) -> Tensor:
-        return self.with_hidden(model, batch)[0]
+    def __call__(self, model: nn.Module, batch: ResponseBatch, targets: Tensor | None = None) -> Tensor:
+        """That of each response token; given several tokens at each place ``(N, m)``, that of each of these."""
+        states = self.read(model, batch, predicting)
+        return self._log_probs(model, states, batch.input_ids[batch.scored] if targets is None else targets)
 
     def with_hidden(self, model: nn.Module, batch: ResponseBatch) -> tuple[Tensor, Tensor | None]:
         """The log-prob of each response token ``(N,)``, and the hidden states ``(N, H)`` that predict them."""
-        hidden, logits = self.read(model, batch, predicting)
-        targets = batch.input_ids[batch.scored]
+        states, targets = self.read(model, batch, predicting), batch.input_ids[batch.scored]
+        values = self._log_probs(model, states, targets)
+        return values, states.hidden if states.logits or states.hidden is None else states.hidden[: len(targets)]
+
+    def top(self, model: nn.Module, batch: ResponseBatch, k: int) -> tuple[Tensor, Tensor]:
+        """The k tokens that are most likely where each response token stands ``(N, k)``.
+
+        And the log-probs of the response token and of these ``(N, 1 + k)``.
+        """
+        states = self.read(model, batch, predicting)
+        if states.logits:
+            ids = torch.cat([head.pick_top(piece, k) for piece in states.logits])
+        else:
+            assert states.hidden is not None
+            ids = head.top_ids(model, states.hidden[: len(batch.scored)], k, is_linear=self.is_linear)
+        return ids, self._log_probs(model, states, torch.cat([batch.input_ids[batch.scored, None], ids], 1))
+
+    def _log_probs(self, model: nn.Module, states: States, targets: Tensor) -> Tensor:
+        hidden, logits = states
         if logits:
-            pieces = zip(logits, targets.split([len(piece) for piece in logits]), strict=True)
-            return torch.cat([_gather_log_probs(*piece) for piece in pieces]), hidden
+            of_places = targets if targets.ndim == 2 else targets[:, None]
+            pieces = zip(logits, of_places.split([len(piece) for piece in logits]), strict=True)
+            return torch.cat([head.gather_log_probs(*piece) for piece in pieces]).view(targets.shape)
         assert hidden is not None
-        padded = F.pad(targets, (0, len(hidden) - len(targets)))
-        values = head.token_log_probs(model, hidden, padded, is_linear=self.is_linear)
-        return values[: len(targets)], hidden[: len(targets)]
+        padded = F.pad(targets, (*[0, 0] * (targets.ndim - 1), 0, len(hidden) - len(targets)))
+        return head.token_log_probs(model, hidden, padded, is_linear=self.is_linear)[: len(targets)]
 
 
 _chosen: WeakKeyDictionary[nn.Module, ForwardPath] = WeakKeyDictionary()
@@ -137,11 +156,17 @@ def is_shared(path: ForwardPath) -> bool:
     return path.read is _read_shared
 
 
-def token_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
+def token_log_probs(model: nn.Module, batch: ResponseBatch, targets: Tensor | None = None) -> Tensor:
     """Log-probability of each response token given all tokens before it, in nats, by the model's forward path.
 
+    Args:
+        model: A Hugging Face causal language model.
+        batch: Prompts with their responses.
+        targets: Other tokens in the places of the response tokens, several at each, shape ``(N, m)``.
+
     Returns:
-        Shape ``(N,)``, as ``batch.scored`` has the tokens; float32 (float64 for a float64 model).
+        Shape ``(N,)``, as ``batch.scored`` has the tokens, or that of ``targets``; float32 (float64 for a float64
+        model).
 
     Raises:
         UserError: The model is not a causal language model.
@@ -149,8 +174,35 @@ def token_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
     forward_path_of(model)
     if not len(batch.scored):  # no token, and yet a gradient
         nothing = next(model.parameters()).flatten()[:0]
-        return nothing.to(torch.promote_types(nothing.dtype, torch.float32))
-    return _on_its_path(model, lambda path: _token_log_probs(path, model, batch))
+        nothing = nothing.to(torch.promote_types(nothing.dtype, torch.float32))
+        return nothing if targets is None else nothing.view(targets.shape)
+    return _on_its_path(model, lambda path: _token_log_probs(path, model, batch, targets))
+
+
+@torch.no_grad()
+def top_log_probs(model: nn.Module, batch: ResponseBatch, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k tokens that a model finds most likely where each response token stands, by its forward path.
+
+    Returns:
+        Log-probs of the response tokens ``(N,)``; ids of the most likely ones, the likeliest first, and their
+        log-probs, both ``(N, k)``, with fewer columns where the vocabulary has no k tokens. All with the bits that
+        :func:`token_log_probs` gives these ids.
+
+    Raises:
+        UserError: The model is not a causal language model.
+    """
+    forward_path_of(model)
+    if not len(batch.scored):
+        ids = batch.input_ids.new_zeros(0, k)
+        return token_log_probs(model, batch), ids, token_log_probs(model, batch, ids)
+
+    def top(path: ForwardPath) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [(places, *path.top(model, part, k)) for places, part in _split_at_boundary(model, batch, predicting)]
+        ids = _reorder([(places, ids) for places, ids, _ in parts])
+        values = _reorder([(places, values) for places, _, values in parts])
+        return values[:, 0], ids, values[:, 1:]
+
+    return _on_its_path(model, top)
 
 
 def log_probs_and_hidden(model: nn.Module, batch: ResponseBatch) -> tuple[Tensor, Tensor]:
@@ -254,9 +306,15 @@ def _on_its_path(model: nn.Module, compute: Callable[[ForwardPath], T]) -> T:
     return compute(path)
 
 
-def _token_log_probs(path: ForwardPath, model: nn.Module, batch: ResponseBatch) -> Tensor:
-    """The log-prob of each scored token, shape ``(N,)``, by passes that cross no boundary of the RoPE."""
-    return _reorder([(places, path(model, part)) for places, part in _split_at_boundary(model, batch, predicting)])
+def _token_log_probs(
+    path: ForwardPath, model: nn.Module, batch: ResponseBatch, targets: Tensor | None = None
+) -> Tensor:
+    """The log-prob of each scored token ``(N,)``, or of ``targets``, by passes that cross no boundary of the RoPE."""
+    parts = []
+    for places, part in _split_at_boundary(model, batch, predicting):
+        of_part = targets if targets is None or places is None else targets[places]
+        parts.append((places, path(model, part, of_part)))
+    return _reorder(parts)
 
 
 def _reorder(parts: list[tuple[list[int] | None, Tensor]]) -> Tensor:
@@ -330,11 +388,6 @@ def _watching_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
-
-
-def _gather_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
 def _lay_end_to_end(batch: ResponseBatch, pick: Pick = predicting) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ nothing else takes a shorter forward path to the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,30 +59,69 @@ def token_log_probs(
     Args:
         model: Whose head to use.
         hidden: Shape ``(N, H)``.
-        targets: Token ids, shape ``(N,)``.
+        targets: Token ids, shape ``(N,)``; or several at each place, ``(N, m)``.
         is_linear: Whether the head is one matrix and nothing comes after it (see :func:`is_linear`).
         budget: Bytes of logits that may exist at a time; with more tokens they are computed again in the backward pass.
 
     Returns:
-        Shape ``(N,)``, float32 (float64 for float64 hidden states).
+        Of the shape of ``targets``, float32 (float64 for float64 hidden states).
     """
-    head = _unwrap_adapter(model).get_output_embeddings()
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    chunk = max(1, budget // (head.weight.shape[0] * dtype.itemsize))
+    if targets.ndim == 1:
+        return token_log_probs(model, hidden, targets[:, None], is_linear=is_linear, budget=budget).squeeze(1)
+    dtype, chunk = _plan_chunks(model, hidden, budget)
     if is_linear:
+        weight = _unwrap_adapter(model).get_output_embeddings().weight
         with torch.autocast(hidden.device.type, enabled=False):
-            return _LinearHead.apply(hidden.to(dtype), head.weight.to(dtype), targets, chunk)
+            return _LinearHead.apply(hidden.to(dtype), weight.to(dtype), targets, chunk)
     logits = logits_of(model)
 
     def log_probs(hidden: Tensor, targets: Tensor) -> Tensor:
-        scores = logits(hidden)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return scores.gather(1, targets[:, None]).squeeze(1) - scores.logsumexp(1)
+        return gather_log_probs(logits(hidden), targets)
 
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([checkpoint(log_probs, *piece, use_reentrant=False) for piece in pieces])
+
+
+@torch.no_grad()
+def top_ids(model: nn.Module, hidden: Tensor, k: int, *, is_linear: bool, budget: int = LOGITS_BUDGET) -> Tensor:
+    """The tokens that are most likely after each hidden state, the likeliest first.
+
+    Args:
+        model: Whose head to use.
+        hidden: Shape ``(N, H)``.
+        k: How many.
+        is_linear: Whether the head is one matrix and nothing comes after it (see :func:`is_linear`).
+        budget: Bytes of logits that may exist at a time.
+
+    Returns:
+        Token ids, shape ``(N, k)``, or ``(N, V)`` where the vocabulary has no more.
+    """
+    dtype, chunk = _plan_chunks(model, hidden, budget)
+    logits = logits_of(model)
+    if is_linear:
+        hidden, weight = hidden.to(dtype), _unwrap_adapter(model).get_output_embeddings().weight.to(dtype)
+        logits = partial(F.linear, weight=weight)
+    return torch.cat([pick_top(logits(piece), k) for piece in hidden.split(chunk)])
+
+
+def gather_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs of tokens ``(N, m)`` by the logits of their places ``(N, V)``, in float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(1, targets) - logits.logsumexp(1, keepdim=True)
+
+
+def pick_top(logits: Tensor, k: int) -> Tensor:
+    """The tokens with the k highest logits ``(N, V)``, the highest first."""
+    return logits.topk(min(k, logits.shape[1]), 1).indices
+
+
+def _plan_chunks(model: nn.Module, hidden: Tensor, budget: int) -> tuple[torch.dtype, int]:
+    """The dtype in which logits are computed, and for how many tokens at a time."""
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    width: int = _unwrap_adapter(model).get_output_embeddings().weight.shape[0]
+    return dtype, max(1, budget // (width * dtype.itemsize))
 
 
 @torch.no_grad()
@@ -124,7 +164,8 @@ class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        log_probs, log_sums = torch.empty(2, len(targets), dtype=wide, device=hidden.device)
+        log_probs = torch.empty(targets.shape, dtype=wide, device=hidden.device)
+        log_sums = log_probs.new_empty(len(targets))
         logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
         scratch = _make_scratch(logits, wide)
         for part in _cut_into_slices(len(targets), chunk):
@@ -132,11 +173,11 @@ class _LinearHead(torch.autograd.Function):
             for rows in _cut_into_slices(part.stop - part.start, len(scratch)):
                 places = slice(part.start + rows.start, part.start + rows.stop)
                 scores = scratch[: rows.stop - rows.start].copy_(logits[rows])
-                chosen = scores.gather(1, targets[places, None])
+                chosen = scores.gather(1, targets[places])
                 largest = scores.amax(1, keepdim=True)
                 log_sum = scores.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest)
                 log_sums[places] = log_sum.squeeze(1)
-                log_probs[places] = (chosen - log_sum).squeeze(1)
+                log_probs[places] = chosen - log_sum
         ctx.save_for_backward(hidden, weight, targets, log_sums)
         ctx.chunk = chunk
         ctx.logits = logits if len(targets) <= chunk and any(ctx.needs_input_grad) else None
@@ -159,9 +200,9 @@ class _LinearHead(torch.autograd.Function):
                 part.stop - part.start, len(scratch)
             ):  # (one-hot - softmax) x what came from above
                 places = slice(part.start + rows.start, part.start + rows.stop)
-                from_above = grad_output[places, None]
+                from_above = grad_output[places]
                 grad = torch.sub(grad_logits[rows], log_sums[places, None], out=scratch[: rows.stop - rows.start])
-                grad.exp_().mul_(-from_above).scatter_add_(1, targets[places, None], from_above)
+                grad.exp_().mul_(-from_above.sum(1, keepdim=True)).scatter_add_(1, targets[places], from_above)
                 grad_logits[rows] = grad
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])

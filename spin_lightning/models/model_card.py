@@ -1,21 +1,128 @@
-"""The README of an exported policy, rendered from what the game recorded. Text in, text out."""
+"""The README of an exported model: a header that the hub reads, and what a person wants to know. Text in, text out.
+
+Only ``read_origin`` looks at files. A header names nothing but what has a name on the hub, and no licence and no
+language is made up: they are those of the base model's own card.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from spin_lightning.models import hub
 from spin_lightning.terminal import printable
 
+#: What a card takes over from the base model's own.
+_INHERITED = ("license", "license_name", "license_link", "language")
+_HARNESS, _HARNESS_URL = "lm-evaluation-harness", "https://github.com/EleutherAI/lm-evaluation-harness"
+_BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
-def render_model_card(summary: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Markdown with a hub header: what the model is, what made it, and what was measured.
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model comes from, as its card may say it.
+
+    Attributes:
+        base: Name of the base model on the hub. None: it has none there.
+        datasets: Names of data sets on the hub.
+        inherited: What of the base model's card goes for this one too: licence and language.
+    """
+
+    base: str | None = None
+    datasets: tuple[str, ...] = ()
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_origin(model: str, datasets: Sequence[str] = ()) -> Origin:
+    """What a model that was trained from another one comes from.
+
+    A folder is asked for its own card, and what that was trained on counts too. A name on the hub is a base model,
+    whose card is taken from the cache or, if the hub answers, downloaded.
+
+    Args:
+        model: The name of the model that training began with.
+        datasets: Names of the data; those that cannot be names on the hub are left out.
+    """
+    own = tuple(name for name in datasets if is_hub_name(name))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        header = _read_header(folder / "README.md")
+        bases, before = _as_names(header.get("base_model")), _as_names(header.get("datasets"))
+        return Origin(next(iter(bases), None), tuple(dict.fromkeys([*before, *own])), _inherited(header))
+    if not is_hub_name(model):
+        return Origin(None, own)
+    return Origin(model, own, _inherited(_download_header(model)))
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can be one on the hub, and nothing here is called so.
+
+    Example:
+        >>> is_hub_name("HuggingFaceTB/SmolLM2-135M"), is_hub_name("/home/me/model"), is_hub_name("rows.jsonl")
+        (True, False, False)
+    """
+    shape = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
+    return re.fullmatch(shape, name, re.ASCII) is not None and not Path(name).exists()
+
+
+def render_header(
+    tags: Sequence[str],
+    title: str,
+    origin: Origin,
+    pipeline_tag: str = "text-generation",
+    val_nll: float | None = None,
+) -> str:
+    """The header of a card, with its two rules.
+
+    Args:
+        tags: By which the hub finds it.
+        title: The model's name in the index of results.
+        origin: Where it comes from.
+        pipeline_tag: What it does, in the hub's words.
+        val_nll: Held-out NLL, in nats a response. None: it was not measured.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    if val_nll is not None and math.isfinite(val_nll):
+        results = [
+            EvalResult(
+                task_type=pipeline_tag,
+                dataset_type="held-out",
+                dataset_name="held-out rows of its own data",
+                metric_type="nll",
+                metric_name="NLL of a response in nats",
+                metric_value=round(val_nll, 6),
+            )
+        ]
+    data = ModelCardData(
+        base_model=origin.base,
+        base_model_relation="finetune" if origin.base else None,
+        datasets=list(origin.datasets) or None,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=list(tags),
+        model_name=title if results else None,
+        eval_results=results or None,
+        **origin.inherited,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def render_model_card(summary: Mapping[str, Any], manifest: Mapping[str, Any], origin: Origin | None = None) -> str:
+    """The card of a policy of self-play: what the model is, what made it, and what was measured.
 
     Args:
         summary: The iteration's summary.
         manifest: The manifest of the iteration's pairs.
+        origin: Where it comes from. None: nothing is known.
     """
     binding, pairs = manifest["binding"], summary["pairs"]
     sampling = ", ".join(f"{name} {_text(value)}" for name, value in binding["sampling"].items())
@@ -28,17 +135,16 @@ def render_model_card(summary: Mapping[str, Any], manifest: Mapping[str, Any]) -
     if adapter := manifest.get("opponent_adapter"):
         opponent += f" with the adapter `{_code(_public(adapter, parts=2))}`"
     held_out = "not measured" if summary["val_nll"] is None else f"{summary['val_nll']:.4f} nats a response"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [spin, self-play, spin-lightning]
----
-
-# Self-play fine-tuned policy, iteration {summary["iteration"]}
+    title = f"Self-play fine-tuned policy, iteration {summary['iteration']}"
+    header = render_header(
+        ("spin", "self-play", "spin-lightning"), title, origin or Origin(), val_nll=summary["val_nll"]
+    )
+    return f"""{header}
+# {title}
 
 Trained with `spin_lightning` {manifest["versions"]["spin_lightning"]} by self-play fine-tuning (SPIN, [arXiv:2401.01335](https://arxiv.org/abs/2401.01335)).
 
-| | |
+{how_to_use()}| | |
 |---|---|
 | opponent | {opponent} (weights sha256 `{binding["opponent_sha256"][:16]}`) |
 | pairs | {pairs["training_pairs"]} trained on, {pairs["training_pairs_dropped"]} identical ones dropped |
@@ -59,6 +165,71 @@ Means over the last epoch's pairs, in nats:
 """
 
 
+def render_plain_card(
+    tag: str,
+    title: str,
+    summary: Mapping[str, Any],
+    origin: Origin | None = None,
+    versions: Mapping[str, Any] | None = None,
+) -> str:
+    """The card of a policy of any other stage: what its summary says.
+
+    Args:
+        tag: The stage, by which the hub finds it.
+        title: What the model is.
+        summary: What was measured.
+        origin: Where it comes from. None: nothing is known.
+        versions: Of what made it.
+    """
+    header = render_header((tag, "spin-lightning"), title, origin or Origin(), val_nll=summary.get("val_nll"))
+    return f"{header}\n# {title}\n\n{how_to_use()}{describe_summary(summary)}{_name_versions(versions)}"
+
+
+def render_reward_card(
+    summary: Mapping[str, Any], origin: Origin | None = None, versions: Mapping[str, Any] | None = None
+) -> str:
+    """The card of a reward model. Arguments as above."""
+    title = "Reward model"
+    header = render_header(("reward-model", "spin-lightning"), title, origin or Origin(), "text-classification")
+    return (
+        f"{header}\n# {title}\n\nOne score for a response, read at the terminator that ends it (`terminator_id` in "
+        "`reward.json`): what a chat template writes behind it is to be left out. `(score - shift) / scale` has mean 0 "
+        "and deviation 1 on the held-out pairs.\n\n```python\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
+        'model = AutoModelForSequenceClassification.from_pretrained("reward_model")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("reward_model")\n'
+        'messages = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]\n'
+        "ids = tokenizer.apply_chat_template(messages, return_dict=False)\n```\n\n"
+        f"{describe_summary(summary)}{_name_versions(versions)}"
+    )
+
+
+def describe_summary(summary: Mapping[str, Any]) -> str:
+    """A summary as a list, with how to make its weights as small as those that came in."""
+    listed = "\n".join(f"- {_text(name)}: {_text(value)}" for name, value in summary.items())
+    return f"{listed}\n\n{how_to_cast(summary)}"
+
+
+def _name_versions(versions: Mapping[str, Any] | None) -> str:
+    return f"Versions: `{_code(json.dumps(versions))}`\n" if versions else ""
+
+
+def how_to_use() -> str:
+    """How a policy is loaded, and asked by its chat template. ``push`` puts the repository's name in."""
+    return """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("policy")
+tokenizer = AutoTokenizer.from_pretrained("policy")
+messages = [{"role": "user", "content": "..."}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+response = model.generate(**prompt, max_new_tokens=256)
+print(tokenizer.decode(response[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+"""
+
+
 def add_adapter(card: str, base: str, *, is_merged: bool) -> str:
     """The README of an exported policy that was trained as an adapter: what the folder holds, and how to load it.
 
@@ -74,20 +245,151 @@ def add_adapter(card: str, base: str, *, is_merged: bool) -> str:
 Trained as a LoRA adapter on `{name}`. These are the weights of base and adapter together, rounded to their dtype; what
 was trained, to the bit, is the adapter, in the folder `adapter/` beside this one.
 """
-    card = card.replace("library_name: transformers", f"library_name: peft\nbase_model: {json.dumps(name)}", 1)
-    return f"""{card.rstrip()}
-
-This folder holds a LoRA adapter, to be loaded on `{name}`:
-
-```python
+    header, body = _split(card)
+    header["library_name"] = "peft"
+    if header.pop("base_model_relation", None) and header["base_model"] == base:
+        header["base_model_relation"] = "adapter"
+    begin = f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
 model = PeftModel.from_pretrained(base, "adapter")
 tokenizer = AutoTokenizer.from_pretrained("adapter")
-```
 """
+    own = how_to_use()
+    ask = own[own.index("messages = ") :]
+    if own not in body:
+        body, ask = f"{body.rstrip()}\n\n{own}", "```\n\n"
+    body = body.replace(own, f"This folder holds a LoRA adapter, to be loaded on `{name}`:\n\n{begin}{ask}").rstrip()
+    return f"{_join(header, body)}\n"
+
+
+def with_evaluation(card: str, evaluation: Mapping[str, Any]) -> str:
+    """A card with the results of ``spin-lightning evaluate`` in its header's index and in a table.
+
+    Those of an earlier evaluation are replaced, and all else stays as it is, also what somebody wrote there.
+
+    Args:
+        card: A README, with or without a header.
+        evaluation: What ``evaluation.json`` holds.
+
+    Raises:
+        ValueError: The header is no YAML.
+    """
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+    header, body = _split(card)
+    name, others = _title_of(body), []
+    try:
+        if index := header.get("model-index"):
+            name, results = model_index_to_eval_results(index)
+            others = [result for result in results if result.source_name != _HARNESS]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"its model-index is not as the hub wants it ({error})") from None
+    ours = [
+        EvalResult(
+            task_type=str(header.get("pipeline_tag") or "text-generation"),
+            dataset_type=_code(task),
+            dataset_name=_code(task),
+            dataset_args={"num_few_shot": result["shots"]},
+            metric_type=_code(result["metric"]),
+            metric_name=_code(result["metric"]),
+            metric_value=round(result["value"], 6),
+            source_name=_HARNESS,
+            source_url=_HARNESS_URL,
+        )
+        for task, result in evaluation["tasks"].items()
+        if math.isfinite(result["value"])
+    ]
+    if ours or others:
+        header["model-index"] = eval_results_to_model_index(name, [*others, *ours])
+    table = "\n".join(
+        f"| {_text(task)} | {_text(result['metric'])} | {result['shots']} | {result['documents']} | "
+        f"{result['value']:.4f} | {'-' if result['stderr'] is None else format(result['stderr'], '.4f')} |"
+        for task, result in evaluation["tasks"].items()
+    )
+    section = f"""{_BEGIN}
+## Evaluation
+
+By [{_HARNESS}]({_HARNESS_URL}) {_text(evaluation["versions"].get("lm_eval", ""))}, {_in_words(evaluation["tasks"])}:
+
+| task | metric | shots | documents | value | standard error |
+|---|---|---|---|---|---|
+{table}
+{_END}"""
+    begin, end = body.find(_BEGIN), body.find(_END)
+    if 0 <= begin < end:
+        body = body[:begin] + section + body[end + len(_END) :]
+    else:
+        body = f"{body.rstrip()}\n\n{section}\n"
+    return _join(header, body)
+
+
+def _in_words(tasks: Mapping[str, Any]) -> str:
+    by_template = {bool(result.get("chat_template")) for result in tasks.values()}
+    words = {frozenset({True}): "with the chat template", frozenset({False}): "without the chat template"}
+    return words.get(frozenset(by_template), "with the chat template in some")
+
+
+def _title_of(body: str) -> str:
+    found = re.search(r"^# (.+)$", body, re.MULTILINE)
+    return _code(found[1]) if found else "model"
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """A card's header and what follows it.
+
+    Raises:
+        ValueError: The header is no YAML mapping.
+    """
+    found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
+    if found is None:
+        return {}, card
+    try:
+        header = yaml.safe_load(found[1]) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"its header is no YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no map of names and values")
+    return header, card[found.end() :]
+
+
+def _join(header: Mapping[str, Any], body: str) -> str:
+    text = yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---\n{body}" if header else body
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        return _split(path.read_text(encoding="utf-8"))[0]
+    except (OSError, ValueError):  # a card is a courtesy: without it nothing is inherited
+        return {}
+
+
+def _download_header(name: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _read_header(Path(hf_hub_download(name, "README.md", local_files_only=not hub.is_reachable())))
+    except Exception:  # as above, and what a download raises has no end
+        return {}
+
+
+def _inherited(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Licence and language of a card, as far as they are words, or lists of them."""
+
+    def is_plain(value: Any) -> bool:
+        words = value if isinstance(value, list) else [value]
+        return bool(words) and all(isinstance(word, str) and word and printable(word) == word for word in words)
+
+    return {name: header[name] for name in _INHERITED if is_plain(header.get(name))}
+
+
+def _as_names(value: Any) -> list[str]:
+    names = value if isinstance(value, list) else [value]
+    return [name for name in names if isinstance(name, str) and is_hub_name(name)]
 
 
 def how_to_cast(summary: Mapping[str, Any]) -> str:

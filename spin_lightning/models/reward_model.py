@@ -24,7 +24,7 @@ from spin_lightning.models.batches import pack
 from spin_lightning.models.forward_paths import in_one_pass, last_hidden
 from spin_lightning.models.merging import merged_copy
 from spin_lightning.models.modes import compute_dtype, evaluating
-from spin_lightning.models.saving import save_folder, weights_hash
+from spin_lightning.models.saving import save_folder, write_verified
 from spin_lightning.models.shared_prompt import own_attention_of
 from spin_lightning.runs.checkpoints import refuse_non_finite
 from spin_lightning.runs.files import write_json
@@ -230,15 +230,5 @@ def save_reward_model(
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     with save_folder(folder) as partial:
-        classifier.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
         write_json(partial / "reward.json", settings)
-        reloaded = AutoModelForSequenceClassification.from_pretrained(
-            partial, dtype=classifier.dtype, trust_remote_code=trust_remote_code
-        )
-        if weights_hash(reloaded) != weights_hash(classifier):
-            raise RuntimeError(
-                f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was "
-                "replaced."
-            )
+        write_verified(classifier, tokenizer, partial, card, AutoModelForSequenceClassification, trust_remote_code)

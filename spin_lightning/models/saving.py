@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,11 +55,13 @@ def save_model(
         RuntimeError: The reloaded weights differ from those in memory.
         StorageError: There is no room, or the folder cannot be written to.
     """
+    from transformers import AutoModelForCausalLM
+
     refuse_non_finite(model)
     if hasattr(model, "merge_and_unload"):
         model = merged_copy(model)
-    with save_folder(folder) as partial:
-        _save_verified(model, tokenizer, partial, card, eos_ids, trust_remote_code)
+    with save_folder(folder) as partial, _served_with(model, eos_ids, tokenizer.pad_token_id):
+        write_verified(model, tokenizer, partial, card, AutoModelForCausalLM, trust_remote_code)
 
 
 @contextmanager
@@ -84,30 +86,51 @@ def save_folder(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
 
 
-def _save_verified(
+def write_verified(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    partial: Path,
+    folder: Path,
     card: str,
-    eos_ids: int | Sequence[int],
+    auto_class: Any,
     trust_remote_code: bool,
 ) -> None:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    """Write weights, tokenizer and README into a folder, and read the weights back.
 
-    served = GenerationConfig(do_sample=True, eos_token_id=_one_or_list(eos_ids), pad_token_id=tokenizer.pad_token_id)
-    # not written over afterwards: the base model's own may be one that transformers refuses to save
-    own_settings, model.generation_config = model.generation_config, served
-    try:
-        model.save_pretrained(partial)
-    finally:
-        model.generation_config = own_settings
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    Args:
+        model: What is saved.
+        tokenizer: Saved beside it.
+        folder: Where to.
+        card: Its README.
+        auto_class: The class of ``transformers`` by which a user loads it, such as ``AutoModelForCausalLM``.
+        trust_remote_code: Whether its class may be code that comes with the model.
+
+    Raises:
+        RuntimeError: The reloaded weights differ from those in memory.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    reloaded = auto_class.from_pretrained(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
     if weights_hash(reloaded) != weights_hash(model):
         raise RuntimeError(
-            f"the model saved in {partial} reloads with other weights; the disk may be faulty. Nothing was replaced."
+            f"the model saved in {folder} reloads with other weights; the disk may be faulty. Nothing was replaced."
         )
+
+
+@contextmanager
+def _served_with(model: PreTrainedModel, eos_ids: int | Sequence[int], pad_id: int | None) -> Iterator[None]:
+    """Have a model saved with a generation config that stops at these ids.
+
+    Not written over afterwards: the base model's own may be one that transformers refuses to save.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=_one_or_list(eos_ids), pad_token_id=pad_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _one_or_list(ids: int | Sequence[int]) -> int | list[int]:

@@ -47,6 +47,22 @@ def was_cut_short(trainer: Any) -> bool:
     return bool(trainer.should_stop and not trainer.is_last_batch)
 
 
+def validation_follows(trainer: Any) -> bool:
+    """Whether the held-out rows are measured right after the training batch that is ending."""
+    loop = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def validate_now(trainer: Any) -> None:
+    """Measure the held-out rows at once, as after a training batch.
+
+    A fit that continues from a checkpoint which was saved between a batch and its measurement leaves that out.
+    """
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
 def remake_optimizers(trainer: Any) -> None:
     """Call ``configure_optimizers`` again: new optimisers, new schedules."""
     trainer.strategy.setup_optimizers(trainer)

@@ -11,12 +11,14 @@ by their log-ratio over sqrt(tokens), and how far rounding moves a token of this
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from spin_lightning.losses import PairLoss
-from spin_lightning.types import PairBatch, PairLogProbs, UserError
+from spin_lightning.losses import SelfPlayLoss
+from spin_lightning.models.token_laws import sum_of_responses
+from spin_lightning.types import PairBatch, PairLogProbs, TokenBatch, TokenLogProbs, UserError
 
 #: |log-ratio| over sqrt(tokens) that needs no reason, in nats: rounding that two passes may happen not to show.
 FLOOR = {torch.float64: 2e-6, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -26,13 +28,13 @@ TIMES_ROUNDING = 5.0
 
 
 def check_gate(
-    loss: PairLoss,
+    loss: SelfPlayLoss,
     beta: float,
-    batch: PairBatch,
-    policy: PairLogProbs,
+    batch: PairBatch | TokenBatch,
+    policy: PairLogProbs | TokenLogProbs,
     dtype: torch.dtype,
     iteration: int,
-    recompute: Callable[[bool], PairLogProbs],
+    recompute: Callable[[bool], PairLogProbs | TokenLogProbs],
     rounding: Callable[[], float] | None = None,
     otherwise: str = "",
 ) -> None:
@@ -54,10 +56,13 @@ def check_gate(
         UserError: They differ; the message gives the numbers and the likely cause.
     """
     with torch.no_grad():
-        start = PairLogProbs(**{**vars(batch.opponent), "initial_response": policy.initial_response})
+        start = batch.opponent
+        if isinstance(start, PairLogProbs):
+            start = replace(start, initial_response=getattr(policy, "initial_response", None))
         expected = loss(start, batch.opponent, beta, batch.initial).losses
         found = loss(policy, batch.opponent, beta, batch.initial).losses
-    ratios, lengths = _measure_log_ratios(policy, batch.opponent)
+    found_sums, stored_sums = _sum_of_responses(policy, batch), _sum_of_responses(batch.opponent, batch)
+    ratios, lengths = _measure_log_ratios(found_sums, stored_sums)
     root = lengths.clamp_min(1).sqrt()
 
     def loss_agrees(limit: float) -> bool:
@@ -70,7 +75,7 @@ def check_gate(
     if _agree(ratios, root, limit) and loss_agrees(limit):
         return
     with torch.no_grad():
-        again, evaluated = recompute(False), recompute(True)
+        again, evaluated = (_sum_of_responses(recompute(is_evaluating), batch) for is_evaluating in (False, True))
     if ratios.isfinite().all() and not expected.isfinite().all():
         cause = (
             f"the loss: {type(loss).__name__} gives NaN or infinity for a model against itself. Mend it, or its "
@@ -78,9 +83,9 @@ def check_gate(
         )
     else:
         cause = _find_cause(
-            is_finite=bool(policy.real.isfinite().all() and policy.generated.isfinite().all()),
-            is_random=not torch.equal(again.real, policy.real),
-            evaluates_alike=_agree(_measure_log_ratios(evaluated, batch.opponent)[0], root, limit),
+            is_finite=bool(found_sums.real.isfinite().all() and found_sums.generated.isfinite().all()),
+            is_random=not torch.equal(again.real, found_sums.real),
+            evaluates_alike=_agree(_measure_log_ratios(evaluated, stored_sums)[0], root, limit),
             rounds=dtype if _agree(ratios, root, 3 * limit) else None,
             otherwise=otherwise or _STALE.format("pairs"),
         )
@@ -178,6 +183,14 @@ def _find_cause(
 
 def _sizes(ratios: Tensor) -> Tensor:
     return ratios.detach().abs().nan_to_num(nan=torch.inf)
+
+
+def _sum_of_responses(says: PairLogProbs | TokenLogProbs, batch: PairBatch | TokenBatch) -> PairLogProbs:
+    """Log-probs of responses, where a batch is of tokens their sums."""
+    if isinstance(says, PairLogProbs):
+        return says
+    assert isinstance(batch, TokenBatch)
+    return sum_of_responses(says, batch)
 
 
 def _measure_log_ratios(policy: PairLogProbs, opponent: PairLogProbs) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ from spin_lightning.runs.checkpoints import checkpoint_folder, checkpoints_in
 from spin_lightning.runs.files import need_space, read_json
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import ShardStore, refuse_broken_chain, refuse_other_binding
-from spin_lightning.stages.export import export_policy
+from spin_lightning.stages.export import export_policy, origin_of
 from spin_lightning.stages.opponent import Opponent
 from spin_lightning.stages.ranking import Ranking
 from spin_lightning.terminal import say
@@ -54,6 +54,10 @@ from spin_lightning.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+#: The tables that an iteration of self-play may make, by their folders.
+TABLES = ("pairs", "laws")
 
 
 def iteration_folder(run: Path, iteration: int) -> Path:
@@ -351,7 +355,8 @@ class SpinIteration(Iteration):
         return TrainingSet(table, collate_pairs, report, metrics, sentence, why)
 
     def card(self, summary: Mapping[str, Any]) -> str:
-        return render_model_card(dict(summary), self._pairs_of(self.number).manifest)
+        origin = origin_of(self.policy.name, self.run.data)
+        return render_model_card(summary, self._pairs_of(self.number).manifest, origin)
 
     def _pairs_of(self, iteration: int) -> PairStore:
         """The finished pairs of an iteration."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from spin_lightning.runs import processes
-from spin_lightning.types import PairLogProbs, PairLossOutput
+from spin_lightning.types import PairLogProbs, PairLossOutput, ResponseBatch, TokenLogProbs, TokenLossOutput
 
 #: TRL's names for the same numbers, for dashboards that expect them.
 ALIASES = {
@@ -45,9 +45,9 @@ class RewardAccuracy(Metric):
         self.add_state("wins", torch.tensor(0.0), dist_reduce_fx="sum", persistent=True)
         self.add_state("pairs", torch.tensor(0.0), dist_reduce_fx="sum", persistent=True)
 
-    def update(self, real_rewards: Tensor, generated_rewards: Tensor) -> None:
-        """Add the rewards of a batch, each of shape ``(B,)``."""
-        self.wins += wins(real_rewards, generated_rewards).sum()
+    def update(self, real_rewards: Tensor, generated_rewards: Tensor, won: Tensor | None = None) -> None:
+        """Add the rewards of a batch, each of shape ``(B,)``; ``won``, where it does not follow from them."""
+        self.wins += (wins(real_rewards, generated_rewards) if won is None else won).sum()
         self.pairs += real_rewards.numel()
 
     def compute(self) -> Tensor:
@@ -57,6 +57,8 @@ class RewardAccuracy(Metric):
 
 class PairMetrics(nn.Module):
     """Rewards, margins, accuracy and log-probs of the pairs of an update, and of those of an epoch.
+
+    Of a loss of tokens the same of its tokens, each against the mean of what the opponent may say in its place.
 
     Each process knows those of all pairs, so that a checkpoint of any holds them and any number of processes continues.
     """
@@ -76,34 +78,36 @@ class PairMetrics(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
-    def forward(self, parts: Sequence[tuple[PairLossOutput, PairLogProbs]], is_first: bool = True) -> dict[str, Tensor]:
+    def forward(
+        self,
+        parts: Sequence[tuple[PairLossOutput | TokenLossOutput, PairLogProbs | TokenLogProbs]],
+        is_first: bool = True,
+    ) -> dict[str, Tensor]:
         """Add a batch, given in the parts of this process; return the values over all batches of its update. Together.
 
         ``is_first`` begins an update.
         """
-        columns = [
-            (output.real_rewards, output.generated_rewards, policy.real.detach(), policy.generated.detach())
-            for output, policy in parts
-        ]
+        columns = [_columns_of(output, policy) for output, policy in parts]
         if processes.world_size() > 1:
-            whole = processes.join(torch.cat([torch.empty(4, 0), *(torch.stack(part).cpu() for part in columns)], 1))
+            whole = processes.join(torch.cat([torch.empty(5, 0), *(torch.stack(part).cpu() for part in columns)], 1))
             columns = [tuple(whole.to(self.accuracy.wins.device))]
-        real, generated, *log_probs = (torch.cat(column) for column in zip(*columns, strict=True))
+        real, generated, real_log_probs, generated_log_probs, won = (
+            torch.cat(column) for column in zip(*columns, strict=True)
+        )
         values = {
             "rewards/real": real,
             "rewards/generated": generated,
             "rewards/margins": real - generated,
-            "logps/real": log_probs[0],
-            "logps/generated": log_probs[1],
+            "logps/real": real_log_probs,
+            "logps/generated": generated_log_probs,
+            "rewards/accuracies": won,
         }
-        for name, value in values.items():
-            self.means[name].update(value)
-        self.accuracy.update(real, generated)
+        for name, metric in self.means.items():
+            metric.update(values[name])
+        self.accuracy.update(real, generated, won)
         self._update = [*([] if is_first else self._update), values]
         update = {name: torch.cat([batch[name] for batch in self._update]) for name in values}
-        means = {name: value.float().mean() for name, value in update.items()}
-        means["rewards/accuracies"] = wins(update["rewards/real"], update["rewards/generated"]).mean()
-        return with_aliases(means)
+        return with_aliases({name: value.float().mean() for name, value in update.items()})
 
     def compute(self) -> dict[str, Tensor]:
         """The values over everything since the last reset."""
@@ -113,6 +117,15 @@ class PairMetrics(nn.Module):
     def reset(self) -> None:
         for metric in [*self.means.values(), self.accuracy]:
             metric.reset()
+
+
+def _columns_of(output: PairLossOutput | TokenLossOutput, policy: PairLogProbs | TokenLogProbs) -> tuple[Tensor, ...]:
+    """Rewards and log-probs of both sides of each pair or token, and what the real one won."""
+    real, generated = output.real_rewards, output.generated_rewards
+    if isinstance(output, TokenLossOutput):
+        return real, generated, policy.real.detach(), output.generated_log_probs, output.wins
+    assert isinstance(policy, PairLogProbs)
+    return real, generated, policy.real.detach(), policy.generated.detach(), wins(real, generated)
 
 
 def with_aliases(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,3 +142,26 @@ def starting_metrics(trainer: Any) -> dict[str, float]:
     if trainer.global_step or trainer.num_sanity_val_steps * data.batch_size < len(data.val_prompts):
         return {}
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def describe_retention(metrics: Mapping[str, Any], start: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a summary says of what was forgotten: ``retention``, or nothing where nothing was measured.
+
+    Args:
+        metrics: The metrics as they are now.
+        start: Those before training, as ``start.json`` has them.
+
+    Example:
+        >>> describe_retention({"val/other_nll": 5.5, "val/nll": 2.0}, {"val/other_nll": 5.0})
+        {'retention': {'other_nll': 5.5, 'start': {'other_nll': 5.0}}}
+    """
+    names = ("other_nll", "other_nll_per_token", "kl_to_start")
+    found = {name: float(metrics[f"val/{name}"]) for name in names if f"val/{name}" in metrics}
+    began = {name: start[f"val/{name}"] for name in names if start and f"val/{name}" in start}
+    return {"retention": {**found, **({"start": began} if began else {})}} if found else {}
+
+
+def count_tokens(batch: Any) -> int:
+    """Tokens that one pass over a batch of responses or pairs computes; 0 of another."""
+    parts = [getattr(part, "responses", part) for part in batch] if isinstance(batch, list) else []
+    return sum(len(part.input_ids) for part in parts if isinstance(part, ResponseBatch))

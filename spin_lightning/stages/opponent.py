@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from spin_lightning.models.log_probs import pair_log_probs
-from spin_lightning.types import PairBatch, PairLogProbs
+from spin_lightning.types import PairBatch, PairLogProbs, TokenBatch, TokenLogProbs
 
 
 class Opponent(nn.Module):
@@ -46,14 +46,14 @@ class Opponent(nn.Module):
             self.become(load())
 
     @abstractmethod
-    def log_probs(self, batch: PairBatch) -> PairLogProbs:
-        """Log-probs of both responses of each pair, in nats, without gradient."""
+    def log_probs(self, batch: Any) -> Any:
+        """``PairLogProbs`` of both responses of each pair of a ``PairBatch``, in nats, without gradient."""
 
 
 class StoredOpponent(Opponent):
-    """The default: log-probs that were computed once, by the opponent, and stored with the pairs."""
+    """The default: log-probs that were computed once, by the opponent, and stored with the pairs or tokens."""
 
-    def log_probs(self, batch: PairBatch) -> PairLogProbs:
+    def log_probs(self, batch: PairBatch | TokenBatch) -> PairLogProbs | TokenLogProbs:
         return batch.opponent
 
 

@@ -5,16 +5,17 @@ Where the pairs come from, a stage's ``Iteration`` knows. The loss is in ``losse
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from spin_lightning.losses import PairLoss, SpinLoss, with_preference
+from spin_lightning.losses import PairLoss, SelfPlayLoss, SpinLoss, with_preference
 from spin_lightning.models.forward_paths import rounding_of
-from spin_lightning.models.log_probs import pair_log_probs
+from spin_lightning.models.log_probs import batch_log_probs
 from spin_lightning.models.modes import evaluating
 from spin_lightning.runs import processes
 from spin_lightning.schedule import at_iteration, check_schedule
@@ -22,15 +23,17 @@ from spin_lightning.stages.gate import check_gate
 from spin_lightning.stages.iterative import IterativeModule
 from spin_lightning.stages.metrics import PairMetrics
 from spin_lightning.stages.opponent import Opponent
-from spin_lightning.types import PairBatch, PairLogProbs, UserError
+from spin_lightning.types import PairBatch, TokenBatch, UserError
 
 
 class PairModule(IterativeModule):
     """A policy that learns from pairs of responses, against the log-probs of an opponent that it begins as."""
 
+    #: What ``model.loss`` may be.
+    losses_taken: ClassVar[tuple[type[SelfPlayLoss], ...]] = (PairLoss,)
     opponent: Opponent
 
-    def learn_from_pairs(self, beta: float | list[float], loss: PairLoss | None, opponent: Opponent) -> None:
+    def learn_from_pairs(self, beta: float | list[float], loss: SelfPlayLoss | None, opponent: Opponent) -> None:
         """Take the settings of the loss. A subclass calls it where it is made.
 
         Raises:
@@ -41,12 +44,12 @@ class PairModule(IterativeModule):
                 raise UserError(
                     f"model.beta must be positive, got {value!r}: at 0 every margin is 0 and nothing is learned."
                 )
-        if loss is not None and not isinstance(loss, PairLoss):
+        if loss is not None and not isinstance(loss, self.losses_taken):
             raise UserError(
                 f"model.loss must be a PairLoss, got {type(loss).__name__}. Derive it from spin_lightning.PairLoss."
             )
         self.beta = beta
-        self.loss = loss if loss is not None else SpinLoss()
+        self.loss: SelfPlayLoss = loss if loss is not None else SpinLoss()
         self.opponent = opponent
         self.metrics = PairMetrics()
         self._gate_is_due = False
@@ -70,17 +73,17 @@ class PairModule(IterativeModule):
         metrics = {name: float(value) for name, value in self.metrics.compute().items()}
         return {"beta": at_iteration(self.beta, iteration), "epoch_metrics": metrics}
 
-    def pair_log_probs(self, batch: PairBatch) -> PairLogProbs:
+    def pair_log_probs(self, batch: PairBatch | TokenBatch) -> Any:
         """The policy's log-probs of a batch."""
-        return pair_log_probs(self.policy, batch)
+        return batch_log_probs(self.policy, batch)
 
-    def training_step(self, batch: list[PairBatch], batch_idx: int) -> Tensor:
-        """The loss of one batch of pairs: its share of the mean over the update's pairs."""
+    def training_step(self, batch: list[PairBatch] | list[TokenBatch], batch_idx: int) -> Tensor:
+        """The loss of one batch: its share of the mean over the update's pairs, or over its tokens."""
         beta = self.beta_now
         num_pairs = sum(map(len, batch))
         seen = []
 
-        def sum_of(part: PairBatch) -> Tensor:
+        def sum_of(part: PairBatch | TokenBatch) -> Tensor:
             policy, opponent = self.pair_log_probs(part), self.opponent.log_probs(part)
             if self._gate_is_due:
                 self._check_gate(part, policy, opponent, beta)
@@ -96,7 +99,7 @@ class PairModule(IterativeModule):
         self.log_dict(self.metrics(seen, is_first=is_first), batch_size=num_pairs)
         return loss
 
-    def _check_gate(self, part: PairBatch, policy: PairLogProbs, opponent: PairLogProbs, beta: float) -> None:
+    def _check_gate(self, part: PairBatch | TokenBatch, policy: Any, opponent: Any, beta: float) -> None:
         """Compare the policy with what was stored, and with what the opponent says of it."""
         check = partial(
             check_gate,
@@ -123,10 +126,10 @@ class PairModule(IterativeModule):
         # all processes have the same values, which Lightning is told not to doubt
         self.log_dict({f"epoch/{name}": value for name, value in values.items()}, sync_dist=processes.world_size() > 1)
 
-    def _recompute(self, batch: PairBatch):  # type: ignore[no-untyped-def]
-        def recompute(is_evaluating: bool) -> PairLogProbs:
+    def _recompute(self, batch: PairBatch | TokenBatch) -> Callable[[bool], Any]:
+        def recompute(is_evaluating: bool) -> Any:
             model = self.plain_policy  # as one process may ask for it alone
             with evaluating(model) if is_evaluating else nullcontext():
-                return self.pair_log_probs(batch) if model is self.policy else pair_log_probs(model, batch)
+                return self.pair_log_probs(batch) if model is self.policy else batch_log_probs(model, batch)
 
         return recompute

@@ -11,9 +11,8 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.progress import Phase, display, progress
-from spin_lightning.stages.metrics import starting_metrics
+from spin_lightning.stages.metrics import count_tokens, starting_metrics
 from spin_lightning.terminal import say
-from spin_lightning.types import ResponseBatch
 
 
 class ShowProgress(ProgressBar):
@@ -73,7 +72,7 @@ class ShowProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._training is not None:
-            self._training.advance(1, _count_tokens(batch))
+            self._training.advance(1, count_tokens(batch))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._training is not None and self._training.done >= self._training.total:
@@ -101,7 +100,7 @@ class ShowProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         if self._validation is not None:
-            self._validation.advance(1, _count_tokens(batch))
+            self._validation.advance(1, count_tokens(batch))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._validation is not None:
@@ -178,9 +177,3 @@ def _collect_facts(trainer: L.Trainer) -> dict[str, str]:
     }
     others = trainer.progress_bar_metrics.items()  # a module's own
     return facts | {name: f"{float(value):.3g}" for name, value in others if name not in ("loss", "val/nll")}  # type: ignore[arg-type]
-
-
-def _count_tokens(batch: Any) -> int:
-    """Tokens of a batch of responses or pairs; 0 of another."""
-    parts = [getattr(part, "responses", part) for part in batch] if isinstance(batch, list) else []
-    return sum(len(part.input_ids) for part in parts if isinstance(part, ResponseBatch))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spin_lightning.losses import bradley_terry
 from spin_lightning.models.loading import ModelOrName, load_config
-from spin_lightning.models.model_card import how_to_cast
+from spin_lightning.models.model_card import render_reward_card
 from spin_lightning.models.reward_model import (
     add_score_head,
     check_classifier,
@@ -32,7 +32,8 @@ from spin_lightning.models.reward_model import (
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import write_json
 from spin_lightning.runs.lightning_internals import remake_optimizers
-from spin_lightning.stages.export import ExportPolicy
+from spin_lightning.runs.settings import versions
+from spin_lightning.stages.export import ExportPolicy, origin_of
 from spin_lightning.stages.metrics import wins
 from spin_lightning.stages.policy import PolicyModule
 from spin_lightning.stages.stage import Stage, cap_of
@@ -185,8 +186,10 @@ class RewardLightningModule(PolicyModule):
                 "the dtype overflows. Try float32, or another model."
             )
 
-    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:
-        """Scores of the held-out pairs; what they tell is known at the end."""
+    def validation_step(self, batch: list[Any], batch_idx: int) -> None:
+        """Scores of the held-out pairs; what they tell is known at the end. Rows of other tasks have no scores."""
+        if self.is_other(batch_idx):
+            return
         for part in processes.deal(batch):
             real, generated = self._score(self.plain_policy, part)
             losses = bradley_terry(real, generated, part.preference, part.margin, self.centring)
@@ -286,24 +289,14 @@ class ExportRewardModel(ExportPolicy):
             "terminator_id": encoder.terminator_id,
             "template_time": encoder.time,
         }
-        card = _render_card(summary)
+        origin = origin_of(module.model_name_or_path, trainer.datamodule)  # type: ignore[attr-defined]
+        card = render_reward_card(summary, origin, versions())
         folder = self.find_model()
         save_reward_model(policy, encoder.tokenizer, folder, card, module.pad_id, kept, module.trust_remote_code)
         write_json(self.output_dir / "summary.json", summary)
 
     def find_model(self) -> Path:
         return self.output_dir / "reward_model"
-
-
-def _render_card(summary: dict[str, Any]) -> str:
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-classification\ntags: [reward-model, spin-lightning]\n---"
-        "\n\n# Reward model\n\nOne score for a response, read at the terminator that ends it (`terminator_id` in "
-        "`reward.json`): what a chat template writes behind it is to be left out. `(score - shift) / scale` has mean 0 "
-        "and deviation 1 on the held-out pairs.\n\n"
-        + "\n".join(f"- {name}: {value}" for name, value in summary.items())
-        + f"\n\n{how_to_cast(summary)}"
-    )
 
 
 def _refuse_cutting(settings: Any) -> None:

@@ -46,7 +46,7 @@ from spin_lightning.runs import processes
 from spin_lightning.runs.files import need_space, read_json, replacing, sha256_of, write_json
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import refuse_other_binding
-from spin_lightning.stages.export import export_policy, plain_card
+from spin_lightning.stages.export import export_policy, origin_of, plain_card
 from spin_lightning.stages.iteration import Iteration, PolicyView, Run, iteration_folder
 from spin_lightning.terminal import say
 from spin_lightning.types import Prompt, ResponseBatch, UserError
@@ -448,7 +448,8 @@ class PpoIteration(Iteration):
         export_policy(policy.model, encoder, folder, self.card(summary), summary, policy.trust_remote_code)
 
     def card(self, summary: Mapping[str, Any]) -> str:
-        return plain_card("ppo", f"Policy after {summary.get('iteration', -1) + 1} iterations of PPO", summary)
+        title = f"Policy after {summary.get('iteration', -1) + 1} iterations of PPO"
+        return plain_card("ppo", title, summary, origin_of(self.policy.name, self.run.data))
 
 
 def add_advantages(table: pa.Table, advantage: Advantage, beta: float) -> tuple[pa.Table, dict[str, float]]:

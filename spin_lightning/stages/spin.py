@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from spin_lightning.losses import PairLoss
+from spin_lightning.losses import PairLoss, SelfPlayLoss, TokenLoss
 from spin_lightning.models.loading import ModelOrName
 from spin_lightning.runs.files import read_json
 from spin_lightning.schedule import check_schedule
-from spin_lightning.stages.iteration import Run, SpinIteration, iteration_folder
-from spin_lightning.stages.opponent import OPPONENTS, Opponent
+from spin_lightning.stages.iteration import Iteration, Run, SpinIteration, iteration_folder
+from spin_lightning.stages.opponent import OPPONENTS, Opponent, StoredOpponent
 from spin_lightning.stages.pairs import PairModule
 from spin_lightning.stages.stage import Stage, played_enough
+from spin_lightning.stages.token_iteration import TokenIteration
 from spin_lightning.types import UserError
 
 
@@ -32,7 +33,8 @@ class SpinLightningModule(PairModule):
             Python also a model of ``transformers``, which is then trained in place.
         beta: The paper's lambda. At 1 an exact iteration lands on the data's distribution; below 1/2 exact iterations
             overshoot and diverge. The paper ran 0.1, with few and small steps.
-        loss: The pair loss, as a class path with its settings.
+        loss: The loss of pairs, or of tokens (``TokenSpinLoss``: nothing is generated), as a class path with its
+            settings.
         learning_rate: Peak of the schedule. The paper used 5e-7, later 1e-7, for 7B; small models want more (1e-5).
         opponent: ``stored`` computes its log-probs once an iteration, ``resident`` keeps a frozen copy in memory. Or an
             ``Opponent`` of your own by its class path.
@@ -44,16 +46,23 @@ class SpinLightningModule(PairModule):
         >>> module = SpinLightningModule("HuggingFaceTB/SmolLM2-135M-Instruct", beta=[0.1, 0.1, 0.1, 5.0])
     """
 
+    losses_taken = (PairLoss, TokenLoss)
+
     def __init__(
         self,
         model_name_or_path: ModelOrName,
         beta: float | list[float] = 1.0,
-        loss: PairLoss | None = None,
+        loss: SelfPlayLoss | None = None,
         learning_rate: float | list[float] = 5e-7,
         opponent: Opponent | Literal["stored", "resident"] = "stored",
         **policy: Any,
     ) -> None:
         super().__init__(model_name_or_path, learning_rate=learning_rate, **policy)
+        if isinstance(loss, TokenLoss) and opponent != "stored" and not isinstance(opponent, StoredOpponent):
+            raise UserError(
+                f"{type(loss).__name__} compares with laws that the opponent gave once, where an iteration began, so "
+                f"model.opponent must be stored, got {opponent!r}. Leave it out."
+            )
         if not isinstance(opponent, Opponent) and opponent not in OPPONENTS:
             raise UserError(f"model.opponent must be one of {sorted(OPPONENTS)} or an Opponent, got {opponent!r}.")
         self.learn_from_pairs(beta, loss, opponent if isinstance(opponent, Opponent) else OPPONENTS[opponent]())
@@ -63,8 +72,16 @@ class SpinLightningModule(PairModule):
                 "is there to avoid. Leave model.opponent at stored: its log-probs are the same numbers."
             )
 
-    def make_iteration(self, number: int, run: Run) -> SpinIteration:
+    def make_iteration(self, number: int, run: Run) -> Iteration:
+        if isinstance(self.loss, TokenLoss):
+            return TokenIteration(number, run, self.policy_view, self.loss)
+        assert isinstance(self.loss, PairLoss)
         return SpinIteration(number, run, self.policy_view, self.opponent, self.loss)
+
+    @property
+    def needs_generator(self) -> bool:
+        """Whether anything is generated, so that the data's generator has to be ready."""
+        return not isinstance(self.loss, TokenLoss)
 
     @property
     def needs_start(self) -> bool:

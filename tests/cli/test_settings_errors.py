@@ -280,7 +280,7 @@ def test_a_secret_in_a_setting_is_not_in_the_error(said):
 def test_a_class_of_another_kind_or_that_cannot_be_made_or_takes_something_else(said, plugins):
     assert (
         said("fit", "--model.loss=edge_good.Plain")
-        == "model.loss: 'edge_good.Plain' cannot be used: it is no PairLoss."
+        == "model.loss: 'edge_good.Plain' cannot be used: it is no SelfPlayLoss."
     )
     assert said("fit", "--model.loss=edge_good.Broken") == "'edge_good.Broken' cannot be made: boom."
     words = said("fit", "--model.loss=SpinLoss", "--model.loss.lnk=x")

@@ -14,7 +14,7 @@ from test_log_probs import GROUPS, KINDS, MODELS, ROWS, spread_out
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from spin_lightning.models import reward_model
+from spin_lightning.models import saving
 from spin_lightning.models.batches import pack
 from spin_lightning.models.reward_model import (
     add_score_head,
@@ -159,7 +159,7 @@ def test_the_pad_token_is_one_that_ends_no_response() -> None:
 def test_a_disk_that_gives_other_weights_back_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_head(tiny_model(len(byte_tokenizer())))
     save_reward_model(model, byte_tokenizer(), tmp_path / "rm", "", 1, {"number": 1})
-    monkeypatch.setattr(reward_model, "weights_hash", lambda model: id(model))
+    monkeypatch.setattr(saving, "weights_hash", lambda model: id(model))
     with pytest.raises(RuntimeError, match="reloads with other weights"):
         save_reward_model(model, byte_tokenizer(), tmp_path / "rm", "", 1, {"number": 2})
     assert json.loads((tmp_path / "rm" / "reward.json").read_text()) == {"number": 1}

@@ -244,3 +244,23 @@ def test_no_other_file_uses_what_is_not_documented() -> None:
 def test_the_private_name_of_a_model_s_attention_stands_in_one_file() -> None:
     found = [path.name for path in PACKAGE.rglob("*.py") if "._attn_implementation" in path.read_text()]
     assert found == ["attention.py"]
+
+
+def test_a_measurement_that_follows_a_batch_is_foreseen_and_can_be_made_before_training(tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    class Tell(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            internals.validate_now(trainer)
+            told.append("training" if trainer.training else "not training")
+
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            told.append(internals.validation_follows(trainer))
+
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            told.append("measured while validating" if trainer.validating else "measured")
+
+    settings = {"max_epochs": 1, "limit_val_batches": 1, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    trainer_with(tmp_path, callbacks=[Tell()], **settings).fit(BoringModel(), BoringDataModule())
+    measured = "measured while validating"
+    assert told == [measured, "training", False, True, measured, False, True, measured]

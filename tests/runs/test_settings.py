@@ -12,6 +12,7 @@ import torch
 
 from spin_lightning import (
     DpoLightningModule,
+    ExportPolicy,
     RewardLightningModule,
     RowDataModule,
     SelfPlay,
@@ -78,7 +79,7 @@ def test_every_setting_of_a_stage_is_recorded_wherever_it_is_declared(model: str
         (SpinLightningModule(model), ["beta", "loss", "opponent"]),
         (RewardLightningModule(model), ["centring"]),
         (DpoLightningModule(model), ["beta", "loss"]),
-        (SftLightningModule(model), ["average", "max_updates"]),
+        (SftLightningModule(model), ["average", "max_updates", "kl_to_start"]),
     ):
         found = settings(module)
         assert {key for key in of("model", found) if not key.startswith("optimizer.")} == {*common["model"], *own}
@@ -87,6 +88,15 @@ def test_every_setting_of_a_stage_is_recorded_wherever_it_is_declared(model: str
     rows = settings(module, RowDataModule("rows.jsonl"))
     assert of("data", rows) == {*OF_ROWS, "max_response_tokens"}
     assert (found["model.learning_rate"], found["model.warmup_ratio"], found["data.val_fraction"]) == (2e-5, 0.1, 0.05)
+
+
+def test_what_sft_exports_is_recorded(model: str) -> None:
+    callback = ExportPolicy("runs/here", keep="best", average_weights=0.9)
+    trainer = L.Trainer(accelerator="cpu", logger=False, callbacks=[callback], max_epochs=6)
+    module = SftLightningModule(model)
+    optimizer = module.optimizer([torch.zeros(1, requires_grad=True)])
+    found = of("export", settings_of(trainer, module, RowDataModule("rows.jsonl"), optimizer))
+    assert found == {"keep", "patience", "average_weights"}
 
 
 def test_what_a_class_of_the_user_s_hands_on_is_recorded_too(model: str) -> None:

@@ -142,7 +142,8 @@ def test_an_iteration_exports_its_adapter_and_a_merged_model(played: tuple[Game,
         assert not torch.allclose(load(model)(input_ids=ids).logits, expected, atol=0.1)
     own.train()
     card, merged_card = ((place / "README.md").read_text() for place in (adapter, policy))
-    assert "library_name: peft\nbase_model:" in card and 'PeftModel.from_pretrained(base, "adapter")' in card
+    assert "library_name: peft" in card and 'PeftModel.from_pretrained(base, "adapter")' in card
+    assert "base_model" not in card and str(Path(model).parent) not in card  # its base is a folder here
     assert "library_name: transformers" in merged_card and "Trained as a LoRA adapter on" in merged_card
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
 

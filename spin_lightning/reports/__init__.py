@@ -1,0 +1,1 @@
+"""What is shown of finished and running runs. Reads run folders, and knows no training."""
