@@ -331,8 +331,8 @@ a text for a number, a number out of its range.
                                        of all stages, known by their sections,
                                        and of the files of chain
   spin-lightning schema fit > fit.schema.json
-                                       of one: fit, sft, ppo, dpo, reward, score;
-                                       or chain
+                                       of one: fit, sft, ppo, dpo, reward,
+                                       score; or chain
 
 Then the first line of a config says where the schema is:
 
