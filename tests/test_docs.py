@@ -11,9 +11,11 @@ import pytest
 from helpers import save_tiny_model, write_rows
 
 import spin_lightning
-from spin_lightning.cli import plan, play, score
+from spin_lightning.cli import chat, evaluate, pairs, plan, play, push, report, score
 from spin_lightning.cli.chain_file import read_chain
 from spin_lightning.cli.commands import COMMANDS, STAGES, main, run
+from spin_lightning.cli.compare_file import read_comparison
+from spin_lightning.cli.schema import make_schema
 from spin_lightning.cli.short_help import settings_of
 from spin_lightning.cli.slurm import make_script
 from spin_lightning.cli.stage_cli import parse_settings
@@ -124,7 +126,7 @@ def commands_of(page: Path) -> list[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             match = re.match(r"(?:\$ )?(?:\.venv/bin/)?spin-lightning (\w.*)", line)
             if match:
-                words = shlex.split(match[1].partition(" > ")[0], comments=True)
+                words = shlex.split(re.split(" [<>] ", match[1])[0], comments=True)
                 found.append([word for word in words if word != "..."])
     return found
 
@@ -143,7 +145,17 @@ def test_every_command_of_the_docs_is_one_that_would_run(command, tmp_path, monk
     monkeypatch.chdir(ROOT)
     run_yaml = tmp_path / "run.yaml"  # a reader's own config
     run_yaml.write_text("model: {model_name_or_path: a/b}\ndata: {train_data: rows.jsonl}\n")
-    parse_command(word, [str(run_yaml) if arg == "run.yaml" else arg for arg in args])
+    theirs = {arg for arg in args if arg.endswith(".yaml") and not Path(arg).exists()}
+    parse_command(word, [str(run_yaml) if arg in theirs else arg for arg in args])
+
+
+#: How commands that train no stage read their arguments.
+READERS = {
+    "chain": read_chain,
+    "compare": read_comparison,
+    "schema": lambda args: make_schema(*args),
+    **{each.__name__.rpartition(".")[2]: each.parse for each in (chat, evaluate, pairs, push, report)},
+}
 
 
 def parse_command(word: str, args: list[str]) -> None:
@@ -152,8 +164,8 @@ def parse_command(word: str, args: list[str]) -> None:
         cut = args.index("--")
         make_script(args)
         word, args = args[cut + 1], args[cut + 2 :]
-    if word == "chain":
-        read_chain(args)
+    if word in READERS:
+        READERS[word](args)
         return
     if word == "plan":
         args = plan.take_options(args)[1]

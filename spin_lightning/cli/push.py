@@ -62,7 +62,7 @@ def main(args: list[str]) -> None:
         StorageError: The hub does not answer.
     """
     silence_libraries()
-    given = _parse(args)
+    given = parse(args)
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", given.repository, re.ASCII):
         raise UserError(f"the repository must be USER/NAME, got {given.repository!r}.")
     folder = Path(given.folder).expanduser()
@@ -99,7 +99,12 @@ def main(args: list[str]) -> None:
     say(f"uploaded to {url}")
 
 
-def _parse(args: Sequence[str]) -> Any:
+def parse(args: Sequence[str]) -> Any:
+    """Read the arguments.
+
+    Raises:
+        UserError: They are not as they should be.
+    """
     if secret := next((arg for arg in args if arg.startswith("--token")), None):
         raise UserError(f"push has no {secret.partition('=')[0]}: others may read a command line. export HF_TOKEN=...")
     parser = Arguments("push")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -69,25 +70,45 @@ def name_models(folder: Path, within: str = "") -> str:
     return " and ".join(f"{folder}/{within}{kind}" for kind in kinds)
 
 
-def find_exported(folder: Path) -> Path:
+def find_exported(folder: Path, iteration: int | None = None) -> Path:
     """The model in a folder: the folder itself, or what a run, or an iteration of it, has exported there last.
 
+    Args:
+        folder: Of a model, an adapter, a run or an iteration.
+        iteration: Of a run with iterations. None: the last one with a model.
+
     Raises:
-        UserError: There is none.
+        UserError: There is none, or none of that iteration.
     """
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if is_model and iteration is None:
         return folder
-    places = [folder, *sorted(folder.glob("iteration_*"), key=lambda place: int(place.name[10:] or 0), reverse=True)]
-    for place in places:
-        if (place / "summary.json").is_file():  # written last
-            for kind in ("policy", "adapter", "reward_model"):
-                if (place / kind).is_dir():
-                    return place / kind
+    numbered = {
+        int(place.name.removeprefix("iteration_")): place
+        for place in folder.glob("iteration_*")
+        if re.fullmatch(r"iteration_\d+", place.name) and _export_in(place) is not None
+    }
+    if iteration is not None and iteration not in numbered:
+        if not numbered:
+            raise UserError(f"iteration {iteration} is of a run with iterations, and {str(folder)!r} has none.")
+        there = ", ".join(map(str, sorted(numbered)))
+        raise UserError(f"{folder} has no model of iteration {iteration}; it has those of {there}.")
+    last = max(numbered, default=None) if iteration is None else iteration
+    found = _export_in(folder if last is None else numbered[last])
+    if found is not None:
+        return found
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"there is no model in {str(folder)!r}: it has {there}. Give a Hugging Face folder, a run's folder that has "
         "finished an iteration, or a name on the hub."
     )
+
+
+def _export_in(place: Path) -> Path | None:
+    """What was exported here, if that is finished: the summary is written last."""
+    if not (place / "summary.json").is_file():
+        return None
+    return next((place / kind for kind in ("policy", "adapter", "reward_model") if (place / kind).is_dir()), None)
 
 
 def plain_card(tag: str, title: str, summary: Mapping[str, Any], origin: Origin | None = None) -> str:
