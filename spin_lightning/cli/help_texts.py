@@ -330,7 +330,7 @@ a text for a number, a number out of its range.
                                        and of the files of chain
   spin-lightning schema fit > fit.schema.json
                                        of one: fit, sft, ppo, dpo, reward,
-                                       score; or chain
+                                       score; or chain, compare
 
 Then the first line of a config says where the schema is:
 
