@@ -90,7 +90,11 @@ class _Handler(BaseHTTPRequestHandler):
             if name in hub.repositories:
                 return self.reply(409, {"error": "You already created this model repo", "url": f"{hub.url}/{name}"})
             private = given.get("private") or given.get("visibility") == "private"
-            hub.repositories[name] = {"private": bool(private), "branches": {"main": {}}}
+            hub.repositories[name] = {
+                "kind": given.get("type", "model"),
+                "private": bool(private),
+                "branches": {"main": {}},
+            }
             return self.reply(200, {"url": f"{hub.url}/{name}", "name": name, "id": name})
         if path.endswith("/info/lfs/objects/batch"):
             objects = [
@@ -104,7 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return self.reply(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         if not rest:
-            return self.reply(200, {"id": name, "private": found["private"], "sha": "0" * 40})
+            author = {"author": owner, "tags": [], "downloads": 0, "likes": 0}
+            return self.reply(200, {"id": name, "private": found["private"], "sha": "0" * 40, **author})
         what, branch = rest[0], rest[1]
         if what == "branch":
             found["branches"].setdefault(branch, {})
@@ -112,7 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "preupload":
             kinds = {True: "lfs", False: "regular"}
             files = [
-                {"path": one["path"], "uploadMode": kinds[one["path"].endswith(".safetensors")], "shouldIgnore": False}
+                {
+                    "path": one["path"],
+                    "uploadMode": kinds[one["path"].endswith((".safetensors", ".parquet"))],
+                    "shouldIgnore": False,
+                }
                 for one in json.loads(body)["files"]
             ]
             return self.reply(200, {"files": files})

@@ -137,7 +137,7 @@ COMMANDS = {
     "push": Command(
         "an exported model to a repository of the hub",
         function="spin_lightning.cli.push:main",
-        usage="FOLDER USER/NAME [--private true|false] [--revision BRANCH] [--yes]",
+        usage="FOLDER USER/NAME [--private true|false] [--revision BRANCH] [--pairs] [--yes]",
         fits=lambda args: len(args) > 1 and _folder_is_first(args),
         help=help_texts.PUSH,
     ),

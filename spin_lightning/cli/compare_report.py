@@ -178,12 +178,14 @@ def _at_best_temperature(result: Result, reward: str) -> Callable[[str], Values]
     return values_of
 
 
-def _mean_and_rows(found: Result, reward: str, temperature: float) -> tuple[float, Sequence[float]]:
+def _mean_and_rows(found: Result, reward: str, temperature: float) -> tuple[float, Sequence[float | None]]:
     said = found["rewards"][f"{temperature:g}"][reward]
     return math.nan if said["mean"] is None else said["mean"], said["by_row"]
 
 
-def _values(result: Result, name: str, shown: str, of: Callable[[Result], tuple[float, Sequence[float]]]) -> Values:
+def _values(
+    result: Result, name: str, shown: str, of: Callable[[Result], tuple[float, Sequence[float | None]]]
+) -> Values:
     """What an arm has by seed; the start has the same with every seed."""
     if name == "start":
         seeds = {seed for arm in result["arms"].values() for seed in arm["seeds"]}
@@ -236,4 +238,5 @@ def _chart(result: Result, metric: str, values_of: Callable[[str], Values]) -> s
         if known:
             mean, low, high = t_interval(known) if name != "start" else (known[0], math.nan, math.nan)
             rows.append((values.name, mean, low, high))
-    return interval_chart(rows, metric, f"{metric}; mean and 95 % interval over seeds", None)
+    seeds = max((len(arm["seeds"]) for arm in result["arms"].values()), default=0)
+    return interval_chart(rows, metric, "mean and 95 % interval over seeds" if seeds > 1 else "one seed", None)

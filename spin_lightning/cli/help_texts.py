@@ -264,6 +264,8 @@ and it is asked whether that is meant.
   --revision v1                        a branch, which is made if need be
   --message '...'                      of the commit
   --base USER/NAME                     what an adapter's base is called on the hub
+  --pairs                              the pairs of a game's iterations instead, as
+                                       a data set
   --yes                                do not ask
 
 The token is taken from the environment only. A folder that is not whole, and a

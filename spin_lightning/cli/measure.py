@@ -29,7 +29,7 @@ from spin_lightning.rewards.program import TextMatch
 from spin_lightning.runs.files import read_json, write_json
 from spin_lightning.stages.retention import StartLaws, measure
 from spin_lightning.stages.scoring import Players, RewardStore, Scoring
-from spin_lightning.types import Prompt, ResponseBatch
+from spin_lightning.types import Prompt, ResponseBatch, UserError
 
 #: What every response is asked first.
 EXACT = "exact_match"
@@ -132,7 +132,7 @@ def _read_rewards(folder: Path) -> dict[str, dict[str, Any]]:
         known = [value for value in by_row if value is not None]
         found[name] = {
             "mean": fmean(known) if known else None,
-            "by_row": by_row if len(known) == len(by_row) else [],
+            "by_row": by_row,
         }
     summary = read_json(folder / "summary.json")
     return {**found, "responses": {"cut_share": summary["cut_share"], "mean_tokens": summary["mean_tokens"]}}
@@ -164,6 +164,11 @@ def _laws_of_start(
             laws.add(model, move(batch))
         laws.save(path, of)
     laws.load(path, of)
+    if not len(laws):
+        raise UserError(
+            f"{path} does not have the next-token laws of the start on these rows. Remove {path.parent} to have it "
+            "measured again."
+        )
     return laws
 
 

@@ -1,4 +1,4 @@
-"""``spin-lightning push``: an exported model to a repository of the hub, by ``huggingface_hub``."""
+"""``spin-lightning push``: an exported model, or a game's pairs, to a repository of the hub, by ``huggingface_hub``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from spin_lightning.cli.arguments import Arguments, as_bool
+from spin_lightning.cli.pairs import main as write_pairs
 from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.models import hub
 from spin_lightning.models.adapters import base_name_of
 from spin_lightning.models.loading import check_model
-from spin_lightning.models.model_card import is_hub_name
+from spin_lightning.models.model_card import is_hub_name, public_name, render_pairs_card
 from spin_lightning.runs.redaction import find_secret
 from spin_lightning.stages.evaluation import RESULTS
 from spin_lightning.stages.export import find_exported
@@ -68,8 +70,15 @@ def main(args: list[str]) -> None:
     folder = Path(given.folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"there is no folder {given.folder!r}. Give an exported model, or the folder of a run.")
+    if given.pairs:
+        with TemporaryDirectory() as place:
+            _push(given, folder, collect_pairs(folder, Path(place)), [])
+        return
     folder = find_exported(folder)
-    files, left_out = collect(folder, given.repository, given.base)
+    _push(given, folder, *collect(folder, given.repository, given.base))
+
+
+def _push(given: Any, folder: Path, files: list[_Upload], left_out: list[str]) -> None:
     if (token := os.environ.get("HF_TOKEN")) is None:
         raise UserError(
             "there is no token in the environment. Put one there that may write: export HF_TOKEN=...; it is not taken "
@@ -85,13 +94,13 @@ def main(args: list[str]) -> None:
     with _explaining(given.repository):
         user = _persist(api.whoami)["name"]
     with _explaining(given.repository, user):
-        is_private = _look_at(api, given.repository)
+        is_private = _look_at(api, given)
         private = is_private if is_private is not None else given.private is not False
         if given.private is not None and given.private != private:
             shown, wanted = _as_word(private), _as_word(given.private)
             raise UserError(
                 f"{given.repository} is there and {shown}, and --private {str(given.private).lower()} asks for a "
-                f"{wanted} one. Change it at {api.endpoint}/{given.repository}/settings, or leave --private out."
+                f"{wanted} one. Change it at {api.endpoint}/{_url_of(given)}/settings, or leave --private out."
             )
         _show(folder, files, left_out, given, private, is_new=is_private is None)
         _confirm(given.yes)
@@ -114,6 +123,7 @@ def parse(args: Sequence[str]) -> Any:
     parser.add_argument("--revision")
     parser.add_argument("--message")
     parser.add_argument("--base")
+    parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--yes", action="store_true")
     return parser.parse_args(args)
 
@@ -165,6 +175,22 @@ def collect(folder: Path, repository: str, base: str | None = None) -> tuple[lis
     return files, [name for name in names if name not in taken]
 
 
+def collect_pairs(run: Path, place: Path) -> list[_Upload]:
+    """The pairs of all iterations of a game as files of a data set, which are made in a folder for the time being.
+
+    Raises:
+        UserError: There are none.
+    """
+    write_pairs([str(run), "--iteration", "all", "--output", str(place / "pairs.parquet")])
+    beside = place / "pairs.parquet.provenance.json"
+    provenance = json.loads(beside.read_text(encoding="utf-8"))
+    for pairs in provenance["pairs"]:
+        pairs["opponent"] = public_name(str(pairs["opponent"]))  # a path here is nobody's business
+    beside.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    (place / "README.md").write_text(render_pairs_card(provenance), encoding="utf-8")
+    return [_Upload(path.name, path) for path in sorted(place.iterdir())]
+
+
 def _refuse_parts(folder: Path) -> None:
     """Make sure that a folder holds a whole model, as far as names and the headers of its weights tell."""
     kind = folder.name.removesuffix(".partial")
@@ -197,12 +223,20 @@ def _refuse_secret(file: _Upload) -> None:
         )
 
 
-def _look_at(api: Any, repository: str) -> bool | None:
+def _kind_of(given: Any) -> str:
+    return "dataset" if given.pairs else "model"
+
+
+def _url_of(given: Any) -> str:
+    return f"datasets/{given.repository}" if given.pairs else str(given.repository)
+
+
+def _look_at(api: Any, given: Any) -> bool | None:
     """Whether a repository is private; None if there is none."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return bool(_persist(lambda: api.model_info(repository)).private)
+        return bool(_persist(lambda: api.repo_info(given.repository, repo_type=_kind_of(given))).private)
     except RepositoryNotFoundError:
         return None
 
@@ -212,7 +246,8 @@ def _show(
 ) -> None:
     width = max(len(file.name) for file in files)
     where = f"{given.repository}{f' ({given.revision})' if given.revision else ''}"
-    state = f"a new {_as_word(private)} repository" if is_new else f"which is there, and {_as_word(private)}"
+    repository = "data set" if given.pairs else "repository"
+    state = f"a new {_as_word(private)} {repository}" if is_new else f"which is there, and {_as_word(private)}"
     lines = [
         f"from {folder} to {where}, {state}:",
         *(f"  {file.name.ljust(width)}  {_as_size(file.size)}" for file in files),
@@ -239,14 +274,15 @@ def _confirm(is_sure: bool) -> None:
 def _upload(api: Any, files: Sequence[_Upload], given: Any, private: bool) -> str:
     from huggingface_hub import CommitOperationAdd
 
-    url = _persist(lambda: api.create_repo(given.repository, private=private, exist_ok=True))
+    where = {"repo_id": given.repository, "repo_type": _kind_of(given)}
+    url = _persist(lambda: api.create_repo(**where, private=private, exist_ok=True))
     if given.revision is not None:
-        _persist(lambda: api.create_branch(given.repository, branch=given.revision, exist_ok=True))
+        _persist(lambda: api.create_branch(**where, branch=given.revision, exist_ok=True))
 
     def commit() -> Any:
         return api.create_commit(
-            given.repository,
-            [CommitOperationAdd(file.name, file.changed or str(file.path)) for file in files],
+            **where,
+            operations=[CommitOperationAdd(file.name, file.changed or str(file.path)) for file in files],
             commit_message=given.message or "Upload by spin_lightning",
             revision=given.revision,
         )

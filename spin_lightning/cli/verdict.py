@@ -26,12 +26,12 @@ class Values:
     Attributes:
         name: Of the arm, with what belongs to it, as a temperature.
         by_seed: The mean over the rows.
-        by_row: The same for each row, by seed. Empty where rows cannot be told apart.
+        by_row: The same for each row, by seed; None for a row that has no value. Empty where rows are not known.
     """
 
     name: str
     by_seed: Mapping[int, float]
-    by_row: Mapping[int, Sequence[float]]
+    by_row: Mapping[int, Sequence[float | None]]
 
     @property
     def mean(self) -> float:
@@ -88,19 +88,11 @@ def judge(metric: str, arm: Values, reference: Values, lower_is_better: bool) ->
     if not seeds:
         return None
     differences = [arm.by_seed[seed] - reference.by_seed[seed] for seed in seeds]
-    has_rows = all(arm.by_row.get(seed) and reference.by_row.get(seed) for seed in seeds)
-    over, count = "seeds", len(seeds)
-    if has_rows and (len(seeds) == 1 or stdev(differences) == 0):
-        of_rows = [
-            fmean(pairs)
-            for pairs in zip(
-                *([a - b for a, b in zip(arm.by_row[seed], reference.by_row[seed], strict=True)] for seed in seeds),
-                strict=True,
-            )
-        ]
-        over, count, interval = "rows", len(of_rows), bootstrap_interval(of_rows)
-    else:
-        interval = t_interval(differences)
+    over, count, interval = "seeds", len(seeds), t_interval(differences)
+    if len(seeds) == 1 or stdev(differences) == 0:
+        of_rows = _differences_of_rows(arm, reference, seeds)
+        if len(of_rows) > 1:
+            over, count, interval = "rows", len(of_rows), bootstrap_interval(of_rows)
     known = [value for value in reference.by_seed.values() if math.isfinite(value)]
     noise = stdev(known) if len(known) > 1 else None
     _, low, high = interval
@@ -111,6 +103,17 @@ def judge(metric: str, arm: Values, reference: Values, lower_is_better: bool) ->
         word = "better" if lower_is_better else "worse"
     values = fmean(arm.by_seed[seed] for seed in seeds), fmean(reference.by_seed[seed] for seed in seeds)
     return Judgement(metric, arm.name, reference.name, values, interval, over, count, len(seeds), noise, word)
+
+
+def _differences_of_rows(arm: Values, reference: Values, seeds: Sequence[int]) -> list[float]:
+    """Of each row that has values of both with every seed, the mean difference."""
+    parts = [(arm.by_row.get(seed, ()), reference.by_row.get(seed, ())) for seed in seeds]
+    differences = []
+    for place in range(min(min(len(mine), len(theirs)) for mine, theirs in parts)):
+        pairs = [(mine[place], theirs[place]) for mine, theirs in parts]
+        known = [a - b for a, b in pairs if a is not None and b is not None]
+        differences += [fmean(known)] if len(known) == len(pairs) else []
+    return differences
 
 
 def best_of_arms(arms: Sequence[Values], lower_is_better: bool) -> Values | None:
@@ -198,6 +201,8 @@ def _say_one(judgement: Judgement, sft: Sequence[str]) -> str:
     arm, reference, word = judgement.arm, judgement.reference, judgement.word
     mine, theirs = (f"{value:.3f}" for value in judgement.values)
     mean, low, high = judgement.difference
+    if word == "worse":  # the better one is named first
+        mean, low, high = -mean, -high, -low
     noise = "" if judgement.noise is None else f", noise {judgement.noise:.3f}"
     what = judgement.over if judgement.count != 1 else judgement.over.removesuffix("s")
     spread = f"95 % {low:+.3f} to {high:+.3f} over {judgement.count} {what}"

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from spin_lightning.reports.charts import interval_chart, line_chart
 from spin_lightning.reports.record import Points, Record, as_dict, as_number
+
+#: Of a chart, in pixels: small enough that its text can be read where it is as wide as a phone.
+_chart = partial(line_chart, width=440, height=270)
 
 
 @dataclass(frozen=True)
@@ -52,33 +56,6 @@ _LOSS = Curve(
     "are told apart by something trivial, or the learning rate is too high. It jumps or is NaN: lower the learning "
     "rate, or clip the gradient.",
 )
-#: What the loss is where it is no loss of a game.
-_LOSS_OF = {
-    "sft": Curve(
-        "Loss",
-        "nats",
-        {"loss": "loss"},
-        "The mean negative log-likelihood of the real responses of an update, by default per token.",
-        "It jumps or is NaN: lower the learning rate, or clip the gradient. It falls far below the held-out NLL per "
-        "token: the rows are learned by heart.",
-    ),
-    "ppo": Curve(
-        "Loss",
-        "loss",
-        {"loss": "loss", "policy": "loss/policy", "critic": "loss/value"},
-        "The clipped ratio loss of an update, and that of the critic. Its level says little: the reward does.",
-        "The critic's grows from iteration to iteration: the returns change faster than it learns. NaN: lower the "
-        "learning rate.",
-    ),
-    "reward": Curve(
-        "Loss",
-        "loss",
-        {"loss": "loss"},
-        "How well the scores of two responses say which is better. It starts at ln 2 = 0.693, where all scores are "
-        "equal.",
-        "It falls to 0 while held-out accuracy stands still: the pairs are learned by heart.",
-    ),
-}
 #: In the order of the page. What a run has not logged is left out.
 CURVES = (
     _NLL,
@@ -187,6 +164,102 @@ CURVES = (
     ),
 )
 
+_UNLIKE_A_GAME = {
+    "sft": [
+        Curve(
+            "Loss",
+            "nats",
+            {"loss": "loss"},
+            "The mean negative log-likelihood of the real responses of an update, by default per token.",
+            "It jumps or is NaN: lower the learning rate, or clip the gradient. It falls far below the held-out NLL "
+            "per token: the rows are learned by heart.",
+        ),
+    ],
+    "ppo": [
+        Curve(
+            "Loss",
+            "loss",
+            {"loss": "loss", "policy": "loss/policy", "critic": "loss/value"},
+            "The clipped ratio loss of an update, and that of the critic. Its level says little: the reward does.",
+            "The critic's grows from iteration to iteration: the returns change faster than it learns. NaN: lower the "
+            "learning rate.",
+        ),
+    ],
+    "dpo": [
+        Curve(
+            "Loss",
+            "loss",
+            {"loss": "loss"},
+            "How well the policy tells chosen from rejected responses, against the reference. It starts at ln 2 = "
+            "0.693 with the logistic loss, because policy and reference are the same there.",
+            "It falls to 0 while that of held-out pairs rises: the pairs are learned by heart.",
+        ),
+        Curve(
+            "Margin",
+            "margin",
+            {"margin": "rewards/margins"},
+            f"Reward of the chosen minus that of the rejected response, {_PAIRS}. Zero at the start.",
+            "It grows without end: the policy leaves the reference. Raise beta, or lower the learning rate.",
+        ),
+        Curve(
+            "Rewards",
+            "reward",
+            {"chosen": "rewards/real", "rejected": "rewards/generated"},
+            "Beta times what the policy has gained in log-probability over the reference. Above zero a response has "
+            "become more likely.",
+            "Both fall: the loss asks for their difference alone. Expected to some extent; where the chosen ones are "
+            "to stay likely, take DpopLoss or nll_weight.",
+        ),
+        Curve(
+            "Log-probabilities",
+            "nats a response",
+            {"chosen": "logps/real", "rejected": "logps/generated"},
+            "How likely the policy finds the responses of an update, as sums over their tokens.",
+            "Chosen ones fall through the whole run: see the rewards.",
+        ),
+        Curve(
+            "Accuracy",
+            "share of pairs",
+            {"accuracy": "rewards/accuracies"},
+            "In how many pairs the chosen response has the higher reward; a tie counts one half.",
+            "No higher than how often the longer response is the chosen one: length may be all that is learned.",
+        ),
+    ],
+    "reward": [
+        Curve(
+            "Loss",
+            "loss",
+            {"loss": "loss"},
+            "How well the scores of two responses say which is better. It starts at ln 2 = 0.693, where all scores are "
+            "equal.",
+            "It falls to 0 while held-out accuracy stands still: the pairs are learned by heart.",
+        ),
+        Curve(
+            "Margin",
+            "score",
+            {"margin": "rewards/margins"},
+            f"Score of the better minus that of the other response, {_PAIRS}.",
+            "It grows without end: scores have no scale of their own, so see model.centring.",
+        ),
+        Curve(
+            "Rewards",
+            "score",
+            {"better": "rewards/real", "other": "rewards/generated"},
+            "The mean scores of the better and of the other responses of an update.",
+            "Both drift far from 0: only their difference is learned, so see model.centring.",
+        ),
+        Curve(
+            "Accuracy",
+            "share of pairs",
+            {"accuracy": "rewards/accuracies"},
+            "In how many pairs of an update the better response has the higher score; a tie counts one half.",
+            "At 1 while held-out accuracy stands still: the pairs are learned by heart.",
+        ),
+    ],
+}
+#: What stands in the place of a game's curve, where another kind of run means something else by it; by kind and title.
+_INSTEAD = {(kind, curve.title): curve for kind, curves in _UNLIKE_A_GAME.items() for curve in curves}
+
 _SHARES = Curve(
     "Shares of generated responses",
     "share",
@@ -262,7 +335,7 @@ def draw_all(record: Record, others: Mapping[str, Record], many: int = 12) -> tu
     marks = _marks_of(record)
     drawn = []
     for named in CURVES:
-        curve = _LOSS_OF.get(record.kind, named) if named is _LOSS else named
+        curve = _INSTEAD.get((record.kind, named.title), named)
         series = {name: record.metrics[metric] for name, metric in curve.metrics.items() if metric in record.metrics}
         if curve is _NLL and not series:
             series = {name: points for name, points in _nll_of_summaries(record).items() if points}
@@ -281,12 +354,12 @@ def draw_all(record: Record, others: Mapping[str, Record], many: int = 12) -> tu
                 drawn.append(_draw(curve, series, "iteration", None, ()))
     known = {
         metric
-        for curve in (*CURVES, *_LOSS_OF.values(), _SHARES, _SHARES_OF_ROLLOUTS)
+        for curve in (*CURVES, *_INSTEAD.values(), _SHARES, _SHARES_OF_ROLLOUTS)
         for metric in curve.metrics.values()
     }
     unknown = [name for name in sorted(record.metrics) if name not in known and not name.startswith(_DOUBLE)]
     unknown = [name for name in unknown if len(record.metrics[name]) > 1][:many]
-    return drawn, [Drawn(line_chart({n: record.metrics[n]}, n, "updates", n, marks=marks), "", "") for n in unknown]
+    return drawn, [Drawn(_chart({n: record.metrics[n]}, n, "updates", n), "", "") for n in unknown]
 
 
 #: Metrics that say what others here say: an epoch's means, TRL's names, what was counted of pairs.
@@ -303,7 +376,7 @@ def _draw(
     guides: Mapping[str, float] | None,
     marks: Sequence[tuple[float, str]],
 ) -> Drawn:
-    svg = line_chart(series, curve.title, x_label, curve.unit, guides=guides, marks=marks)
+    svg = _chart(series, curve.title, x_label, curve.unit, guides=guides, marks=marks)
     return Drawn(svg, curve.meaning, curve.sick)
 
 

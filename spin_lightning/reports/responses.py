@@ -210,7 +210,7 @@ def _read_rows(folder: Path, name: str, columns: list[str], number: int) -> list
         with pq.ParquetFile(path) as parquet:
             kept = [column for column in columns if column in parquet.schema_arrow.names]
             for batch in parquet.iter_batches(batch_size=64, columns=kept):
-                rows += [row for row in batch.to_pylist() if row.get("iteration", number) == number]
+                rows += [row for row in batch.to_pylist() if row.get("iteration") in (None, number)]
                 if len(rows) >= ROWS_READ:
                     return rows[:ROWS_READ]
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub
+from games import Game
 from helpers import QUIET
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import DatasetCard, ModelCard, constants
 from lightning import Trainer
 
 from spin_lightning import ExportPolicy, LoraAdapter, RowDataModule, SftLightningModule
@@ -216,6 +219,22 @@ def test_without_a_token_or_a_network_it_is_said_at_once(
     monkeypatch.delenv("HF_TOKEN")
     assert "there is no token in the environment" in refusal(["push", str(run), "me/mine", "--yes"])
     assert not hub.asked
+
+
+def test_the_pairs_of_a_game_become_a_data_set(
+    hub: FakeHub, plain: Game, model: str, capsys: pytest.CaptureFixture[str]
+):
+    cli.main(["push", str(plain.clock.output_dir), "me/pairs", "--pairs", "--yes"])
+    there = hub.repositories["me/pairs"]
+    files = there["branches"]["main"]
+    assert (there["kind"], there["private"]) == ("dataset", True)
+    assert files.keys() == {"README.md", "pairs.parquet", "pairs.parquet.provenance.json"}
+    rows = pq.read_table(io.BytesIO(files["pairs.parquet"])).to_pylist()
+    assert {row["iteration"] for row in rows} == {0, 1} and rows[0]["chosen"][0]["role"] == "assistant"
+    card = DatasetCard(files["README.md"].decode())
+    assert f"{len(rows)} pairs: `chosen`" in card.text and "| 1 | `iteration_0/policy` |" in card.text
+    assert "preference" in card.data.tags and not any(model.encode() in content for content in files.values())
+    assert "to me/pairs, a new private data set:" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from spin_lightning.cli.verdict import Values, best_of_arms, bootstrap_interval, judge, sentence, t_interval, t_quantile
 
 
-def values(name: str, *by_seed: float, rows: Sequence[Sequence[float]] = ()) -> Values:
+def values(name: str, *by_seed: float, rows: Sequence[Sequence[float | None]] = ()) -> Values:
     return Values(name, dict(enumerate(by_seed)), dict(enumerate(rows)))
 
 
@@ -65,6 +65,12 @@ def test_with_one_seed_rows_are_compared_and_said_to_be() -> None:
     assert "one seed, and no rows to compare" in sentence([alone], ["sft"], {})
 
 
+def test_rows_that_one_of_both_has_no_value_for_are_left_out() -> None:
+    game, sft = values("game", 1.0, rows=[[1.0, None, 1.0, 1.0]]), values("sft", 0.5, rows=[[0.0, 1.0, 0.0, None]])
+    found = judge("a reward", game, sft, lower_is_better=False)
+    assert found is not None and (found.over, found.count, found.word) == ("rows", 2, "better")
+
+
 def test_where_all_seeds_differ_by_one_number_rows_decide() -> None:
     """A t-interval of equal differences has no width, and would call half a row better."""
     equal = values("game", 0.5, 0.5, rows=[[0.0, 1.0], [0.0, 1.0]])
@@ -89,8 +95,8 @@ def test_the_sentence_says_when_plain_sft_is_better() -> None:
     found = judge("held-out NLL", *(values(name, *of) for name, *of in arms), lower_is_better=True)
     assert found is not None and found.noise == pytest.approx(0.10408, abs=1e-5)
     assert sentence([found], ["sft"], {}) == (
-        "On held-out NLL plain SFT (sft at 0) is better than game at 0.7, 4.083 against 5.100, difference +1.017, 95 % "
-        "+0.945 to +1.088 over 3 seeds, noise 0.104."
+        "On held-out NLL plain SFT (sft at 0) is better than game at 0.7, 4.083 against 5.100, difference -1.017, 95 % "
+        "-1.088 to -0.945 over 3 seeds, noise 0.104."
     )
 
 

@@ -360,3 +360,33 @@ def test_the_kind_of_a_run_is_found_without_its_settings(tmp_path):
         page(tmp_path / kind)
     assert "4 responses of m to 2 prompts: the mean reward is 0.5." in page(tmp_path / "score").text
     assert "has the higher score in 90%; taking the longer one would be right in 75%" in page(tmp_path / "reward").text
+
+
+def test_responses_of_other_stages_stand_side_by_side_too(tmp_path):
+    dpo = tmp_path / "dpo"
+    dpo.mkdir()
+    (dpo / "config.yaml").write_text("export: {shard_size: 5}\n")
+    pair = {"iteration": None, "prompt": turns("2+3?"), "chosen": turns("", "It is 5.")[1:]}
+    write_table(dpo, "pairs", [{**pair, "rejected": turns("", "It is 6.")[1:]}])
+    write_metrics(dpo, [{"step": step, "rewards/real": 0.1, "rewards/generated": 0.0} for step in range(2)])
+    text = render(dpo)
+    assert "It is <del>5</del><ins>6</ins>." in text and "gained in log-probability over the reference" in text
+    assert 'class="label">chosen<' in text and "opponent" not in text
+    ppo = tmp_path / "ppo"
+    for number, words in ((0, "It is 4."), (2, "It is 5.")):
+        row = {"iteration": number, "answer": 0, "prompt": turns("2+3?"), "response": turns("", words)[1:]}
+        write_table(ppo / f"iteration_{number}", "held_out", [{**row, "finish_reason": "stop", "reward": number / 2}])
+        write(ppo / f"iteration_{number}" / "summary.json", {"updates": 1, "pairs": {"val/reward": number / 2}})
+    write(ppo / "rollouts.json", {"ended_because": "all 3 iterations were played", "held_out": {"val/reward": 1.0}})
+    text = render(ppo)
+    assert "It is <del>4</del><ins>5</ins>." in text and "iteration 2 · reward 1" in text
+    assert "The reward of responses to held-out prompts rose from 0.000 to 1.000." in text
+    score = tmp_path / "score"
+    write(score / "summary.json", {"pass_at": {"1": 0.5}, "mean": 0.5, "responses": 2, "prompts": 1, "model": "m"})
+    key = {"prompt_id": 0, "prompt": turns("2+3?"), "real": "It is 5."}
+    responses = [{**key, "answer": place, "response": f"It is {4 + place}."} for place in range(2)]
+    write_table(score, "responses", responses)
+    write_table(score, "rewards", [{"prompt_id": 0, "answer": place, "reward": float(place)} for place in range(2)])
+    text = render(score)
+    assert text.index("response · reward 1") < text.index("It is <del>5</del><ins>4</ins>.")
+    assert '<td dir="auto">pass@1</td><td dir="auto">0.5</td>' in text
