@@ -11,6 +11,7 @@
 # make processes  install, then end a run of two processes in every way at every point, and continue it (ten minutes)
 # make oldest  the core tests with the oldest versions that pyproject.toml allows, in an environment of its own
 # make wheel   build the wheel, install it in an empty environment, and play a tiny game with a config from it
+# make trackers  install wandb, mlflow and trackio in an environment of its own, and play tiny games with each (five minutes)
 # make lock    renew constraints.txt, the versions that all of the above install, to those of `make newest`
 # make bench   install TRL beside it, then measure speed and memory against it (three to four hours on two CPU cores)
 # make bench-brief  the same with little work: a step, generation and an iteration (at most 15 minutes)
@@ -29,7 +30,7 @@ CORE := tests/test_losses.py tests/models tests/data tests/generation tests/stag
 # Another torch than the oldest, as torch==2.13.0: the oldest is a build for GPUs on Linux, of 7 GB.
 OLDEST_TORCH ?=
 
-.PHONY: demo reft lab study test slow processes style check docs newest oldest wheel lock bench bench-brief bench-rl bench-vllm vllm-test gpu install clean
+.PHONY: demo reft lab study test slow processes style check docs newest oldest wheel trackers lock bench bench-brief bench-rl bench-vllm vllm-test gpu install clean
 .DEFAULT_GOAL := help
 
 help:
@@ -97,6 +98,15 @@ wheel:  # from a folder without the sources
 	cd .wheel && bin/python ../.ci/play_installed.py
 	du -sh .wheel
 
+trackers: .trackers/installed
+	OMP_NUM_THREADS=1 .trackers/bin/python -m pytest -W default --disable-warnings tests/runs/test_real_trackers.py
+
+.trackers/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .trackers
+	.trackers/bin/pip install --quiet $(LOCK) torch
+	.trackers/bin/pip install --quiet --editable ".[trackio]" pytest wandb mlflow
+	@touch $@
+
 versions-differ:
 	@.newest/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' | diff --unchanged-line-format= --old-line-format='tested %L' --new-line-format='newest %L' constraints.txt - | grep -v '^tested #' || true
 
@@ -143,4 +153,4 @@ gpu: install .bench/trl/installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .newest .oldest .wheel runs dist
+	rm -rf $(VENV) .newest .oldest .wheel .trackers runs dist

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import spin_lightning
 from spin_lightning.cli.commands import COMMANDS, STAGES
 from spin_lightning.cli.short_help import Setting, settings_of, settings_of_class
+from spin_lightning.losses import LINKS
 
 REPOSITORY = "https://github.com/spin-lightning/spin-lightning"
 
@@ -83,6 +84,7 @@ TITLES = {
     "rewards": "Rewards",
     "models": "Adapters",
     "runs": "Checkpoints and strategies",
+    "reports": "Reports",
     "types": "Errors",
 }
 
@@ -90,9 +92,10 @@ TITLES = {
 #: What an extension is handed, or inherits from, by its import path.
 RECORDS = """
 types.Row types.Message types.Prompt types.Response types.PairLogProbs types.PairLossOutput types.ResponseBatch
-types.PairBatch types.RolloutBatch advantages.Trajectories advantages.Advantages generation.base.Player
-stages.policy.PolicyModule stages.pairs.PairModule stages.iterative.IterativeModule stages.clock.IterationClock
-stages.iteration.Iteration stages.iteration.Run stages.iteration.PolicyView stages.stage.Stage
+types.PairBatch types.RolloutBatch types.TokenBatch types.TokenLogProbs types.TokenLossOutput types.TokenLaws
+advantages.Trajectories advantages.Advantages generation.base.Player stages.policy.PolicyModule
+stages.pairs.PairModule stages.iterative.IterativeModule stages.clock.IterationClock stages.iteration.Iteration
+stages.iteration.Run stages.iteration.PolicyView stages.stage.Stage
 """.split()
 
 
@@ -100,7 +103,7 @@ def public_names() -> dict[str, list[str]]:
     """What ``spin_lightning`` exports, by room."""
     rooms: dict[str, list[str]] = {room: [] for room in TITLES}
     for home, names in spin_lightning._HOMES.items():
-        rooms[home.partition(".")[0]].extend(names)
+        rooms.setdefault(home.partition(".")[0], []).extend(names)
     return rooms
 
 
@@ -140,11 +143,10 @@ def write_classes() -> Iterator[str]:
 
 def tabulate(settings: list[Setting]) -> Iterator[str]:
     """A table of settings."""
-    yield "| setting | type | default | |\n|---|---|---|---|"
+    yield "| setting and type | default | |\n|---|---|---|"
     for setting in settings:
         cells = [
-            f"`{setting.name}`",
-            name_type(setting.type),
+            f"`{setting.name}`<br><small>{name_type(setting.type)}</small>",
             f"`{setting.default.partition(';')[0]}`",
             escaped(setting.whole),
         ]
@@ -152,8 +154,13 @@ def tabulate(settings: list[Setting]) -> Iterator[str]:
     yield ""
 
 
+#: Names that annotations use, in the words of a config.
+NAMED_TYPES = {"ModelOrName": "str", "Link": " | ".join(LINKS), "OptimizerCallable": "torch.optim.Optimizer"}
+
+
 def name_type(annotation: str) -> str:
     """An annotation in words: ``float or list[float]``, and the choices of a ``Literal``."""
+    annotation = re.sub(r"\w+", lambda found: NAMED_TYPES.get(found[0], found[0]), annotation)
     words = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " | "), annotation)
     return " or ".join(f"`{word}`" for word in re.split(r" \| (?![^\[]*\])", words)) if words else ""
 
@@ -170,7 +177,7 @@ def escaped(text: str) -> str:
 def write_api() -> Iterator[str]:
     """Every public name with its docstring."""
     for room, names in public_names().items():
-        yield f"## {TITLES[room]}\n\n```{{eval-rst}}"
+        yield f"## {TITLES.get(room, room.capitalize())}\n\n```{{eval-rst}}"
         for name in names:
             if inspect.isclass(getattr(spin_lightning, name)):
                 yield f".. autoclass:: spin_lightning.{name}\n   :members:\n   :show-inheritance:\n"
@@ -219,14 +226,20 @@ def keep_colon(app: Any, what: str, name: str, found: Any, options: Any, lines: 
 
 def visit_math(translator: Any, node: Any) -> None:
     """An equation within a line."""
-    translator.body.append(tex2mathml(node.astext()))
+    translator.body.append(as_mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def visit_math_block(translator: Any, node: Any) -> None:
     """An equation of its own."""
-    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    translator.body.append(f'<div class="math">{as_mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
+
+
+def as_mathml(equation: str, as_block: bool = False) -> str:
+    """An equation with a thin space between a function and what it is of, unless that is in brackets."""
+    text = tex2mathml(equation, as_block=as_block)
+    return re.sub(r"<mo>&ApplyFunction;</mo>(?!\s*<mo[^>]*>[(\[])", '<mspace width="0.17em"/>', text)
 
 
 def setup(app: Any) -> None:

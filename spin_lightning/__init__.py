@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from spin_lightning.losses import TokenSpinLoss as TokenSpinLoss
     from spin_lightning.losses import TSpinLoss as TSpinLoss
     from spin_lightning.models.adapters import LoraAdapter as LoraAdapter
+    from spin_lightning.reports.callback import WriteReport as WriteReport
     from spin_lightning.rewards import Answer as Answer
     from spin_lightning.rewards import FunctionReward as FunctionReward
     from spin_lightning.rewards import JudgeReward as JudgeReward
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from spin_lightning.runs.checkpoints import last_checkpoint as last_checkpoint
     from spin_lightning.runs.run_checkpoint import RunCheckpoint as RunCheckpoint
     from spin_lightning.runs.sharding import ShardedStrategy as ShardedStrategy
+    from spin_lightning.runs.trackers import TrackioLogger as TrackioLogger
     from spin_lightning.stages.best_as_real import BestAsReal as BestAsReal
     from spin_lightning.stages.clock import SelfPlay as SelfPlay
     from spin_lightning.stages.dpo import DpoLightningModule as DpoLightningModule
@@ -100,6 +102,7 @@ _HOMES = {
         "TokenSpinLoss",
     ),
     "models.adapters": ("LoraAdapter",),
+    "reports.callback": ("WriteReport",),
     "rewards": (
         "Answer",
         "FunctionReward",
@@ -113,6 +116,7 @@ _HOMES = {
     "runs.checkpoints": ("AtomicCheckpointIO", "last_checkpoint"),
     "runs.run_checkpoint": ("RunCheckpoint",),
     "runs.sharding": ("ShardedStrategy",),
+    "runs.trackers": ("TrackioLogger",),
     "stages.best_as_real": ("BestAsReal",),
     "stages.clock": ("SelfPlay",),
     "stages.dpo": ("DpoLightningModule", "RecordedPairs"),

@@ -7,13 +7,15 @@ reading direction around. Everything this package prints goes through ``say``; w
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 #: C0 (but the newline), DEL and C1, soft hyphen, marks of width zero, of direction and of lines, halves of characters.
@@ -118,3 +120,14 @@ def guard() -> None:
     format_raw = warnings.formatwarning
     if format_raw.__module__ != __name__:
         warnings.formatwarning = lambda *args, **kwargs: printable(format_raw(*args, **kwargs))
+
+
+@contextmanager
+def ending_with_its_reader() -> Iterator[None]:
+    """End quietly where whoever reads the standard output has had enough, as ``head`` has."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again as it ends
+        sys.exit(141)  # that of SIGPIPE

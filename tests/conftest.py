@@ -15,6 +15,8 @@ from several import Forked
 from spin_lightning.cli import children
 from spin_lightning.cli.commands import main
 
+collect_ignore = ["plugin_example"]  # a package of its own, which test_plugin_example.py installs
+
 torch.set_num_threads(1)  # sums are added up in the same order on every machine
 torch.set_warn_always(True)  # not only the first time of a process: each test is told of what it does itself
 

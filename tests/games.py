@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from fake_vllm import FakeVllm, Sampler
 from helpers import QUIET, load
@@ -253,3 +256,31 @@ class Secretive(L.Callback):
 def pairs_of(folder: Path, iteration: int) -> list[dict[str, Any]]:
     """The pairs of an iteration, as they are kept."""
     return PairStore(folder / f"iteration_{iteration}" / "pairs").read().to_pylist()
+
+
+def moments_of(folder: Path, copies: Path, run: Callable[[], Any], note: Callable[[], Any] = lambda: None) -> list[Any]:
+    """Run, and copy a folder before and after each file in it gets its final name, or loses it: what a kill can leave.
+
+    Returns:
+        The copies, in their order, each with what ``note`` said at that moment.
+    """
+    moments: list[Any] = []
+
+    def keep() -> None:
+        moments.append((copies / str(len(moments)), note()))
+        shutil.copytree(folder, moments[-1][0])
+
+    def around(function: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            keep()
+            result = function(*args, **kwargs)
+            keep()
+            return result
+
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", around(os.replace))
+        patch.setattr(Path, "rename", around(Path.rename))
+        run()
+    return moments

@@ -1,21 +1,22 @@
-"""A model of a few thousand weights and tokenizers, all made in code: the default tests need no file and no network."""
+"""What tests need beside ``spin_lightning.testing``: all made in code, without a file and without network."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spin_lightning import losses
-from spin_lightning.models.batches import collate_pairs
-from spin_lightning.models.log_probs import pair_log_probs
-from spin_lightning.types import PairBatch
+from spin_lightning.testing import CHATML as CHATML
+from spin_lightning.testing import byte_tokenizer as byte_tokenizer
+from spin_lightning.testing import save_tiny_model as save_tiny_model
+from spin_lightning.testing import scored_batch as scored_batch
+from spin_lightning.testing import tiny_model as tiny_model
+from spin_lightning.testing import write_rows as write_rows
 
 #: What a trainer of a test is given: one device, no logger, and nothing on the screen.
 QUIET: dict[str, Any] = {
@@ -24,37 +25,6 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def byte_tokenizer(
-    special: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    chat_template: str | None = CHATML,
-    eos: str = "<|im_end|>",
-    **kwargs: Any,
-) -> PreTrainedTokenizerFast:
-    """One token a byte, plus control tokens: small, reversible, and honest about control tokens in text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("."), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=eos,
-        clean_up_tokenization_spaces=False,
-        chat_template=chat_template,
-        **kwargs,
-    )
 
 
 def metaspace_tokenizer(scheme: str, template: str | None) -> PreTrainedTokenizerFast:
@@ -75,39 +45,6 @@ def metaspace_tokenizer(scheme: str, template: str | None) -> PreTrainedTokenize
     )
 
 
-def tiny_model(vocab_size: int = 264, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """A Llama of about 13,000 weights."""
-    settings = dict(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():  # spread out, so that answers depend on prompts and log-probs are not flat
-            if parameter.ndim == 2:
-                parameter.mul_(8.0)
-    return model
-
-
-def save_tiny_model(folder: Path, seed: int = 0, **changes: Any) -> str:
-    """A Hugging Face folder with model and tokenizer."""
-    tokenizer = byte_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), seed=seed, **changes).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a folder, as transformers reads it."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -123,47 +60,6 @@ def args_of(word: str, model: str, rows: str, folder: Path | str, *flags: str) -
         f"--{key}.output_dir={folder}",
         *flags,
     ]
-
-
-def write_rows(path: Path, count: int = 12) -> str:
-    """Short sums as message rows."""
-    rows = [
-        {"messages": [{"role": "user", "content": f"{a}+{a + 1}?"}, {"role": "assistant", "content": str(2 * a + 1)}]}
-        for a in range(count)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def scored_batch(model: nn.Module, initial: nn.Module | None = None) -> PairBatch:
-    """Three pairs with the log-probs that this model gave them."""
-    generator = torch.Generator().manual_seed(5)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(5, 60, (count,), generator=generator).tolist()
-
-    pairs: list[dict[str, Any]] = [
-        {
-            "pair_id": i,
-            "prompt_id": i,
-            "prompt_ids": ids(4 + i),
-            "real_ids": ids(3 + i),
-            "generated_ids": ids(7 - 2 * i),
-            "initial_ids": ids(2),
-        }
-        for i in range(3)
-    ]
-    for row in pairs:
-        row |= {
-            f"{player}_{side}_log_prob": 0.0 for player in ("opponent", "initial") for side in ("real", "generated")
-        }
-    (batch,) = collate_pairs(pairs, max_tokens=1000)
-    was_training = model.training
-    with torch.no_grad():
-        batch.opponent = pair_log_probs(model.eval(), batch)
-        batch.initial = pair_log_probs((initial or model).eval(), batch)
-    model.train(was_training)
-    return batch
 
 
 #: Each loss of the package, with a beta for it.

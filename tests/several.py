@@ -18,7 +18,9 @@ import pytest
 from helpers import args_of
 
 from spin_lightning import TransformersGenerator, UserError
-from spin_lightning.types import Response
+from spin_lightning.cli.children import Children
+from spin_lightning.cli.commands import main
+from spin_lightning.types import Response, StageFailed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["games", "several", "spin_lightning.cli.stage_cli"])
@@ -174,6 +176,21 @@ class Forked:
     def wait(self) -> int | None:
         self.process.join()
         return self.process.exitcode
+
+
+def run_here(patch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Have the commands of stages run in this process; returns those that did."""
+    commands: list[list[str]] = []
+
+    def run(children: Children, command: list[str], what: str, advice: str = "") -> None:
+        commands.append(command)
+        try:
+            main(command[3:])
+        except SystemExit as ended:
+            raise StageFailed(what, int(ended.code or 0), advice) from None
+
+    patch.setattr(Children, "run", run)
+    return commands
 
 
 def _run_stage(args: list[str], fate: str) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 from helpers import save_tiny_model, write_rows
 
-from spin_lightning.cli import plan, play, score
+import spin_lightning
+from spin_lightning.cli import chat, evaluate, pairs, plan, play, push, report, score
 from spin_lightning.cli.chain_file import read_chain
-from spin_lightning.cli.commands import COMMANDS, main, run
+from spin_lightning.cli.commands import COMMANDS, STAGES, main, run
+from spin_lightning.cli.compare_file import read_comparison
+from spin_lightning.cli.schema import make_schema
+from spin_lightning.cli.short_help import settings_of
 from spin_lightning.cli.slurm import make_script
 from spin_lightning.cli.stage_cli import parse_settings
 
@@ -91,6 +96,29 @@ def test_every_page_stands_in_the_site_once():
     assert sorted(names) == sorted(page.stem for page in PAGES[1:] if page.stem != "index")
 
 
+def test_settings_commands_and_names_are_written_from_the_code():
+    pytest.importorskip("myst_parser")
+    specification = spec_from_file_location("docs_conf", ROOT / "docs/conf.py")
+    assert specification is not None and specification.loader is not None
+    site = module_from_spec(specification)
+    specification.loader.exec_module(site)
+    pages = {name: "\n".join(write()) for name, write in site.WRITERS.items()}
+    for word, record in STAGES.items():
+        assert f"\n## {word}\n" in f"\n{pages['settings']}"
+        for _, settings in settings_of(record).values():
+            for setting in settings:
+                assert f"| `{setting.name}`<br>" in pages["settings"] and setting.type
+    assert "| `mu`<br><small>`float` or `list[float]`</small> | `1.0` | How many generated" in pages["classes"]
+    assert [word for word in COMMANDS if f"spin-lightning {word} " not in pages["commands"]] == []
+    assert sorted(re.findall(r":: spin_lightning\.(\w+)$", pages["api"], re.M)) == [
+        name for name in spin_lightning.__all__ if name != "__version__"
+    ]
+    text = ["[a](../configs/dpo.yaml) [b](../examples) [c](dpo.md#what-to-look-at) <!-- from the code: commands -->"]
+    site.prepare_page(None, "page", text)
+    assert f"[a]({REPOSITORY}/blob/main/configs/dpo.yaml) [b]({REPOSITORY}/tree/main/examples) [c](dpo.md#" in text[0]
+    assert "## chain" in text[0]
+
+
 def commands_of(page: Path) -> list[list[str]]:
     """The words of every command in a page's blocks; what is left out (``...``) or redirected is not among them."""
     found = []
@@ -98,11 +126,13 @@ def commands_of(page: Path) -> list[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             match = re.match(r"(?:\$ )?(?:\.venv/bin/)?spin-lightning (\w.*)", line)
             if match:
-                words = shlex.split(match[1].partition(" > ")[0], comments=True)
+                words = shlex.split(re.split(" [<>] ", match[1])[0], comments=True)
                 found.append([word for word in words if word != "..."])
     return found
 
 
+#: The plug-in of the docs.
+MY_PLUGIN = next(re.finditer(r"^```python\n(.*?)^```$", (ROOT / "docs/extending.md").read_text(), re.S | re.M))[1]
 COMMANDS_OF_DOCS = {
     f"{page.name}: {' '.join(words)}": words
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
@@ -117,7 +147,19 @@ def test_every_command_of_the_docs_is_one_that_would_run(command, tmp_path, monk
     monkeypatch.chdir(ROOT)
     run_yaml = tmp_path / "run.yaml"  # a reader's own config
     run_yaml.write_text("model: {model_name_or_path: a/b}\ndata: {train_data: rows.jsonl}\n")
-    parse_command(word, [str(run_yaml) if arg == "run.yaml" else arg for arg in args])
+    (tmp_path / "my_plugin.py").write_text(MY_PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    theirs = {arg for arg in args if arg.endswith(".yaml") and not Path(arg).exists()}
+    parse_command(word, [str(run_yaml) if arg in theirs else arg for arg in args])
+
+
+#: How commands that train no stage read their arguments.
+READERS = {
+    "chain": read_chain,
+    "compare": read_comparison,
+    "schema": lambda args: make_schema(*args),
+    **{each.__name__.rpartition(".")[2]: each.parse for each in (chat, evaluate, pairs, push, report)},
+}
 
 
 def parse_command(word: str, args: list[str]) -> None:
@@ -126,8 +168,8 @@ def parse_command(word: str, args: list[str]) -> None:
         cut = args.index("--")
         make_script(args)
         word, args = args[cut + 1], args[cut + 2 :]
-    if word == "chain":
-        read_chain(args)
+    if word in READERS:
+        READERS[word](args)
         return
     if word == "plan":
         args = plan.take_options(args)[1]
@@ -135,6 +177,10 @@ def parse_command(word: str, args: list[str]) -> None:
         args = play.take_options(args)[1]
     if word in ("plan", "play", "check"):
         word = "fit"
+    if any(arg.endswith(".help") for arg in args):  # of a class: it is printed, and that is all
+        with pytest.raises(SystemExit, match=r"^0$"):
+            parse_settings(word, args)
+        return
     if not {"-c", "--config"} & set(args):
         given = {arg.partition("=")[0] for arg in args}
         args += [

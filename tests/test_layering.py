@@ -14,7 +14,7 @@ PACKAGE = ROOT / "spin_lightning"
 ROOMS = ["runs", "models", "data", "generation", "rewards", "stages", "reports", "cli", "demos"]
 #: Files that stand alone, and what they may import of each other.
 FOUNDATION = ["types", "terminal", "progress", "schedule", "losses", "advantages", "ppo_loss"]
-ORDER = [*FOUNDATION, *ROOMS]
+ORDER = [*FOUNDATION, *ROOMS, "testing"]
 
 
 def room_of(path: Path) -> str:

@@ -39,6 +39,7 @@ def test_every_package_that_is_imported_is_declared():
         "spin_lightning",
         "matplotlib",
         "peft",
+        "trackio",
         "tokenizers",
         "huggingface_hub",
         "lm_eval",
@@ -61,6 +62,7 @@ def test_the_wheel_has_every_module_every_config_and_its_types(tmp_path):
     found = {name for name in zipfile.ZipFile(built).namelist() if name.startswith("spin_lightning/")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "spin_lightning").rglob("*.[cp]*") if path.is_file()}
     modules = {name for name in modules if name.endswith((".py", ".c"))}
+    modules |= {"spin_lightning/reports/report.html.j2"}
     configs = {f"spin_lightning/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert found == modules | configs | {"spin_lightning/py.typed"}
 

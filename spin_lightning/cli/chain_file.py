@@ -125,7 +125,13 @@ def read_chain(args: Sequence[str]) -> Chain:
                 f"--{name}: a setting on the command line begins with --common or the name of a stage, such as "
                 f"--{names[0]}.{START}; the stages are {', '.join(names)}."
             )
-    of = {name: tuple((key, value) for owner, key, value in flags if owner == name) for name in ("common", *names)}
+    launchers = {name: read_launcher(f"--{name}.launcher", value) for name, key, value in flags if key == "launcher"}
+    if "common" in launchers:
+        raise UserError(f"--common.launcher: a launcher is a stage's own, as --{names[0]}.launcher.")
+    of = {
+        name: tuple((key, value) for owner, key, value in flags if owner == name and key != "launcher")
+        for name in ("common", *names)
+    }
     folders = [value for name, _, value in flags if name == "output_dir"]
     common = content.get("common") or {}
     if not isinstance(common, dict):
@@ -135,7 +141,9 @@ def read_chain(args: Sequence[str]) -> Chain:
         output_dir=run_folder(folders[-1] if folders else content.get("output_dir") or "", "output_dir"),
         common=common,
         common_flags=of["common"],
-        steps=tuple(replace(step, flags=of[step.name]) for step in steps),
+        steps=tuple(
+            replace(step, flags=of[step.name], launcher=launchers.get(step.name, step.launcher)) for step in steps
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import torch
 
-from spin_lightning.cli.options import Options, ending_with_its_reader
+from spin_lightning.cli.arguments import Arguments
 from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation.base import Player, opened, seed_of
@@ -33,12 +33,10 @@ from spin_lightning.models.loading import (
     stored_dtype,
 )
 from spin_lightning.runs.files import read_json
-from spin_lightning.stages.iteration import iteration_folder
-from spin_lightning.terminal import printable, say
+from spin_lightning.stages.export import find_exported
+from spin_lightning.terminal import ending_with_its_reader, printable, say
 from spin_lightning.types import Message, UserError
 
-#: Exports of a run, the first of which is taken.
-EXPORTS = ("policy", "adapter")
 _HELP = """/reset      begins another conversation
 /save FILE  adds this one to FILE, as a row for sft
 /quit       ends, as Ctrl-D does
@@ -141,7 +139,7 @@ def main(args: list[str]) -> None:
         UserError: There is no such model, or an option is outside its range.
     """
     silence_libraries()
-    options = _parse(args)
+    options = parse(args)
     is_live, output = sys.stdin.isatty(), sys.stdout
     with redirect_stdout(sys.stdout if is_live else sys.stderr):  # a script reads responses alone
         speakers = [_load(*find_model(options.run, options.iteration), options)]
@@ -156,8 +154,13 @@ def main(args: list[str]) -> None:
                 _answer_lines(speakers, options, output)
 
 
-def _parse(args: Sequence[str]) -> Namespace:
-    options = Options("chat")
+def parse(args: Sequence[str]) -> Namespace:
+    """Read the arguments.
+
+    Raises:
+        UserError: They are not as they should be.
+    """
+    options = Arguments("chat")
     options.add_argument("run")
     options.add_argument("--iteration", type=int)
     options.add_argument("--against")
@@ -189,31 +192,14 @@ def find_model(name: str, iteration: int | None = None) -> tuple[str, str]:
         UserError: The folder holds no model, or the run none of that iteration.
     """
     folder = Path(name).expanduser()
-    numbers = sorted(
-        int(path.name.removeprefix("iteration_"))
-        for path in (folder.glob("iteration_*") if folder.is_dir() else ())
-        if re.fullmatch(r"iteration_\d+", path.name) and _export_of(path) is not None
-    )
-    if numbers:
-        number = numbers[-1] if iteration is None else iteration
-        if number not in numbers:
-            there = ", ".join(map(str, numbers))
-            raise UserError(f"{name} has no model of iteration {iteration}; it has those of {there}.")
-        return str(_export_of(iteration_folder(folder, number))), f"iteration {number} of {name}"
-    if iteration is not None:
-        raise UserError(f"--iteration {iteration} needs the folder of a run with iterations, and {name!r} is none.")
-    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-        if (export := _export_of(folder)) is None:
-            raise UserError(
-                f"there is no model in {name!r}: neither a config.json, nor policy/, adapter/ or iteration_*/. A run "
-                "exports its model when an iteration, or training, is over."
-            )
-        return str(export), name
-    return name, name
-
-
-def _export_of(folder: Path) -> Path | None:
-    return next((folder / kind for kind in EXPORTS if (folder / kind).is_dir()), None)
+    if not folder.is_dir():
+        if iteration is not None:
+            raise UserError(f"--iteration {iteration} needs the folder of a run with iterations, and {name!r} is none.")
+        return name, name
+    found = find_exported(folder, iteration)
+    place = found.parent
+    is_numbered = place.parent == folder and place.name.startswith("iteration_")
+    return str(found), f"{place.name.replace('_', ' ')} of {name}" if is_numbered else name
 
 
 def _load(path: str, name: str, options: Namespace) -> Speaker:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NoReturn
 
 from spin_lightning import __version__
+from spin_lightning.cli import help_texts
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -26,7 +28,8 @@ class Command:
         summary: What it does, in a line of the overview.
         stage: Import path of the record of the stage that it runs.
         method: The method of the Trainer that it calls with it.
-        function: Where it runs no stage: takes the arguments that follow the word.
+        function: Where it runs no stage, ``MODULE:NAME`` of what takes the arguments that follow the word.
+        reads_configs: Whether files of settings may be among them.
         usage: What may follow the word.
         fits: Whether arguments are as ``usage`` says, as far as ``function`` does not find out itself.
         help: What there is to say about it beyond ``summary``. A stage's settings are listed in any case.
@@ -35,365 +38,21 @@ class Command:
     summary: str
     stage: str | None = None
     method: str = "fit"
-    function: Callable[[list[str]], object] | None = None
+    function: str = ""
+    reads_configs: bool = False
     usage: str = "--config FILE [--KEY VALUE ...]"
     fits: Callable[[list[str]], bool] = lambda args: True
     help: str = ""
-
-
-def _run_check(args: list[str]) -> None:
-    from spin_lightning.cli.config_files import check_configs
-
-    check_configs(args)
-    from spin_lightning.cli.check import main
-
-    main(args)
-
-
-def _run_plan(args: list[str]) -> None:
-    from spin_lightning.cli.config_files import check_configs
-
-    check_configs(args)
-    from spin_lightning.cli.plan import main
-
-    main(args)
-
-
-def _run_play(args: list[str]) -> None:
-    from spin_lightning.cli.config_files import check_configs
-
-    check_configs(args)
-    from spin_lightning.cli.play import main
-
-    main(args)
-
-
-def _run_score(args: list[str]) -> None:
-    from spin_lightning.cli.config_files import check_configs
-
-    check_configs(args)
-    from spin_lightning.cli.score import main
-
-    main(args)
-
-
-def _run_evaluate(args: list[str]) -> None:
-    from spin_lightning.cli.evaluate import main
-
-    main(args)
-
-
-def _run_chat(args: list[str]) -> None:
-    from spin_lightning.cli.chat import main
-
-    main(args)
-
-
-def _run_pairs(args: list[str]) -> None:
-    from spin_lightning.cli.pairs import main
-
-    main(args)
-
-
-def _run_slurm(args: list[str]) -> None:
-    from spin_lightning.cli.slurm import main
-
-    main(args)
-
-
-def _run_schema(args: list[str]) -> None:
-    from spin_lightning.cli.schema import main
-
-    main(args)
-
-
-def _run_chain(args: list[str]) -> None:
-    from spin_lightning.cli.chain import main
-
-    main(args)
-
-
-def _run_demo(args: list[str]) -> None:
-    from spin_lightning.demos.small_model import play
-
-    play(*_with_model(args))
-
-
-def _run_reft(args: list[str]) -> None:
-    from spin_lightning.demos.reft import play
-
-    play(*_with_model(args))
-
-
-def _with_model(args: list[str]) -> list[str]:
-    """What a demo is given, with no model where settings stand in its place."""
-    return [args[0], "", *args[1:]] if len(args) > 1 and args[1].startswith("-") else args
-
-
-def _run_lab(args: list[str]) -> None:
-    from spin_lightning.demos.known_language import play
-
-    play(*args)
 
 
 def _folder_is_first(args: list[str]) -> bool:
     return not (args and args[0].startswith("-"))
 
 
-_OF_CHECK = """Looks at the data as a run will, in seconds: reads and checks every row, says
-which format was detected, counts what is bad, double, too long or cut, and
-shows one pair token by token. Of millions of rows, --sample 1000 reads and
-checks all, but encodes and counts only as many, chosen by data.seed.
+def _names_one(args: list[str]) -> bool:
+    """Whether a run, a model or a file comes first."""
+    return bool(args) and _folder_is_first(args)
 
-Takes what `spin-lightning fit` takes, or `sft`. Two settings are enough:
-
-  spin-lightning check --data.train_data my_data.jsonl \\
-    --model.model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
-
-What you may want to set, here and in the run:
-  --data.columns '{prompt: question, completion: answer}'
-                                       your names of the columns
-  --data.format messages               where two formats fit
-  --data.on_bad_row drop               leave bad rows out, counted, instead of
-                                       refusing the data
-  --data.max_prompt_tokens 512         rows with longer prompts are left out,
-                                       counted
-  --data.generator.max_new_tokens 256  cap on the answers; longer real ones are
-                                       cut, counted. For sft
-                                       --data.max_response_tokens
-  --data.prompt_template alpaca        where the model has no chat template
-
-A run writes the same counts to data_report.json in its folder.
-Colours are for terminals; NO_COLOR=1 turns them off, FORCE_COLOR=1 on.
-The exit code is 0 if a run can begin, else 2."""
-
-_OF_PLAN = """Says before a run what it will read, how many updates it has, what memory each
-device needs for training and for generation, and what the run leaves on disk;
-and where something does not fit, which settings would help. Reads the data and
-the model's config, and no weights: a model of 7B is planned on a laptop.
-
-Takes what `spin-lightning fit` takes, or `sft`, and also:
-  --memory 24GiB                       of one device, instead of those here
-  --devices 8                          short for --trainer.devices 8
-  --rows 50000 --prompt-tokens 200 --response-tokens 250
-                                       assume these instead of reading data
-  --sample 1000                        of the rows, encode and count only these
-  --probe                              load the model, and take the time of a
-                                       pass and of some responses
-  --price-per-hour 2.50                of one device, for the cost of all that:
-                                       with --probe
-  --json                               for tools: bytes, tokens and seconds
-
-On a CPU the figures of memory are within 15 % of what was measured; on a GPU
-within 10 % of ten measurements on an H200, where a step with compiled layers
-takes 5 to 25 % less than is planned. docs/scale.md has the equations,
-docs/gpu.md the measurements.
-The exit code is 0 if the run could begin, whether or not it fits, else 2."""
-
-_OF_PLAY = """The game of `spin-lightning fit`, with the same settings, folder and results.
-Each iteration has two stages, each in processes of its own that end with it:
-  generate   the opponent answers, and both answers are scored
-  train      the policy trains on them and is exported
-So training and generation never hold memory at the same time, and may be
-started in different ways. The same command continues a killed run, at any
-stage; fit and play continue each other's.
-
-Takes what `spin-lightning fit` takes, and also:
-  --launcher 'torchrun --nproc_per_node 8'
-                                       starts the stage that trains: it takes
-                                       the place of python in
-                                       `python -m spin_lightning fit`
-  --generate-launcher '...'            the same for the stage that generates.
-                                       Left out, that is one process if there is
-                                       a --launcher, else what the trainer's
-                                       settings say
-
-One stage alone: spin-lightning fit --self_play.stage generate, or train.
-A stage that fails ends it with its exit code. SIGTERM, SIGINT and SIGUSR1 go to
-the stage, and end both where the run can be continued."""
-
-_OF_SCORE = """A reward says what each response is worth; everything is kept in a folder, and
-the same command continues where it was killed: no judge is asked twice.
-
-  spin-lightning score \\
-    --model.model_name_or_path runs/mine/policy \\
-    --data.train_data held_out.jsonl \\
-    --data.answers_per_prompt 4 \\
-    --score.reward NumberMatch \\
-    --score.output_dir runs/mine_scored
-
-The sections model and data are those of `spin-lightning fit`, and a config of
-it can be given; all rows of data.train_data are scored (data.val_fraction 0).
-
-  --score.reward NumberMatch           1 for the right final number, 0.1 for
-                                       another, 0 for none; also TextMatch,
-                                       FunctionReward, ModelReward, JudgeReward,
-                                       SumOfRewards, or a class path of yours
-  --score.reward.pattern equals        a setting of that reward; all of them:
-                                       --score.reward.help NumberMatch
-  --score.output_dir runs/score        where everything is kept
-  --score.against MODEL                the win rate against another model
-  --score.part held_out                the rows that fit sets aside for its NLL
-  --score.right_from 1.0               the reward of a right one, for pass@k
-  --score.best_from 1.0                leave worse ones out of best.jsonl
-  --score.shard_size 64                prompts that a kill asks about again
-  --data.answers_per_prompt 4          responses to each prompt; 0 scores the
-                                       responses of the data instead
-  --data.generator.temperature 0       the most likely response, and no sample
-  --data.generator.max_new_tokens 256  cap on the responses
-  --trainer.accelerator gpu            and --trainer.precision bf16-true
-
-Results:
-  summary.json   mean and its error, pass@k, best of n, win rate
-  best.jsonl     the best response to each prompt: rows for `spin-lightning sft`
-  pairs.jsonl    chosen, rejected, preference, margin: for `dpo` and `reward`
-  responses/ rewards/ against/ comparisons/
-                 tables in Parquet, with what made them in *_manifest.json
-
-docs/score.md and docs/rewards.md have more."""
-
-_OF_SLURM = """Prints a batch script for a SLURM cluster:
-
-  spin-lightning slurm --nodes 2 --gpus-per-node 8 --time 24:00:00 -- \\
-    play --config run.yaml > run.sbatch
-  sbatch run.sbatch
-
-Before `--`, what the job asks for; each further option goes to #SBATCH as it
-is, such as --partition gpu or --account mine:
-  --nodes 1
-  --gpus-per-node 1
-  --time 24:00:00
-After it, a command of this package that trains: fit, play, sft, dpo, reward or
-ppo. Its processes are one for each GPU, started by srun; trainer.num_nodes and
-trainer.devices are added. The run's folder has to be on a disk that all nodes
-see.
-
-Five minutes before its time is over the job is sent SIGUSR1: the run saves what
-it has and ends, and the script queues the job again, which continues it."""
-
-_OF_CHAIN = """Runs the stages of a file in order, each from the model that the last one has
-exported, and prints what each gained: updates, time, held-out NLL and reward.
-The same command continues a chain that was killed, in whatever stage.
-
-  output_dir: runs/line            # each stage has a folder of its name in it
-  common:                          # for all stages that have these settings
-    data: {train_data: rows.jsonl, val_data: held_out.jsonl}
-    trainer: {precision: bf16-true}
-  stages:
-    - sft:                         # the word, and settings as in its config
-        model: {model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}
-    - fit:                         # starts from runs/line/sft/policy
-        config: spin.yaml          # a file of settings, beside this one
-        self_play: {iterations: 2}
-    - fit:
-        name: again                # a word that is there twice needs names
-        model: {model_name_or_path: {from: sft}}
-
-Where a setting is a path, {from: STAGE} is the model that a stage before this
-one has exported, and {from: STAGE, path: NAME} a file or folder in its run's
-folder. What is said last wins: a config, common, the stage, its flags.
-
-  --sft.model.learning_rate 1e-5       over what the file says
-  --common.trainer.accelerator cpu     the same for all stages without their own
-  launcher: torchrun --nproc_per_node 8
-                                       in a stage: takes the place of python
-
-All settings and files are looked at before the first stage starts. A stage that
-is over is skipped; where the file has changed since, its command says whether
-it may be. A stage that fails ends the chain with its exit code, a signal ends
-both where they can be continued."""
-
-_OF_EVALUATE = """Asks a model tasks of lm-evaluation-harness (pip install 'spin-lightning[eval]'),
-and prints each number with its standard error:
-
-  spin-lightning evaluate runs/mine
-  spin-lightning evaluate runs/mine/iteration_0/policy --tasks my_rows.jsonl
-
-MODEL is an exported folder (policy/ or adapter/), a run's folder, of which the
-last policy is taken, or a name on the hub. Without --tasks these are the six of
-the paper: arc_challenge 25 shots, truthfulqa_mc2 0, winogrande 5, gsm8k 5,
-hellaswag 10 and mmlu 5. Their data are on the hub.
-
-  --tasks hellaswag my_rows.jsonl      names, .yaml files of the harness, folders
-                                       of them, or .jsonl files of rows with
-                                       question, choices and answer; or prompt
-                                       and target
-  --shots 5                            examples before each question: one number
-                                       or one for each task
-  --limit 100                          the first documents of each task only
-  --against MODEL                      another model, and the paired difference
-  --chat_template true                 ask in messages; off is the paper's way
-  --batch_size 8                       sequences in one pass
-  --device cuda                        and --dtype bfloat16 instead of the stored
-                                       one
-  --output FOLDER                      where evaluation.json goes
-  --base MODEL                         what an adapter is put on, if that moved
-  --revision main                      of a name on the hub, and
-                                       --trust_remote_code true
-
-Results are written to evaluation.json beside the model's summary.json, each as
-soon as it is there, and on the model's card. The same command does not ask
-again what was asked of the same weights in the same way. docs/evaluate.md"""
-_OF_CHAT = """Talks with a model in the terminal.
-  spin-lightning chat runs/mine
-  spin-lightning chat runs/mine --iteration 0
-  spin-lightning chat runs/mine --against 0
-  spin-lightning chat runs/mine --against HuggingFaceTB/SmolLM2-135M-Instruct
-RUN is the folder of a run, of a model or of an adapter, a .gguf file, or a hub
-name. Of a run with iterations its last model is taken.
-  --iteration 0                        the model of another iteration
-  --against OTHER                      a second model, which answers the same
-                                       questions: what RUN may be, or the number
-                                       of an iteration of RUN
-  --system TEXT                        what the conversation begins with
-  --temperature 0.7                    0: the most likely response
-  --top_p 1.0
-  --max_new_tokens 512
-  --seed 0                             the same questions, the same responses
-  --prompt_template alpaca             where the model has no chat template
-  --dtype bfloat16                     else float32 on a CPU, and on a GPU what
-                                       the model is stored in
-  --device cuda                        else a GPU where there is one
-In a conversation, Ctrl-C stops the response, and
-  /reset                               begins another conversation
-  /save FILE                           adds it to FILE: a row for sft
-  /quit                                ends, as Ctrl-D does
-Where the input is no terminal, each line is a question of its own:
-  spin-lightning chat runs/mine < questions.txt
-  spin-lightning chat runs/mine --json < questions.txt > rows.jsonl"""
-_OF_PAIRS = """Writes what a game or `spin-lightning score` has made of prompts as rows that
-other trainers read. A row is a pair: the better and the worse response.
-  spin-lightning pairs runs/mine --output pairs.jsonl
-RUN is the folder of a game, of one of its iterations, or of score.
-  --iteration 0                        whose opponent answered; all: every one.
-                                       Left out: the last one with pairs
-  --format trl                         conversations: TRL's DPO and reward
-                                       trainers, OpenRLHF, and our own dpo
-  --format trl_text                    texts as the chat template wrote them,
-                                       with the end token: TRL, no template
-  --format axolotl                     type: chat_template.default
-  --format llama_factory               sharegpt with ranking, and the entry for
-                                       dataset_info.json
-  --output FILE                        .jsonl or .parquet. Left out: JSONL on
-                                       the standard output
-  --drop identical clipped             leave out pairs of equal responses, pairs
-                                       with a response that was cut, or both
-FILE.provenance.json says where the rows come from: iterations, opponents,
-sampling, seed, versions, hashes. Each row has its iteration, prompt, seed and
-opponent, in columns that these trainers do not read.
-docs/handover.md has more."""
-_OF_SCHEMA = """Prints a JSON Schema by which an editor completes the settings of a config as it
-is written, shows what each is, and marks what a run would refuse: a wrong name,
-a text for a number, a number out of its range.
-  spin-lightning schema > spin-lightning.schema.json
-                                       of all stages, each known by its sections,
-                                       and of the files of chain
-  spin-lightning schema fit > fit.schema.json
-                                       of one: fit, sft, ppo, dpo, reward, score;
-                                       or chain
-Then the first line of a config says where the schema is:
-  # yaml-language-server: $schema=spin-lightning.schema.json
-docs/settings.md shows it in VS Code and PyCharm."""
 
 COMMANDS = {
     "fit": Command("play the game; the same command continues a killed run", "spin_lightning.stages.spin.STAGE"),
@@ -403,77 +62,107 @@ COMMANDS = {
     "reward": Command("a reward model of pairs of responses", "spin_lightning.stages.reward.STAGE"),
     "validate": Command("held-out NLL of a model", "spin_lightning.stages.spin.STAGE", "validate"),
     "check": Command(
-        "what the data looks like to the game, without loading the model", function=_run_check, help=_OF_CHECK
+        "what the data looks like to the game, without loading the model",
+        function="spin_lightning.cli.check:main",
+        reads_configs=True,
+        help=help_texts.CHECK,
     ),
-    "plan": Command("what a run will take: memory, disk, updates, time", function=_run_plan, help=_OF_PLAN),
+    "plan": Command(
+        "what a run will take: memory, disk, updates, time",
+        function="spin_lightning.cli.plan:main",
+        reads_configs=True,
+        help=help_texts.PLAN,
+    ),
     "play": Command(
         "fit, each stage of it in processes of its own",
-        function=_run_play,
+        function="spin_lightning.cli.play:main",
+        reads_configs=True,
         usage="[--launcher COMMAND] --config FILE [--KEY VALUE ...]",
-        help=_OF_PLAY,
-    ),
-    "score": Command(
-        "what a reward says of a model's responses, or of the data's",
-        function=_run_score,
-        usage="[--config FILE] [--KEY VALUE ...]",
-        help=_OF_SCORE,
-    ),
-    "evaluate": Command(
-        "tasks of lm-evaluation-harness, and your own",
-        function=_run_evaluate,
-        usage="MODEL [--tasks TASK ...] [--shots N] [--against MODEL] ...",
-        fits=lambda args: bool(args) and _folder_is_first(args),
-        help=_OF_EVALUATE,
-    ),
-    "chat": Command(
-        "talk with a model of any iteration, or with two",
-        function=_run_chat,
-        usage="RUN [--iteration K] [--against OTHER] [--OPTION VALUE ...]",
-        fits=lambda args: bool(args) and _folder_is_first(args),
-        help=_OF_CHAT,
-    ),
-    "pairs": Command(
-        "a game's pairs as rows for TRL, axolotl and LLaMA-Factory",
-        function=_run_pairs,
-        usage="RUN [--iteration K] [--format LAYOUT] [--output FILE] [--drop WHAT ...]",
-        fits=lambda args: bool(args) and _folder_is_first(args),
-        help=_OF_PAIRS,
-    ),
-    "schema": Command(
-        "a JSON Schema of configs, for editors",
-        function=_run_schema,
-        usage="[STAGE] > FILE",
-        fits=lambda args: len(args) < 2 and _folder_is_first(args),
-        help=_OF_SCHEMA,
-    ),
-    "slurm": Command(
-        "a batch script for a run on a cluster",
-        function=_run_slurm,
-        usage="[--nodes N] [--gpus-per-node N] [--time D] [--OPTION VALUE ...] -- COMMAND ...",
-        help=_OF_SLURM,
+        help=help_texts.PLAY,
     ),
     "chain": Command(
         "a line of stages from one file, each from the last one's model",
-        function=_run_chain,
+        function="spin_lightning.cli.chain:main",
         usage="FILE [--output_dir FOLDER] [--STAGE.KEY VALUE ...]",
-        fits=lambda args: bool(args) and _folder_is_first(args),
-        help=_OF_CHAIN,
+        fits=_names_one,
+        help=help_texts.CHAIN,
+    ),
+    "slurm": Command(
+        "a batch script for a run on a cluster",
+        function="spin_lightning.cli.slurm:main",
+        usage="[--nodes N] [--gpus-per-node N] [--time D] [--OPTION VALUE ...] -- COMMAND ...",
+        help=help_texts.SLURM,
+    ),
+    "compare": Command(
+        "self-play against SFT from one start, over seeds, and a verdict",
+        function="spin_lightning.cli.compare:main",
+        reads_configs=True,
+        help=help_texts.COMPARE,
+    ),
+    "score": Command(
+        "what a reward says of a model's responses, or of the data's",
+        function="spin_lightning.cli.score:main",
+        reads_configs=True,
+        usage="[--config FILE] [--KEY VALUE ...]",
+        help=help_texts.SCORE,
+    ),
+    "evaluate": Command(
+        "tasks of lm-evaluation-harness, and your own",
+        function="spin_lightning.cli.evaluate:main",
+        usage="MODEL [--tasks TASK ...] [--shots N] [--against MODEL] ...",
+        fits=_names_one,
+        help=help_texts.EVALUATE,
+    ),
+    "report": Command(
+        "one HTML page of a run: curves, responses, health, settings",
+        function="spin_lightning.cli.report:main",
+        usage="RUN [--output FILE] [--against OTHER] [--samples N]",
+        fits=_names_one,
+        help=help_texts.REPORT,
+    ),
+    "chat": Command(
+        "talk with a model of any iteration, or with two",
+        function="spin_lightning.cli.chat:main",
+        usage="RUN [--iteration K] [--against OTHER] [--OPTION VALUE ...]",
+        fits=_names_one,
+        help=help_texts.CHAT,
+    ),
+    "pairs": Command(
+        "a game's pairs as rows for TRL, axolotl and LLaMA-Factory",
+        function="spin_lightning.cli.pairs:main",
+        usage="RUN [--iteration K] [--format LAYOUT] [--output FILE] [--drop WHAT ...]",
+        fits=_names_one,
+        help=help_texts.PAIRS,
+    ),
+    "push": Command(
+        "an exported model to a repository of the hub",
+        function="spin_lightning.cli.push:main",
+        usage="FOLDER USER/NAME [--private true|false] [--revision BRANCH] [--pairs] [--yes]",
+        fits=lambda args: len(args) > 1 and _folder_is_first(args),
+        help=help_texts.PUSH,
+    ),
+    "schema": Command(
+        "a JSON Schema of configs, for editors",
+        function="spin_lightning.cli.schema:main",
+        usage="[STAGE] > FILE",
+        fits=lambda args: len(args) < 2 and _folder_is_first(args),
+        help=help_texts.SCHEMA,
     ),
     "demo": Command(
         "the whole game on a small real model, on CPU",
-        function=_run_demo,
+        function="spin_lightning.demos.small_model:main",
         usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
         fits=_folder_is_first,
     ),
     "reft": Command(
         "SFT, then PPO with a program's reward, and the control",
-        function=_run_reft,
+        function="spin_lightning.demos.reft:main",
         usage="[FOLDER [MODEL] [--KEY VALUE ...]]",
         fits=_folder_is_first,
     ),
     "lab": Command(
         "the game on a known language, measured exactly",
-        function=_run_lab,
+        function="spin_lightning.demos.known_language:main",
         usage="[FOLDER]",
         fits=lambda args: len(args) < 2 and _folder_is_first(args),
     ),
@@ -573,8 +262,12 @@ def main(args: list[str] | None = None) -> None:
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # where classes of the user's own are; behind the installed packages
     try:
-        if command.function is not None:
-            command.function(args[1:])
+        if command.function:
+            if command.reads_configs:
+                from spin_lightning.cli.config_files import check_configs
+
+                check_configs(args[1:])
+            resolve_name(command.function)(args[1:])
         else:
             run(args)
     except Exception as raised:

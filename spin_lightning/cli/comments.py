@@ -12,8 +12,11 @@ import yaml
 
 from spin_lightning.cli.schema import SettingsSchema, schema_of
 from spin_lightning.cli.short_help import first_sentence
+from spin_lightning.types import UserError
 
 WIDTH = 120
+#: What may follow ``--print_config=``.
+_WORDS = ("plain", "skip_default")
 #: Where comments begin that stand behind a setting.
 COLUMN = 44
 
@@ -28,13 +31,19 @@ def print_commented(parser: Any, word: str, args: list[str]) -> list[str]:
 
     Returns:
         The arguments as the parser knows them.
+
+    Raises:
+        UserError: ``--print_config`` was given a word that is unknown.
     """
     taken, is_plain = [], False
     for arg in args:
         flag, _, words = arg.partition("=")
         if flag == "--print_config":
-            is_plain = "plain" in words.split(",")
-            kept = ",".join(other for other in words.split(",") if other not in ("", "plain", "comments"))
+            given = {given for given in words.split(",") if given}
+            if unknown := given - {*_WORDS, "comments", "skip_unset"}:
+                raise UserError(f"--print_config takes {' and '.join(_WORDS)} behind =, got {min(unknown)!r}.")
+            is_plain = "plain" in given
+            kept = ",".join(sorted(given - {"plain", "comments"}))
             arg = f"{flag}={kept}" if kept else flag
         taken.append(arg)
     if not is_plain:

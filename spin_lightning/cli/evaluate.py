@@ -59,7 +59,7 @@ def main(args: list[str]) -> None:
         UserError: They cannot be used.
     """
     silence_libraries()
-    given = _parse(args)
+    given = parse(args)
     check_harness()
     evaluation = Evaluation(_split(given.tasks), _as_shots(given.shots), given.limit, given.batch_size, given.template)
     ours = _locate(given.model, given.output)
@@ -83,7 +83,12 @@ def main(args: list[str]) -> None:
     say(f"Results are in {ours.place / RESULTS}" + (f" and {other.place / RESULTS}." if other else "."))
 
 
-def _parse(args: Sequence[str]) -> Any:
+def parse(args: Sequence[str]) -> Any:
+    """Read the arguments.
+
+    Raises:
+        UserError: They are not as they should be.
+    """
     parser = Arguments("evaluate")
     parser.add_argument("model")
     parser.add_argument("--tasks", nargs="+")

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_lightning.cli.options import Options, ending_with_its_reader
+from spin_lightning.cli.arguments import Arguments
 from spin_lightning.generation.pair_rows import LAYOUTS, Pair, dataset_info, pair_of_record, read_pairs
 from spin_lightning.generation.pair_store import PairStore, own_shards
 from spin_lightning.models.loading import load_tokenizer
@@ -26,7 +26,7 @@ from spin_lightning.runs.files import read_json, replacing, sha256_of, write_jso
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.runs.settings import versions
 from spin_lightning.stages.iteration import iteration_folder
-from spin_lightning.terminal import say
+from spin_lightning.terminal import ending_with_its_reader, say
 from spin_lightning.types import UserError
 
 #: What may be left out.
@@ -57,7 +57,7 @@ def main(args: list[str]) -> None:
         UserError: There are no pairs, or an option is outside its range.
         StorageError: The file cannot be written.
     """
-    options = _parse(args)
+    options = parse(args)
     source = open_source(Path(options.run).expanduser(), options.iteration, is_text=options.format == "trl_text")
     counts: Counter[str] = Counter()
     rows = _make_rows(source.pairs, options, counts)
@@ -69,8 +69,13 @@ def main(args: list[str]) -> None:
     _tell(options, counts)
 
 
-def _parse(args: Sequence[str]) -> Namespace:
-    options = Options("pairs")
+def parse(args: Sequence[str]) -> Namespace:
+    """Read the arguments.
+
+    Raises:
+        UserError: They are not as they should be.
+    """
+    options = Arguments("pairs")
     options.add_argument("run")
     options.add_argument("--iteration")
     options.add_argument("--format", choices=[*LAYOUTS], default="trl")

@@ -198,8 +198,9 @@ def schema_of(word: str, generator: SettingsSchema) -> dict[str, Any]:
         if name in sections["trainer"]:
             sections["trainer"][name]["description"] = text
     follow = {target: sources for target, (sources, _) in stage.links.items()}
-    if "checkpoint" in sections:
-        follow["checkpoint.dirpath"] = (f"{stage.folder}.output_dir",)
+    for target in ("checkpoint.dirpath", "report.output_dir"):
+        if target.partition(".")[0] in sections:
+            follow[target] = (f"{stage.folder}.output_dir",)
     for target, sources in follow.items():
         section, _, name = target.partition(".")
         sections[section][name] = {"not": {}, "description": f"Follows from {' and '.join(sources)}: leave it out."}

@@ -34,7 +34,7 @@ from spin_lightning.models.loading import (
 from spin_lightning.runs.files import replacing
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.stages.policy import PolicyModule
-from spin_lightning.stages.scoring import Players, RecordedPairs, Scoring
+from spin_lightning.stages.scoring import ComparedPairs, Players, Scoring
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -65,13 +65,13 @@ def main(args: list[str]) -> None:
         answers = settings.data.answers_per_prompt
         settings.data.answers_per_prompt = answers or 1
         scoring: Scoring = make_object("spin_lightning.stages.scoring.Scoring", settings.score)
-        fabric = _make_fabric(settings.trainer)
-        data = _read(settings, scoring, recorded=not answers)
-        others = _read(settings, scoring, of=scoring.against) if scoring.against is not None else None
+        fabric = make_fabric(settings.trainer)
+        data = read_rows(settings, scoring, recorded=not answers)
+        others = read_rows(settings, scoring, of=scoring.against) if scoring.against is not None else None
         kept = scoring.output_dir / "config.yaml"
         if not kept.exists():  # that of a run is not changed by a command that may be refused
             _keep(settings, answers, kept)
-        load = _Loader(settings, fabric, data, others)
+        load = Loader(settings, fabric, data, others)
         players = Players(load, fabric.autocast, settings.model.model_name_or_path, settings.model.trust_remote_code)
         summary = scoring.run(players, data, answers, others)
         _keep(settings, answers, kept)
@@ -153,9 +153,11 @@ def _without_others(config: str, known: set[str], left_out: list[str]) -> str:
     return yaml.safe_dump(kept)
 
 
-def _read(settings: Namespace, scoring: Scoring, recorded: bool = False, of: str | None = None) -> SyntheticDataModule:
+def read_rows(
+    settings: Namespace, scoring: Scoring, recorded: bool = False, of: str | None = None
+) -> SyntheticDataModule:
     """The rows, encoded for the model of the settings or for another one."""
-    kind = RecordedPairs if recorded and scoring.reward.compares else SyntheticDataModule
+    kind = ComparedPairs if recorded and scoring.reward.compares else SyntheticDataModule
     data: SyntheticDataModule = make_object(f"{kind.__module__}.{kind.__qualname__}", settings.data)
     model = settings.model
     name = model.model_name_or_path if of is None else of
@@ -175,14 +177,19 @@ def _read(settings: Namespace, scoring: Scoring, recorded: bool = False, of: str
     return data
 
 
-def _make_fabric(trainer: Namespace) -> L.Fabric:
+def make_fabric(trainer: Namespace) -> L.Fabric:
+    """Where to compute, and in which precision.
+
+    Raises:
+        UserError: There is no such device.
+    """
     try:
         return L.Fabric(devices=1, accelerator=trainer.accelerator, precision=trainer.precision)
     except RuntimeError as error:  # no such device here
         raise UserError(f"trainer.accelerator {trainer.accelerator!r} cannot be used: {error} Leave it out.") from None
 
 
-class _Loader:
+class Loader:
     """Loads the model of the settings, or another one, as it is computed with here."""
 
     def __init__(self, settings: Namespace, fabric: L.Fabric, data: Any, others: Any) -> None:
@@ -245,7 +252,10 @@ def render(summary: Mapping[str, Any]) -> list[str]:
     elif summary["pass_at"]:
         lines.append(f"  right         none: no reward is at least {summary['right_from']:g} (score.right_from)")
     lines += [f"  {f'best of {k}':<13} {number(value)}" for k, value in summary["best_of"].items() if k != "1"]
-    lines += [f"  not judged    {summary['unjudged']}"] if summary["unjudged"] else []
+    reasons = summary.get("reasons", {})
+    if summary["unjudged"]:
+        why = reasons.get("unjudged")
+        lines.append(f"  not judged    {summary['unjudged']}" + (f": {why}" if why else ""))
     lines += [f"  cut           {summary['cut_share']:.0%}"] if summary["cut_share"] else []
     if (against := summary["against"]) is not None and against["win_rate"] is not None:
         low, high = against["interval"]
@@ -256,4 +266,6 @@ def render(summary: Mapping[str, Any]) -> list[str]:
         if against["order_sensitivity"] is not None:
             lines.append(f"  order         moves the judge by {against['order_sensitivity']:.3f} on average")
     lines.append(f"  {summary['best_rows']} rows for sft in best.jsonl, {summary['pair_rows']} pairs in pairs.jsonl")
+    for key, what in (("best_rows", "no rows"), ("pair_rows", "no pairs")):
+        lines += [f"  {what:<13} {reasons[key]}"] if key in reasons else []
     return lines

@@ -21,7 +21,11 @@ from typing import Any
 
 from docstring_parser import parse
 
-CHECKPOINT = "spin_lightning.runs.run_checkpoint.RunCheckpoint"
+#: Sections that every stage has beside its own.
+OF_EVERY_STAGE = {
+    "checkpoint": "spin_lightning.runs.run_checkpoint.RunCheckpoint",
+    "report": "spin_lightning.reports.callback.WriteReport",
+}
 TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 #: Settings of the trainer whose defaults are not Lightning's here.
 TRAINER_DEFAULTS = {
@@ -107,14 +111,14 @@ def settings_of(record: str) -> dict[str, tuple[str, list[Setting]]]:
         record: Import path of the stage's record.
     """
     stage = _literals_of(record)
-    follow = {*stage.get("links", ()), "checkpoint.dirpath"}
+    follow = {*stage.get("links", ()), "checkpoint.dirpath", "report.output_dir"}
     found = {}
     defaults = {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()} | stage.get("defaults", {})
     for section, path in {
         "model": stage["module"],
         "data": stage["data"],
         **stage["callbacks"],
-        "checkpoint": CHECKPOINT,
+        **OF_EVERY_STAGE,
         "trainer": TRAINER,
     }.items():
         module, node = _find_class(path)
@@ -165,6 +169,8 @@ def _settings_of_class(module: str, node: ast.ClassDef, prefix: str, defaults: M
                 *([f"or {', '.join(choices)}"] if choices else []),
             ]
             text = texts.get(argument.arg, "")
+            if "must be given" in text:  # where a default of null is refused by a sentence
+                shown[0] = "required"
             yield Setting(name, "; ".join(shown), first_sentence(text), _name_type(argument.annotation), text)
             if named:
                 yield from _settings_of_class(*_find_class(named), name, defaults)

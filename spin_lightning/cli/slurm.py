@@ -10,12 +10,13 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from spin_lightning.cli.chain_file import read_chain
 from spin_lightning.cli.commands import STAGES
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
 #: Commands that a job may run.
-WORDS = (*STAGES, "play")
+WORDS = (*STAGES, "play", "chain")
 #: Seconds before the job's time is over in which the run is asked to end.
 NOTICE_SECONDS = 300
 
@@ -57,9 +58,19 @@ def make_script(args: Sequence[str]) -> str:
     }
     directives = [f"#SBATCH --{name}={value}".rstrip("=") for name, value in ({**ours, **options}).items()]
     directives.sort(key=lambda line: "--nodes" not in line)
-    flags = [f"--trainer.num_nodes={options['nodes']}", f"--trainer.devices={options['gpus-per-node']}"]
+    of_trainer = {"trainer.num_nodes": options["nodes"], "trainer.devices": options["gpus-per-node"]}
+    flags = [f"--{name}={value}" for name, value in of_trainer.items()]
     python = "srun --kill-on-bad-exit=1 python"
-    if word == "play":
+    if word == "chain":  # it starts its stages one after the other, and so runs beside them
+        flags = []
+        for step in read_chain(settings).steps:
+            if step.word == "score":
+                flags.append(f"--{step.name}.launcher=srun --kill-on-bad-exit=1 --nodes=1 --ntasks=1 python")
+            else:
+                flags.append(f"--{step.name}.launcher={python}")
+                flags += [f"--{step.name}.{name}={value}" for name, value in of_trainer.items()]
+        start = ["python", "-m", "spin_lightning", "chain"]
+    elif word == "play":
         start = ["python", "-m", "spin_lightning", "play", "--launcher", python, "--generate-launcher", python]
     else:
         start = [*python.split(), "-m", "spin_lightning", word]
@@ -96,8 +107,12 @@ def _split(args: Sequence[str]) -> tuple[list[str], str, list[str]]:
             f"what the job runs must follow `--`, one of {', '.join(WORDS)} with its settings, got {word!r}: "
             "spin-lightning slurm --nodes 2 --gpus-per-node 8 -- play --config run.yaml"
         )
+    if word == "chain" and not settings:
+        raise UserError("chain needs its file: spin-lightning slurm -- chain line.yaml")
     for setting in settings:
         name = setting.partition("=")[0]
+        if word == "chain" and name.endswith((".launcher", ".trainer.devices", ".trainer.num_nodes")):
+            raise UserError(f"{name} follows from --nodes and --gpus-per-node of the job. Leave it out.")
         if name in ("--launcher", "--generate-launcher", "--trainer.devices", "--trainer.num_nodes"):
             raise UserError(f"{name} follows from --nodes and --gpus-per-node of the job. Leave it out.")
     return list(args[:place]), word, settings

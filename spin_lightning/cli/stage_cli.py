@@ -19,7 +19,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from spin_lightning.cli.class_defaults import own_defaults
 from spin_lightning.cli.commands import COMMANDS, STAGES
@@ -27,6 +27,8 @@ from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.cli.settings_errors import explaining_settings, refusal_of_arguments
 from spin_lightning.cli.short_help import TRAINER_DEFAULTS
 from spin_lightning.progress import display
+from spin_lightning.reports.callback import WriteReport
+from spin_lightning.runs import trackers
 from spin_lightning.runs.checkpoints import AtomicCheckpointIO, checkpoint_folder, existing_checkpoint, last_checkpoint
 from spin_lightning.runs.files import read_json, refuse_links, replacing, run_folder
 from spin_lightning.runs.lightning_internals import FlagsWin, attach, made_for_trainer, parsers_of
@@ -82,10 +84,12 @@ class SaveRunConfig(SaveConfigCallback):
 
     Args:
         folder: Section of the config that has the run's folder as its ``output_dir``.
+        trackers: Loggers that are told the config, too.
     """
 
-    def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, folder: str, trackers: list[Logger], **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+        self.trackers = trackers
         self.folder = run_folder(self.config[folder].output_dir, f"{folder}.output_dir")
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
@@ -104,6 +108,11 @@ class SaveRunConfig(SaveConfigCallback):
             config.get("self_play", {}).pop("stage", None)  # of this command, and not of the run
             with replacing(self.folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            for name in ("config", "ckpt_path"):  # of this command, and not of the run
+                config.pop(name, None)
+            config["trainer"].pop("logger", None)
+            trackers.tell(self.trackers, config)
+            self.trackers = []  # it is told once
 
 
 class StageCLI(FlagsWin, LightningCLI):
@@ -120,12 +129,13 @@ class StageCLI(FlagsWin, LightningCLI):
         self.word, command = word, COMMANDS[word]
         assert command.stage is not None
         self.stage: Stage = resolve_name(command.stage)
+        self.trackers: list[Logger] = []
         silence_libraries()
         super().__init__(
             resolve_name(self.stage.module),
             resolve_name(self.stage.data),
             save_config_callback=SaveRunConfig,
-            save_config_kwargs={"folder": self.stage.folder},
+            save_config_kwargs={"folder": self.stage.folder, "trackers": self.trackers},
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "prog": "spin-lightning"},
@@ -137,10 +147,12 @@ class StageCLI(FlagsWin, LightningCLI):
         for section, kind in self.stage.callbacks.items():
             parser.add_lightning_class_args(resolve_name(kind), section)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(WriteReport, "report")
         for setting in self.stage.reads_over:
             parser.add_argument(f"--{setting}", type=dict | Any, help=SUPPRESS, default=SUPPRESS)
         parser.set_defaults(dict(self.stage.defaults))
         parser.link_arguments(f"{self.stage.folder}.output_dir", "checkpoint.dirpath", compute_fn=checkpoint_folder)
+        parser.link_arguments(f"{self.stage.folder}.output_dir", "report.output_dir")
         for target, (sources, follow) in self.stage.links.items():
             parser.link_arguments(sources, target, compute_fn=follow)
 
@@ -253,6 +265,7 @@ class StageCLI(FlagsWin, LightningCLI):
             self.is_over = True
             return
         config.weights_only = True
+        trackers.continue_in(self._tracker_specs, output_dir)
         if checkpoint:
             say(f"continuing the run in {output_dir} from {checkpoint}")
             config.ckpt_path = checkpoint
@@ -286,6 +299,12 @@ class StageCLI(FlagsWin, LightningCLI):
         say(f"the run in {output_dir} is over; {result}. For another run set --{self.stage.folder}.output_dir.")
         raise RunIsOver
 
+    @property
+    def _tracker_specs(self) -> list[Any]:
+        """The loggers that somebody named, as the parser has them."""
+        given = self.config[self.subcommand].trainer.logger
+        return [spec for spec in (given if isinstance(given, list) else [given]) if hasattr(spec, "class_path")]
+
     def _read_data(self, stage: str) -> None:
         attach(self.trainer, self.model, self.datamodule)  # which has the model's tokenizer, and the folder's date
         self.datamodule.setup(stage)
@@ -294,6 +313,8 @@ class StageCLI(FlagsWin, LightningCLI):
         """Data that are refused leave nothing behind: loggers write as soon as a fit begins."""
         if is_first():  # the others read them when it has, so that it alone says what is wrong
             self._read_data("fit")
+            if not self.config["fit"].trainer.fast_dev_run:
+                trackers.begin(self.trackers, self._tracker_specs, self._output_dir)
 
     def before_validate(self) -> None:
         if is_first():
@@ -313,12 +334,17 @@ class StageCLI(FlagsWin, LightningCLI):
         display.is_on = config["trainer"]["enable_progress_bar"] is not False
         if display.is_on and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             kwargs.setdefault("callbacks", [ShowProgress(), *callbacks])
-        if config["trainer"].get("logger") in (None, True):
+        if config["trainer"].get("logger") is not False:
             output_dir = self._output_dir
-            kwargs["logger"] = [
+            own = [
                 CSVLogger(output_dir, name="logs", flush_logs_every_n_steps=1),  # a kill loses no row
                 TensorBoardLogger(output_dir, name="tensorboard", version=""),
             ]
+            named = [logger for logger in made_for_trainer(self, "logger") if logger is not True]
+            self.trackers += named
+            for tracker in named:
+                trackers.outlive(tracker)
+            kwargs["logger"] = [*named, *(logger for logger in own if type(logger) not in map(type, named))]
         defaults = parsers_of(self)[str(self.subcommand)].get_defaults()["trainer"]
         given = {f"trainer.{name}": value for name, value in config["trainer"].items() if value != defaults.get(name)}
         with explaining_settings(given):

@@ -62,3 +62,21 @@ class ResumableLoader(DataLoader[Any]):
                 "began with."
             )
         self.sampler.start = state["served"] * self.batch_size
+
+
+class InTurn:
+    """Loaders one after the other, as one.
+
+    Example:
+        >>> list(InTurn([1, 2], [3])), len(InTurn([1, 2], [3]))
+        ([1, 2, 3], 3)
+    """
+
+    def __init__(self, *loaders: Any) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self.loaders)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from spin_lightning.data.encoding import Encoded, Encoder
 from spin_lightning.data.formats import Tally, prompt_key
-from spin_lightning.data.loader import ResumableLoader, ResumableSampler
+from spin_lightning.data.loader import InTurn, ResumableLoader, ResumableSampler
 from spin_lightning.data.report import as_dicts, describe_source, refusal_of, say_noted, spread
 from spin_lightning.data.rows import LoadedRows, load_rows
 from spin_lightning.data.training_set import PairDataset, TrainingSet
@@ -43,6 +43,8 @@ class RowDataModule(L.LightningDataModule):
             from each to its weight, such as ``{a.jsonl: 1.0, b.jsonl: 0.5}``: 1 takes all of its rows, 0.5 a random
             half, 2 each row twice.
         val_data: The same, for the held-out NLL. None sets ``val_fraction`` of the training rows aside.
+        other_data: The same, of other tasks: rows that are only measured, beside the held-out ones, so that a run says
+            what it forgets. None: nothing is.
         val_fraction: Share of the rows held out where ``val_data`` is not given. 0 trains without a held-out NLL.
         format: ``auto`` detects it and says so; else messages, prompt_completion, alpaca, sharegpt, real_generated or
             chosen_rejected.
@@ -106,8 +108,11 @@ class RowDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         tokenizer_name_or_path: str | None = None,
+        other_data: str | dict[str, float] | None = None,
     ) -> None:
         super().__init__()
+        #: What is trained on in the place of the rows as they are; asked whenever a loader is made. None: the rows.
+        self.make_training_set: Callable[[], TrainingSet] | None = None
         refuse_below(1, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens)
         refuse_below(1, max_prompt_tokens=max_prompt_tokens, max_response_tokens=max_response_tokens)
         refuse_below(0, num_workers=num_workers)
@@ -121,6 +126,7 @@ class RowDataModule(L.LightningDataModule):
             raise UserError(f"data.seed must have less than 64 bits, got {seed!r}. Give a smaller one.")
         self.train_data = train_data
         self.val_data = val_data
+        self.other_data = other_data
         self.val_fraction = val_fraction
         self.format = format
         self.columns = columns
@@ -151,6 +157,9 @@ class RowDataModule(L.LightningDataModule):
         #: The rows of the iteration in progress; where all iterations have the same, those.
         self.prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
+        #: The rows of ``other_data``, and after how many batches of a measurement they come. None: they never do.
+        self.other_prompts: list[Prompt] = []
+        self.num_held_out_batches: int | None = None
         self._of_iterations: list[list[Prompt]] = []  # of a list of sources
         self._as_read: list[Prompt] | None = None  # where real responses were replaced since
         #: What was read, dropped, cut and found strange, in exact counts. Made in ``setup``.
@@ -167,6 +176,11 @@ class RowDataModule(L.LightningDataModule):
             processes.refuse_different(f"{self.hashes_of_rows} {self.held_out_hash}", "the rows")
         if stage == "fit":
             self._refuse_less_than_a_batch()
+        if self.other_data is not None and not self.val_prompts:
+            raise UserError(
+                "data.other_data is measured whenever held-out rows are, and no row is held out. Give data.val_data or "
+                "raise data.val_fraction."
+            )
         if stage == "validate" and not self.val_prompts:
             raise UserError(
                 "no row is held out, so there is nothing to measure. Give data.val_data or raise data.val_fraction."
@@ -208,6 +222,11 @@ class RowDataModule(L.LightningDataModule):
         if later:
             self._add_iterations(sources, later)
         self.val_prompts = self._encode_rows(_repeat_rows(val_rows), "held_out")
+        if self.other_data is not None:
+            other = read(self.other_data, needs_rejected=False, keep_columns=())
+            self.report["other_data"] = describe_source("other data", self.other_data, other)
+            rows = list(zip(other.places, other.rows, other.times, strict=True))
+            self.other_prompts = self._encode_rows(_repeat_rows(rows), "other", needs_rejected=False)
         self.report["prompts_sha256"] = self.prompts_hash
         self.refuse_longer_than(self.encoder.tokenizer.model_max_length, is_of_tokenizer=True)
 
@@ -315,8 +334,10 @@ class RowDataModule(L.LightningDataModule):
         report = min(reports, key=lambda report: report["train"]["prompts"])
         train = report["train"]
         num_prompts = train.get("sample_of", train["prompts"])
-        if num_prompts * self.examples_per_prompt < self.batch_size:
-            answers = f" with {self.examples_per_prompt} answers each" if self.examples_per_prompt > 1 else ""
+        most = num_prompts * self.examples_per_prompt
+        if most < self.batch_size:
+            lower = f"Set --data.batch_size {most} or less, or give" if most else "Give"
+            answers = f" with {self.examples_per_prompt} responses each" if self.examples_per_prompt > 1 else ""
             num_rows = report["train_data"]["rows_kept"]
             refused = train["refused_rows"]["count"]
             of_iteration = f" in iteration {reports.index(report)}" if len(reports) > 1 else ""
@@ -325,7 +346,7 @@ class RowDataModule(L.LightningDataModule):
                 f"{self.batch_size}: of {num_rows} rows {num_rows - train['rows']} are held out and "
                 f"{train['long_prompts']['count']} have "
                 f"prompts that are too long{f', {refused} are refused by the chat template' if refused else ''}. "
-                "Lower data.batch_size, or give more rows."
+                f"{lower} more rows."
             )
 
     def refuse_longer_than(self, limit: float, is_of_tokenizer: bool = False) -> None:
@@ -334,7 +355,7 @@ class RowDataModule(L.LightningDataModule):
         Raises:
             UserError: The longest prompt and the longest response do not fit.
         """
-        longest = max(len(prompt.prompt_ids) for prompt in [*self._all_prompts, *self.val_prompts])
+        longest = max(len(prompt.prompt_ids) for prompt in [*self._all_prompts, *self.val_prompts, *self.other_prompts])
         longest += self.max_response_tokens
         if longest > limit:
             takes, mend = f"the model takes {limit}", ""
@@ -391,8 +412,10 @@ class RowDataModule(L.LightningDataModule):
             self.report["template_time"] = encoder.time
         return encoder
 
-    def _encode_rows(self, rows: list[tuple[str, Row]], part: str) -> list[Prompt]:
+    def _encode_rows(self, rows: list[tuple[str, Row]], part: str, needs_rejected: bool | None = None) -> list[Prompt]:
         """The rows as ids, without those with long prompts; what is counted goes into the report and on the screen."""
+        needs_rejected = self.needs_rejected if needs_rejected is None else needs_rejected
+        of_part = {"held_out": "held-out rows", "other": "rows of other tasks"}.get(part, "rows")
         sample_of = {}
         if self.sample is not None and self.sample < len(rows):
             sample_of = {"sample_of": len(rows)}
@@ -422,9 +445,9 @@ class RowDataModule(L.LightningDataModule):
         prompts: list[Prompt] = []
         encoded_rows = self.encoder.encode_rows((row for _, row in rows), self.max_response_tokens)
         others: Iterable[Encoded | UserError | None] = repeat(None, len(rows))
-        if self.needs_rejected:
+        if needs_rejected:
             others = self.encoder.encode_rows((row.swapped for _, row in rows), self.max_response_tokens)
-        counted_rows = track(rows, "encoding held-out rows" if part == "held_out" else "encoding rows", len(rows))
+        counted_rows = track(rows, f"encoding {of_part}", len(rows))
         for (where, row), encoded, other in zip(counted_rows, encoded_rows, others, strict=True):
             if isinstance(encoded, UserError) or isinstance(other, UserError):
                 noted["refused_rows"].add(f"{where}: {encoded if isinstance(encoded, UserError) else other}")
@@ -456,7 +479,7 @@ class RowDataModule(L.LightningDataModule):
         refused = noted["refused_rows"]
         if refused.count and (self.on_bad_row == "error" or not prompts):
             raise UserError(refusal_of(refused, len(rows)))
-        say_noted(noted, " (held-out rows)" if part == "held_out" else "")
+        say_noted(noted, "" if part == "train" else f" ({of_part})")
         self.report[part] = {
             "rows": len(rows),
             **sample_of,
@@ -465,7 +488,7 @@ class RowDataModule(L.LightningDataModule):
             "prompt_tokens": spread([len(prompt.prompt_ids) for prompt in prompts]),
             "real_tokens": spread([len(prompt.real_ids) for prompt in prompts]),
         }
-        if self.needs_rejected:
+        if needs_rejected:
             self.report[part]["rejected_tokens"] = spread([len(prompt.rejected_ids or ()) for prompt in prompts])
         return prompts
 
@@ -488,7 +511,9 @@ class RowDataModule(L.LightningDataModule):
         return _hash_of(self.val_prompts)
 
     def train_dataloader(self) -> ResumableLoader:
-        """The real responses."""
+        """The real responses, or what the module makes of them."""
+        if self.make_training_set is not None:
+            return self._serve(self.make_training_set())
         return self._make_loader(self.prompts, [prompt.prompt_id for prompt in self.prompts], collate_prompts)
 
     def _serve(self, training_set: TrainingSet, keeps_prompts_together: bool = False) -> ResumableLoader:
@@ -498,7 +523,17 @@ class RowDataModule(L.LightningDataModule):
         return self._make_loader(PairDataset(rows), prompt_ids, training_set.collate, keeps_prompts_together)
 
     def val_dataloader(self) -> list[Any] | DataLoader[Any]:
-        return self._make_held_out_loader([prompt for prompt in self.val_prompts if prompt.real_ids], collate_prompts)
+        return self._beside_other(
+            self._make_held_out_loader([prompt for prompt in self.val_prompts if prompt.real_ids], collate_prompts)
+        )
+
+    def _beside_other(self, held_out: Any) -> Any:
+        """The loader of the held-out rows, and behind it that of the rows of other tasks, where there are any."""
+        other = [prompt for prompt in self.other_prompts if prompt.real_ids]
+        if not other or not len(held_out):
+            return held_out
+        self.num_held_out_batches = len(held_out)
+        return InTurn(held_out, self._make_held_out_loader(other, collate_prompts))
 
     def _make_held_out_loader(self, rows: Any, collate: Callable[..., Any]) -> list[Any] | DataLoader[Any]:
         if not len(rows):

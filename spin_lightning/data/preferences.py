@@ -85,7 +85,7 @@ class PreferenceDataModule(RowDataModule):
 
     def val_dataloader(self) -> list[Any] | DataLoader[Any]:
         """The held-out pairs, as they are."""
-        return self._make_held_out_loader(Pairs(self.val_prompts), collate_pairs)
+        return self._beside_other(self._make_held_out_loader(Pairs(self.val_prompts), collate_pairs))
 
 
 class Pairs(Dataset[dict[str, Any]]):

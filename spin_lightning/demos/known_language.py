@@ -184,6 +184,11 @@ class Laboratory:
         )
 
 
+def main(args: list[str]) -> None:
+    """``spin-lightning lab``: the folder, which may be left out."""
+    play(*args)
+
+
 def play(folder: str | Path = "runs/lab", *, settings: Settings | None = None) -> dict[str, Any]:
     """Run the laboratory: print its table and what follows, and write ``laboratory.json`` and ``laboratory.png``.
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spin_lightning.demos.steps import Asked, begin, has_bf16_units, run_step, say_step
+from spin_lightning.demos.steps import Asked, arguments_of, begin, has_bf16_units, run_step, say_step
 from spin_lightning.demos.sums import write_sums
 from spin_lightning.rewards.base import make_answer, scored
 from spin_lightning.rewards.program import NumberMatch
@@ -26,6 +26,11 @@ ITERATIONS = 20
 #: More would be hundreds of epochs.
 MOST_CONTROL_UPDATES = 1000
 CONTROL = "control: more SFT"
+
+
+def main(args: list[str]) -> None:
+    """``spin-lightning reft``: the folder, the model and settings, all of which may be left out."""
+    play(*arguments_of(args))
 
 
 def play(folder: str = "runs/reft", model: str | None = None, *overrides: str) -> dict[str, Any]:

@@ -14,12 +14,17 @@ from typing import Any
 
 from spin_lightning.data.rows import load_rows
 from spin_lightning.demos.skills import is_exact, write_skills
-from spin_lightning.demos.steps import Asked, begin, has_bf16_units, run_step, say_step
+from spin_lightning.demos.steps import Asked, arguments_of, begin, has_bf16_units, run_step, say_step
 from spin_lightning.runs.files import read_json, write_json
 from spin_lightning.stages.samples import side_by_side
 from spin_lightning.terminal import say
 
 MAX_NEW_TOKENS = 32
+
+
+def main(args: list[str]) -> None:
+    """``spin-lightning demo``: the folder, the model and settings, all of which may be left out."""
+    play(*arguments_of(args))
 
 
 def play(folder: str = "runs/demo", model: str | None = None, *overrides: str) -> dict[str, Any]:

@@ -114,3 +114,13 @@ def run_step(subcommand: str, config: str, *flags: str) -> None:
 def say_step(text: str) -> None:
     """Say which step of the demo begins."""
     say(f"\n== {text}")
+
+
+def arguments_of(args: list[str]) -> list[str]:
+    """What ``play`` of a demo takes, from a command line: no model where settings stand in its place.
+
+    Example:
+        >>> arguments_of(["runs/demo", "--trainer.accelerator", "gpu"])
+        ['runs/demo', '', '--trainer.accelerator', 'gpu']
+    """
+    return [args[0], "", *args[1:]] if len(args) > 1 and args[1].startswith("-") else args

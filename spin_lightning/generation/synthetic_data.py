@@ -87,7 +87,7 @@ class SyntheticDataModule(RowDataModule):
         self.game: Game | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        if stage == "fit":
+        if stage == "fit" and getattr(self._module, "needs_generator", True):
             self._check_generator()
         self.max_response_tokens = self.generator.max_new_tokens  # of another generator, perhaps, than at first
         super().setup(stage)

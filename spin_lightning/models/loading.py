@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,12 +66,17 @@ def _path_of(name_or_path: str) -> Path:
     return path
 
 
-def check_model(name_or_path: str, attn_implementation: str | None = None, trust_remote_code: bool = False) -> None:
+def check_model(
+    name_or_path: str,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    needs_head: bool = True,
+) -> None:
     """Refuse what could not be loaded or would run code of others, as far as names tell. Reads no weights, asks no hub.
 
     Raises:
         UserError: Nothing is there, it is an adapter or holds pickles only, or the attention is code from the hub,
-            which needs ``trust_remote_code``.
+            which needs ``trust_remote_code``. Or it is to predict tokens (``needs_head``), and is a reward model.
     """
     where = locate(name_or_path)
     _refuse_kernels({"attn_implementation": attn_implementation}, "the settings", trust_remote_code)
@@ -83,6 +88,11 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
             name_or_path, (folder / "adapter_config.json").read_text(encoding="utf-8", errors="replace")
         )
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if needs_head and "config.json" in files:
+        config: Any = None
+        with suppress(ValueError, RecursionError):  # loading says what is wrong with it
+            config = json.loads((folder / "config.json").read_text(errors="replace"))
+        _refuse_classifier(config, name_or_path)
     pickles = [name for name in files if re.fullmatch(r"pytorch_model.*\.bin|.*\.(pth?|ckpt)", name)]
     if pickles and not any(name.endswith(".safetensors") for name in files):
         raise UserError(
@@ -95,6 +105,22 @@ def check_model(name_or_path: str, attn_implementation: str | None = None, trust
         )
     if "config.json" in files and '"transformers_weights"' not in (folder / "config.json").read_text(errors="replace"):
         _check_weights(name_or_path, folder, files)
+
+
+def _refuse_classifier(config: Any, name_or_path: str) -> None:
+    """Make sure that a config is not that of a reward model, which has no head for tokens.
+
+    Raises:
+        UserError: It is. Where a model's embeddings serve as its head, it would load without a word.
+    """
+    kinds = config.get("architectures") if isinstance(config, dict) else None
+    for kind in kinds if isinstance(kinds, list) else ():
+        if str(kind).endswith("ForSequenceClassification"):
+            raise UserError(
+                f"{name_or_path!r} holds a reward model ({kind}): it gives a text a number, and was not trained to "
+                "predict tokens. Give the language model that it was made from, or policy/ of a run. A reward model "
+                "is for ModelReward.folder, and for model.critic of ppo."
+            )
 
 
 def _check_weights(name_or_path: str, folder: Path, files: Sequence[str]) -> None:
@@ -223,10 +249,12 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    check_model(name_or_path, attn_implementation, trust_remote_code)
+    check_model(name_or_path, attn_implementation, trust_remote_code, needs_head)
     where = {**_locate_reachable(name_or_path), "revision": revision or "main"}
     try:
-        _check_config(where, trust_remote_code)
+        config = _check_config(where, trust_remote_code)
+        if needs_head:
+            _refuse_classifier(config, name_or_path)
         if "gguf_file" not in where and (index := _download_index(where)):
             _files_of_index(index, name_or_path)  # of a hub's model too
         if quantize is not None:
@@ -507,13 +535,18 @@ def _download_index(where: dict[str, Any]) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
-    """Refuse what ``transformers`` would run, or leave out with no more than a warning, because a config says so."""
+def _check_config(where: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """Refuse what ``transformers`` would run, or leave out with no more than a warning, because a config says so.
+
+    Returns:
+        The config; of a ``.gguf`` file nothing.
+    """
     from transformers import PreTrainedConfig
     from transformers.quantizers.auto import AutoHfQuantizer
 
     if "gguf_file" in where:
-        return
+        return {}
+    config: dict[str, Any]
     config, _ = PreTrainedConfig.get_config_dict(**where)
     _refuse_kernels(config, f"the config of {where['pretrained_model_name_or_path']!r}", trust_remote_code)
     weights = config.get("transformers_weights")
@@ -528,6 +561,7 @@ def _check_config(where: dict[str, Any], trust_remote_code: bool) -> None:
     packed = config.get("quantization_config")
     if packed is not None and not AutoHfQuantizer.supports_quant_method(packed):
         raise ValueError(f"its weights are packed in a way that transformers does not know: {packed!r}")
+    return config
 
 
 def _refuse_kernels(config: Any, whose: str, trust_remote_code: bool, key: str = "") -> None:

@@ -24,7 +24,11 @@ def response_log_probs(model: nn.Module, batch: ResponseBatch) -> Tensor:
 
     Source: log p(y|x) = sum_j log p(y_j | x, y_<j), Chen et al. 2024 (arXiv:2401.01335), section 3.
     """
-    values = in_one_pass(model, token_log_probs, batch)
+    return add_up(in_one_pass(model, token_log_probs, batch), batch)
+
+
+def add_up(values: Tensor, batch: ResponseBatch) -> Tensor:
+    """The sums over the tokens of each response, of values ``(N,)`` as ``batch.scored`` has the tokens."""
     # on a GPU this adds in a fixed order, which index_add does not
     return values.new_zeros(len(batch)).index_put((batch.response_index,), values, accumulate=True)
 

@@ -131,9 +131,9 @@ def render_model_card(summary: Mapping[str, Any], manifest: Mapping[str, Any], o
         for name, value in summary["epoch_metrics"].items()
         if "chosen" not in name and "rejected" not in name
     )
-    opponent = f"`{_code(_public(manifest['opponent']))}`"
+    opponent = f"`{_code(public_name(manifest['opponent']))}`"
     if adapter := manifest.get("opponent_adapter"):
-        opponent += f" with the adapter `{_code(_public(adapter, parts=2))}`"
+        opponent += f" with the adapter `{_code(public_name(adapter, parts=2))}`"
     held_out = "not measured" if summary["val_nll"] is None else f"{summary['val_nll']:.4f} nats a response"
     title = f"Self-play fine-tuned policy, iteration {summary['iteration']}"
     header = render_header(
@@ -238,7 +238,7 @@ def add_adapter(card: str, base: str, *, is_merged: bool) -> str:
         base: The name of the model below the adapter.
         is_merged: Whether the folder holds base and adapter as one, or the adapter alone.
     """
-    name = _code(_public(base))
+    name = _code(public_name(base))
     if is_merged:
         return f"""{card.rstrip()}
 
@@ -421,7 +421,33 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.6f}"
 
 
-def _public(name_or_path: str, parts: int = 1) -> str:
+def render_pairs_card(provenance: Mapping[str, Any]) -> str:
+    """The card of pairs as a data set on the hub, from what ``spin-lightning pairs`` wrote beside them."""
+    from huggingface_hub import DatasetCardData
+
+    header = DatasetCardData(tags=["preference", "dpo", "spin-lightning"], pretty_name="Pairs of self-play")
+    made = "\n".join(
+        f"| {pairs['iteration']} | `{_code(public_name(str(pairs['opponent'])))}` | "
+        f"`{pairs['opponent_sha256'][:16]}` | {pairs['seed']} |"
+        for pairs in provenance["pairs"]
+    )
+    return f"""---
+{header.to_yaml()}
+---
+
+# Pairs of self-play
+
+{provenance["rows"]} pairs: `chosen` is the real response, `rejected` what the opponent answered to the same `prompt`.
+Made by `spin_lightning` {_text(provenance["made_by"])}; `{_code(provenance["file"])}.provenance.json` has sampling,
+versions and hashes.
+
+| iteration | opponent | its weights' sha256 | seed |
+|---|---|---|---|
+{made}
+"""
+
+
+def public_name(name_or_path: str, parts: int = 1) -> str:
     """A hub name or a name inside the run as it is; of any other path only its end, for a card may be published."""
     names = name_or_path.rstrip("/").split("/")
     is_name = len(names) <= 2 and not name_or_path.startswith(("/", ".", "~"))

@@ -90,7 +90,7 @@ def line_chart(
     xs, ys = [x for x, *_ in shown], [y for _, *values in shown for y in values]
     ys += [y for y in guides.values() if _is_shown(y) and (y > 0 or not log_y)] if ys else []
     legend = _Legend(names if len(names) > 1 else [], width)
-    top = 32 + legend.height
+    top = 32 + legend.height + 16 * any(name for _, name in marks)  # above the plot, where no curve is
     foot = top + height - 32
     parts: list[str] = []
     if xs:
@@ -205,8 +205,8 @@ def round_ticks(low: float, high: float, most: int = 5, whole: bool = False) -> 
         ([0.0, 0.2, 0.4, 0.6, 0.8], [6.0, 6.5, 7.0, 7.5, 8.0], [0.0, 1.0, 2.0])
     """
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # all but one value: no step between is round
-        room = abs(low) / 10 or 1.0
-        low, high = (low, low + 1) if whole else (low - room, high + room)
+        room = abs(low) / 10
+        low, high = (low, low + 1) if whole or not low else (low - room, high + room)
     size = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next((factor * size for factor in (1, 2, 5) if factor * size * most >= high - low), 10 * size)
     step = max(step, 1.0) if whole else step
@@ -342,8 +342,8 @@ def _draw_marks(marks: Sequence[tuple[float, str]], to_x: _Scale, to_y: _Scale) 
         x = to_x(value)
         yield f'<path class="grid" stroke-dasharray="2 2" d="M{_place(x)} {_place(to_y.low)}V{_place(to_y.high)}"/>'
         if name and x >= free and x + len(name) * _CHARACTER < to_x.high:
-            yield _text(x + 3, to_y.high + 13, name)
-            free = x + (len(name) + 2) * _CHARACTER
+            yield _text(x, to_y.high - 8, name)
+            free = x + (len(name) + 1) * _CHARACTER
 
 
 def _draw_line(points: Sequence[tuple[float, float]], to_x: _Scale, to_y: _Scale, number: int) -> Iterator[str]:

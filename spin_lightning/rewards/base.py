@@ -38,6 +38,7 @@ class Answer:
         finish_reason: ``length`` where the response was cut at the cap.
         ids: The response as it was sampled, terminator included; None where nothing was sampled.
         prompt_ids: The prompt as the policy read it; None where no policy did.
+        tools: Definitions of the tools that could be called, as chat templates take them.
     """
 
     prompt: Sequence[Message]
@@ -47,6 +48,7 @@ class Answer:
     finish_reason: FinishReason = "stop"
     ids: Sequence[int] | None = None
     prompt_ids: Sequence[int] | None = None
+    tools: Sequence[dict[str, Any]] = ()
 
     def column(self, name: str) -> Any:
         """A column of the row.
@@ -63,9 +65,9 @@ class Answer:
 
     @property
     def key(self) -> str:
-        """Equal for answers about which a reward would say the same: prompt, text, how it ended, and what is right."""
+        """Equal for answers about which a reward would say the same: what it sees of them but their ids."""
         return json.dumps(
-            [list(self.prompt), self.text, self.finish_reason, self.real, dict(self.columns)],
+            [list(self.prompt), self.text, self.finish_reason, self.real, dict(self.columns), list(self.tools)],
             default=repr,
             sort_keys=True,
         )
@@ -82,7 +84,7 @@ def make_answer(prompt: Prompt, ids: Sequence[int] | None, text: str, finish_rea
     """
     row = prompt.row
     real = row.real if row.has_real else None
-    return Answer(row.prompt, text, real, row.columns, finish_reason, ids, prompt.prompt_ids)
+    return Answer(row.prompt, text, real, row.columns, finish_reason, ids, prompt.prompt_ids, row.tools)
 
 
 class Reward(ABC):

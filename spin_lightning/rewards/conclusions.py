@@ -41,7 +41,7 @@ def describe_rewards(groups: Sequence[Group], right_from: float | None, compares
         said = [[value for row in group if (value := dict(row["rewards"])[name]) is not None] for group in groups]
         by_name[name], _ = mean_and_error(said)
     return {
-        "unjudged": sum(_count_unjudged(group) for group in groups),
+        "unjudged": sum(len(unjudged_of(group)) for group in groups),
         "mean": mean,
         "standard_error": error,
         **({"mean_by_reward": by_name} if by_name else {}),
@@ -54,9 +54,46 @@ def describe_rewards(groups: Sequence[Group], right_from: float | None, compares
     }
 
 
-def _count_unjudged(group: Group) -> int:
+def unjudged_of(group: Group) -> list[Row]:
+    """The responses of a prompt that the reward neither rated nor compared."""
     compared = {place + step for place, row in enumerate(group) if row["over_next"] is not None for step in (0, 1)}
-    return sum(row["reward"] is None and place not in compared for place, row in enumerate(group))
+    return [row for place, row in enumerate(group) if row["reward"] is None and place not in compared]
+
+
+def why_unjudged(rows: Sequence[Row], judges_cut: bool) -> str:
+    """Why a reward gave responses no number, as far as they tell; empty where they do not."""
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    if judges_cut or not cut:
+        return ""
+    return f"{cut} were cut, and the reward judges whole responses: raise data.generator.max_new_tokens"
+
+
+def why_no_best(groups: Sequence[Group], best_from: float | None, compares: bool) -> str:
+    """Why no prompt has a best response to train on."""
+    rows = [row for group in groups for row in group]
+    judged = [row for row in rows if row["reward"] is not None]
+    ended = [row for row in judged if row["finish_reason"] == "stop"]
+    if not judged:
+        return "responses were compared with each other, not rated" if compares else "no response was judged"
+    if not ended:
+        return "all judged responses were cut: raise data.generator.max_new_tokens"
+    if not any(map(can_be_real, ended)):
+        return "all judged responses that came to their end are empty or hold NUL characters"
+    return f"no reward is at least {best_from:g} (score.best_from)"
+
+
+def why_no_pairs(groups: Sequence[Group], compares: bool) -> str:
+    """Why there is no pair of a better and a worse response to a prompt."""
+    if all(row["reward"] is None and row["over_next"] is None for group in groups for row in group):
+        return "no response was judged"
+    if compares:
+        return "no response is clearly better than the one that it was compared with"
+    if max(map(len, groups)) == 1:
+        return "each prompt has one response: set data.answers_per_prompt to 2 or more"
+    rewards = [{row["reward"] for row in group if row["reward"] is not None} for group in groups]
+    if all(len(values) < 2 for values in rewards):
+        return "all judged responses to a prompt have the same reward"
+    return "the better response of each prompt is empty or holds a NUL character"
 
 
 def describe_wins(comparisons: Sequence[Row], compares: bool) -> dict[str, Any]:

@@ -81,6 +81,9 @@ class ServerJudge:
         )
         self._has_log_probs = False
         self._settled: set[str] = set()  # labels that it was asked to repeat
+        self._said: set[float] = set()  # pauses that were told of
+        self._has_paused = False  # in the last questions
+        self._saying = threading.Lock()
 
     def check_ready(self) -> None:
         """Make sure that the key is there. The server is asked nothing yet.
@@ -111,6 +114,7 @@ class ServerJudge:
         found: list[list[float] | None] = []
         unanswered, unreadable = [], []
         is_over = threading.Event()
+        self._has_paused = False
         pool = ThreadPoolExecutor(min(self.concurrency, len(questions)), thread_name_prefix="judge")
         try:
             self._settle(labels, is_over)
@@ -132,6 +136,8 @@ class ServerJudge:
             is_over.set()
             self.server.hang_up()
             pool.shutdown(cancel_futures=True)
+        if not self._has_paused:  # it replies again: the next time that it does not is told of anew
+            self._said.clear()
         if len(unreadable) > UNANSWERED * len(questions):
             raise UserError(
                 f"{self._who} gave no label to {len(unreadable)} of {len(questions)} questions: {unreadable[0]}. It "
@@ -266,9 +272,18 @@ class ServerJudge:
                 if pause is None or is_over.is_set():
                     raise
                 wait = max(pause, min(error.after or 0.0, LONGEST_PAUSE))
+                self._say_pause(pause, wait, error)
                 if is_over.wait(wait * random.uniform(1.0, 1.5)):
                     raise
         raise AssertionError
+
+    def _say_pause(self, pause: float, wait: float, error: Unanswered) -> None:
+        """Say that a request is sent again: of all that wait as long, once."""
+        with self._saying:
+            self._has_paused = True
+            if pause not in self._said:
+                self._said.add(pause)
+                say(f"note: {self._who} did not reply ({error}); trying again in {wait:g} s")
 
 
 def find_label(text: str, labels: Sequence[str]) -> str | None:

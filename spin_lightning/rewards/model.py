@@ -125,7 +125,7 @@ class ModelReward(Reward):
             raise UserError(
                 f"{self.folder!r} is the folder of a run. Give its reward model, {str(folder / 'reward_model')!r}."
             )
-        check_model(self.folder, trust_remote_code=self.trust_remote_code)
+        check_model(self.folder, trust_remote_code=self.trust_remote_code, needs_head=False)
         config: Any = load_config(self.folder, trust_remote_code=self.trust_remote_code)
         kinds = [str(name) for name in getattr(config, "architectures", None) or ()]
         if not any(name.endswith("ForSequenceClassification") for name in kinds):
@@ -165,7 +165,11 @@ class ModelReward(Reward):
         assert self._encoder is not None
         ended = [place for place, answer in enumerate(answers) if answer.finish_reason == "stop"]
         found = self._encoder.encode_rows(
-            (Row(tuple(answers[place].prompt), answers[place].text) for place in ended), self._longest + 1
+            (
+                Row(tuple(answers[place].prompt), answers[place].text, tools=tuple(answers[place].tools))
+                for place in ended
+            ),
+            self._longest + 1,
         )
         for place, encoded in zip(ended, found, strict=True):
             if isinstance(encoded, UserError):

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from spin_lightning.rewards.base import Answer, Reward
+from spin_lightning.runs.files import sha256_of
 from spin_lightning.types import Interrupted, Message, NonFiniteError, RewardUnavailable, StorageError, UserError
 
 #: What stands before a final number: in words, in GSM8K, in MATH.
@@ -294,6 +295,15 @@ class FunctionReward(Reward):
 
     def _form_completion(self, text: str) -> Any:
         return text if self.form == "plain" else [{"role": "assistant", "content": text}]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its arguments, and where it can be had a hash of the function's own source, not of what that calls."""
+        try:
+            source = inspect.getsource(inspect.unwrap(self._call))
+        except (OSError, TypeError):  # of C, or of no file
+            return super().settings
+        return {**super().settings, "source_sha256": sha256_of(source)}
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from spin_lightning.types import StorageError, UserError
 
 #: Names that a run makes, writes or removes in its folder, and in that of its checkpoints.
 RUN_NAMES = (
-    r"checkpoints|iteration_\d+|(policy|adapter)(\.partial)?|logs|tensorboard|fast_dev_run|pairs|\w+\.(json|yaml)"
+    r"checkpoints|iteration_\d+|(policy|adapter)(\.partial)?|logs|tensorboard|fast_dev_run|pairs|\w+\.(json|yaml|html)"
     r"|step_\d+\.ckpt.*|\.lock(_holder)?|\.probe|\..*\.tmp"
 )
 

@@ -88,6 +88,19 @@ def redacted(value: Any, name: str = "") -> Any:
     return _hide_shapes(value, is_place and "://" not in value)
 
 
+def find_secret(text: str) -> str | None:
+    """What in a text has the shape of a key or a password, or begins as tokens do that are known by it; else None.
+
+    What only looks random is not found: files that are published are full of hashes and of a tokenizer's words.
+
+    Example:
+        >>> find_secret("push to hf_abcdefghijklmnopqrst"), find_secret("sha256 0123456789abcdef0123456789abcdef")
+        ('hf_abcdefghijklmnopqrst', None)
+    """
+    tokens = (found[0] for found in _PREFIXED.finditer(text) if _is_token(found[1]))
+    return next((found[0] for found in _SHAPES.finditer(text)), None) or next(tokens, None)
+
+
 def _flag_before(items: Sequence[Any], place: int) -> str | None:
     """The flag whose value an item of a list is, as in ``[--api-key, abc]``."""
     before = items[place - 1] if place else None

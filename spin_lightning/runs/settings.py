@@ -37,6 +37,7 @@ HARMLESS = {
     "rollouts.export_every",
     "data.train_data",  # what was read is compared, not where it lay
     "data.val_data",
+    "data.other_data",  # measured only
     "data.tokenizer_name_or_path",
     "data.on_bad_row",
     "data.num_workers",

@@ -66,7 +66,7 @@ class ShardStore:
             shutil.rmtree(folder, ignore_errors=True)  # shards that nothing vouches for are not read
             manifest = {"complete": False, "binding": dict(binding), "shards": []}
             write_json(self.manifest_path, manifest)
-        elif binding is not None and (differing := _find_differing(binding, manifest["binding"])):
+        elif binding is not None and (differing := find_differing(binding, manifest["binding"])):
             raise UserError(
                 f"the {self.rows_are} in {folder} were made by something else than this run; what differs: "
                 f"{', '.join(differing)}. Use another output_dir, or remove that iteration's folder to have "
@@ -214,12 +214,29 @@ def refuse_other_binding(store: ShardStore, binding: Mapping[str, Any], keys: It
     Raises:
         UserError: One of ``keys`` differs; the message names each.
     """
-    if differing := [key for key in keys if store.binding[key] != binding[key]]:
+    if differing := [key for key in keys if not _agree(store.binding[key], binding[key])]:
         raise UserError(
             f"the {store.rows_are} in {store.folder} were made with other settings than this run has now; what "
             f"differs: {', '.join(differing)}. Use the settings they were made with, or another output_dir."
         )
 
 
-def _find_differing(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
-    return [key for key in {**new, **old} if new.get(key, ...) != old.get(key, ...)]  # JSON has no Ellipsis
+def find_differing(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """The keys in which two bindings differ.
+
+    Example:
+        >>> find_differing({"seed": 1, "reward": {"name": "a", "source_sha256": "0"}}, {"reward": {"name": "a"}})
+        ['seed']
+    """
+    return [key for key in {**new, **old} if not _agree(new.get(key, ...), old.get(key, ...))]  # JSON has no Ellipsis
+
+
+#: Keys that earlier versions did not keep, and that cannot always be known: where one side lacks one, nothing differs.
+_KNOWN_SOMETIMES = {"source_sha256"}
+
+
+def _agree(new: Any, old: Any) -> bool:
+    if not (isinstance(new, Mapping) and isinstance(old, Mapping)):
+        return bool(new == old)
+    keys = {*new, *old} - (_KNOWN_SOMETIMES - (new.keys() & old.keys()))
+    return all(_agree(new.get(key, ...), old.get(key, ...)) for key in keys)

@@ -36,7 +36,7 @@ from spin_lightning.schedule import check_schedule
 from spin_lightning.stages.export import name_models
 from spin_lightning.stages.iteration import Iteration, Run, find_place, iteration_folder
 from spin_lightning.stages.iterative import IterativeModule
-from spin_lightning.stages.metrics import starting_metrics
+from spin_lightning.stages.metrics import count_tokens, describe_retention, starting_metrics
 from spin_lightning.stages.ranking import make_ranking
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
@@ -51,6 +51,8 @@ class Remembered:
         first_step: Optimiser steps before its first.
         first_loss: Of its first update.
         last_loss: Of its last update so far.
+        trained_tokens: Tokens of its training batches so far. None: of a run that was begun by a version that counted
+            none.
         seconds: Spent on its table, and on training.
         training_since: When the training began that is not counted yet, on the monotonic clock. Not kept.
     """
@@ -59,6 +61,7 @@ class Remembered:
     first_step: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    trained_tokens: int | None = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"pairs": 0.0, "training": 0.0})
     training_since: float | None = None
 
@@ -74,6 +77,11 @@ class Remembered:
         self.last_loss = loss
         if self.first_loss is None:
             self.first_loss = loss
+
+    def note_tokens(self, tokens: int) -> None:
+        """Note the tokens of a training batch."""
+        if self.trained_tokens is not None:
+            self.trained_tokens += tokens
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -305,6 +313,7 @@ class IterationClock(HoldsFolder):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
         """Note the losses of an iteration's updates."""
         module: Any = pl_module
+        self.remembered.note_tokens(count_tokens(args[0]))
         if module.update_is_complete and module.update_loss.isfinite():
             self.remembered.note_loss(float(module.update_loss))
 
@@ -330,6 +339,7 @@ class IterationClock(HoldsFolder):
             "first_loss": self.remembered.first_loss,
             "last_loss": self.remembered.last_loss,
             "updates": self.trainer.global_step - self.remembered.first_step,
+            **({} if (tokens := self.remembered.trained_tokens) is None else {"trained_tokens": tokens}),
             "seconds": self.remembered.seconds,
             "dtype": dtype_name(module.policy.dtype),
             "stored_dtype": module.stored_dtype,
@@ -337,6 +347,9 @@ class IterationClock(HoldsFolder):
             **module.describe_iteration(iteration.number),
             "pairs": self._report,
         }
+        if summary["val_nll"] is not None:
+            start = read_json(self.output_dir / "start.json")
+            summary |= describe_retention(self.trainer.callback_metrics, start)
         self.trainer.lightning_module.gather_policy()
         if processes.is_first():
             iteration.close(summary)
@@ -407,7 +420,7 @@ class IterationClock(HoldsFolder):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what a checkpoint kept."""
-        self.remembered, self._report = Remembered(**state["clock"]), dict(state["report"])
+        self.remembered, self._report = Remembered(**{"trained_tokens": None, **state["clock"]}), dict(state["report"])
         self.stopped_because = state["stopped_because"]
 
 

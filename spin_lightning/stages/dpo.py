@@ -38,7 +38,7 @@ from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import refuse_other_binding
 from spin_lightning.stages.clock import IterationClock
 from spin_lightning.stages.export import name_models, origin_of, plain_card
-from spin_lightning.stages.health import remarks_on_preferences, remarks_on_rewards
+from spin_lightning.stages.health import keep_remark, remarks_on_preferences, remarks_on_rewards
 from spin_lightning.stages.iteration import Iteration, PolicyView, Run
 from spin_lightning.stages.metrics import RewardAccuracy
 from spin_lightning.stages.opponent import StoredOpponent
@@ -242,9 +242,11 @@ class DpoLightningModule(PairModule):
             self.held_out_accuracy.update(output.real_rewards, output.generated_rewards)
         return policy.real, policy.real_lengths
 
-    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Any], batch_idx: int) -> None:
         """Held-out NLL of the better responses; and once the reference has scored them, loss and accuracy of pairs."""
         super().validation_step(batch, batch_idx)
+        if self.is_other(batch_idx):
+            return
         if self._playing is not None and self._playing.held_out is not None:
             size = sum(map(len, batch))
             for name in ("loss", "accuracy", "margin"):
@@ -302,16 +304,20 @@ class RecordedPairs(IterationClock):
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, store: PairStore, report: dict[str, Any]
     ) -> None:
         """Say what the pairs alone tell."""
-        for remark in remarks_on_preferences(report):
-            say(f"health: {remark}.")
+        self._remark(remarks_on_preferences(report))
 
     def on_iteration_end(
         self, trainer: L.Trainer, module: L.LightningModule, iteration: int, summary: dict[str, Any]
     ) -> None:
         """Say what the rewards tell."""
         policy: Any = module
-        for remark in remarks_on_rewards(summary["epoch_metrics"], summary["pairs"], policy.loss):
+        self._remark(remarks_on_rewards(summary["epoch_metrics"], summary["pairs"], policy.loss))
+
+    def _remark(self, remarks: list[str]) -> None:
+        for remark in remarks:
             say(f"health: {remark}.")
+            if processes.is_first():
+                keep_remark(self.output_dir, None, remark)
 
 
 def _refuse_epochs(max_epochs: int | None) -> None:

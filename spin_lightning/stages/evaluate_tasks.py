@@ -10,9 +10,7 @@ import lightning as L
 from spin_lightning.models.saving import weights_hash
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json
-from spin_lightning.runs.lightning_internals import was_cut_short
 from spin_lightning.stages.evaluation import RESULTS, Evaluation, update_card
-from spin_lightning.stages.export import ExportPolicy
 from spin_lightning.stages.policy import PolicyModule
 from spin_lightning.stages.reward import RewardLightningModule
 from spin_lightning.terminal import say
@@ -20,7 +18,7 @@ from spin_lightning.types import UserError
 
 
 class EvaluateTasks(L.Callback):
-    """Asks the policy tasks where an iteration ends, and in stages without iterations where training ends.
+    """Asks the policy tasks where an iteration ends, and in stages without iterations where the model is exported.
 
     The run's numbers are the same bits with and without it. Results are written beside the summary
     (``evaluation.json``), put on the exported model's card, and logged as ``eval/TASK``. A run that is continued asks
@@ -71,11 +69,9 @@ class EvaluateTasks(L.Callback):
         if iteration > 0:
             self._evaluate(trainer, module, self._clock_of(trainer).folder(iteration - 1))
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ask in a stage without iterations, before its model is exported."""
-        exports = [callback for callback in trainer.callbacks if isinstance(callback, ExportPolicy)]  # type: ignore[attr-defined]
-        if exports and not was_cut_short(trainer):
-            self._evaluate(trainer, pl_module, exports[0].output_dir)
+    def on_export(self, trainer: L.Trainer, module: Any, folder: Path) -> None:
+        """Ask in a stage without iterations, where its model was exported, with the weights that were chosen for it."""
+        self._evaluate(trainer, module, folder)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask what a run that was killed at its last iteration's end left unasked."""
@@ -92,14 +88,19 @@ class EvaluateTasks(L.Callback):
             return
         module.to(trainer.strategy.root_device)  # where a fit ends, Lightning has moved it to the CPU
         policy = module.gather_policy()
-        if processes.is_first() and not self.evaluation.is_complete(place, sha256 := weights_hash(policy)):
+        if processes.is_first():
+            self._ask(trainer, module, policy, place)
+            for kind in ("policy", "adapter"):
+                update_card(place / kind, read_json(place / RESULTS))
+        processes.wait()
+        self._over = place
+
+    def _ask(self, trainer: Any, module: Any, policy: Any, place: Path) -> None:
+        sha256 = weights_hash(policy)
+        if not self.evaluation.is_complete(place, sha256):
             say(f"{place.name}: the policy is asked {', '.join(task.name for task in self.evaluation.load())}")
             with module.precision_context():
                 outcomes = self.evaluation.run(policy, trainer.datamodule.encoder.tokenizer, place, sha256, place.name)
-            for kind in ("policy", "adapter"):
-                update_card(place / kind, read_json(place / RESULTS))
             metrics = {f"eval/{name}": outcome.entry["value"] for name, outcome in outcomes.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
-        processes.wait()
-        self._over = place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,15 +16,14 @@ from spin_lightning.data.sources import looks_local
 from spin_lightning.models.adapters import base_of, exports_merged, save_adapter
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
-from spin_lightning.models.saving import save_model, weights_hash
+from spin_lightning.models.saving import save_model
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import validate_now, validation_follows, was_cut_short
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.sharding import ShardedStrategy
 from spin_lightning.stages.averaging import WeightAverage, exchange
-from spin_lightning.stages.evaluation import RESULTS, update_card
-from spin_lightning.stages.metrics import count_tokens, starting_metrics
+from spin_lightning.stages.metrics import count_tokens, describe_retention, starting_metrics
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -49,10 +49,6 @@ def export_policy(
         save_model(model, tokenizer, folder / "policy", card, encoder.end_ids, trust_remote_code=trust_remote_code)
     else:
         shutil.rmtree(folder / "policy", ignore_errors=True)  # of an earlier export, with other weights
-    results = read_json(folder / RESULTS)
-    if results is not None and results["model_sha256"] == weights_hash(model):  # of tasks that were asked before
-        for kind in ("policy", "adapter"):
-            update_card(folder / kind, results)
     write_json(folder / "summary.json", summary)
 
 
@@ -69,25 +65,45 @@ def name_models(folder: Path, within: str = "") -> str:
     return " and ".join(f"{folder}/{within}{kind}" for kind in kinds)
 
 
-def find_exported(folder: Path) -> Path:
+def find_exported(folder: Path, iteration: int | None = None) -> Path:
     """The model in a folder: the folder itself, or what a run, or an iteration of it, has exported there last.
 
+    Args:
+        folder: Of a model, an adapter, a run or an iteration.
+        iteration: Of a run with iterations. None: the last one with a model.
+
     Raises:
-        UserError: There is none.
+        UserError: There is none, or none of that iteration.
     """
-    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if is_model and iteration is None:
         return folder
-    places = [folder, *sorted(folder.glob("iteration_*"), key=lambda place: int(place.name[10:] or 0), reverse=True)]
-    for place in places:
-        if (place / "summary.json").is_file():  # written last
-            for kind in ("policy", "adapter", "reward_model"):
-                if (place / kind).is_dir():
-                    return place / kind
+    numbered = {
+        int(place.name.removeprefix("iteration_")): place
+        for place in folder.glob("iteration_*")
+        if re.fullmatch(r"iteration_\d+", place.name) and _export_in(place) is not None
+    }
+    if iteration is not None and iteration not in numbered:
+        if not numbered:
+            raise UserError(f"iteration {iteration} is of a run with iterations, and {str(folder)!r} has none.")
+        there = ", ".join(map(str, sorted(numbered)))
+        raise UserError(f"{folder} has no model of iteration {iteration}; it has those of {there}.")
+    last = max(numbered, default=None) if iteration is None else iteration
+    found = _export_in(folder if last is None else numbered[last])
+    if found is not None:
+        return found
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"there is no model in {str(folder)!r}: it has {there}. Give a Hugging Face folder, a run's folder that has "
         "finished an iteration, or a name on the hub."
     )
+
+
+def _export_in(place: Path) -> Path | None:
+    """What was exported here, if that is finished: the summary is written last."""
+    if not (place / "summary.json").is_file():
+        return None
+    return next((place / kind for kind in ("policy", "adapter", "reward_model") if (place / kind).is_dir()), None)
 
 
 def plain_card(tag: str, title: str, summary: Mapping[str, Any], origin: Origin | None = None) -> str:
@@ -189,7 +205,7 @@ class ExportPolicy(L.Callback):
         if start and not trainer.fast_dev_run and processes.is_first():  # type: ignore[attr-defined]
             write_json(self.output_dir / "start.json", start)
         if "val/nll" in start:
-            self._note_best(0, start["val/nll"], pl_module)
+            self._note_best(0, {"val_nll": start["val/nll"], **describe_retention(start, start)}, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
@@ -224,28 +240,33 @@ class ExportPolicy(L.Callback):
             self._state |= held_out
             if trainer.state.fn == "fit" and "val_nll" in held_out:
                 self._state.pop("is_due", None)
-                self._note_best(trainer.global_step, held_out["val_nll"], pl_module)
+                self._note_best(trainer.global_step, held_out, pl_module)
                 if self.patience is not None and self._state["best"]["since"] >= self.patience:
                     self._state["is_over"] = trainer.should_stop = True
         if self._raw is not None:
             exchange(_trained_weights(pl_module), self._raw)
             self._raw = None
 
-    def _note_best(self, step: int, nll: float, module: Any) -> None:
-        """Keep the weights that were just measured, if they are the best so far."""
+    def _note_best(self, step: int, held_out: dict[str, Any], module: Any) -> None:
+        """Keep the weights that were just measured, if they are the best so far, with what was found."""
         best = self._state.get("best")
         if self.keep != "best":
             return
-        if best is not None and not nll < best["val_nll"]:
+        if best is not None and not held_out["val_nll"] < best["val_nll"]:
             self._state["best"] = {**best, "since": best["since"] + 1}
             return
         weights = {name: weight.detach().cpu().clone() for name, weight in _trained_weights(module).items()}
-        self._state["best"] = {"step": step, "val_nll": nll, "since": 0, "weights": weights}
+        self._state["best"] = {"step": step, **held_out, "since": 0, "weights": weights}
 
     def read_held_out(self, trainer: L.Trainer) -> dict[str, Any]:
         """What the summary says of the held-out rows, after they were measured."""
-        nll = trainer.callback_metrics.get("val/nll")
-        return {} if nll is None else {"val_nll": float(nll)}
+        found = trainer.callback_metrics
+        if "val/nll" not in found:
+            return {}
+        return {
+            "val_nll": float(found["val/nll"]),
+            **describe_retention(found, read_json(self.output_dir / "start.json")),
+        }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A hook that Lightning also calls when it resumes and finds nothing left to train on."""
@@ -271,6 +292,9 @@ class ExportPolicy(L.Callback):
         adapter = self.output_dir / "adapter"  # merged in the model, or what there is of it
         folders = dict.fromkeys([self.find_model(), *([adapter] if adapter.exists() else [])])
         say(f"the model is in {' and '.join(map(str, folders))}")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_export"):
+                callback.on_export(trainer, module, self.output_dir)
 
     def _choose_weights(self, module: Any) -> dict[str, Any]:
         """Put the weights that are wanted into the model, and return what the summary says of them."""
@@ -282,7 +306,8 @@ class ExportPolicy(L.Callback):
             last = "" if last_nll is None else f", after the last measurement {last_nll:.3f}"
             say(f"the weights with the lowest held-out NLL are kept, {is_start}: {best['val_nll']:.3f}{last}")
             averaged = averaged if best["step"] else {}
-            return {"val_nll": best["val_nll"], "best_step": best["step"], "last_val_nll": last_nll, **averaged}
+            measured = {name: best[name] for name in ("val_nll", "retention") if name in best}
+            return {**measured, "best_step": best["step"], "last_val_nll": last_nll, **averaged}
         if self._average is not None and self._average.updates:
             exchange(_trained_weights(module), self._average.weights)
             say(f"the mean of the weights over the updates is kept (export.average_weights {self.average_weights})")

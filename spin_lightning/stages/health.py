@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 
 from spin_lightning.generation.pair_store import name_sides
 from spin_lightning.losses import SelfPlayLoss, SpinLoss
+from spin_lightning.runs import processes
+from spin_lightning.runs.files import read_json, write_json
 from spin_lightning.runs.shards import ShardStore
 from spin_lightning.stages.metrics import starting_metrics
 from spin_lightning.terminal import say
@@ -46,6 +49,10 @@ NOTABLE: dict[str, tuple[float, str]] = {
 UNTRAINED_CRITIC = 10
 
 
+#: Where remarks are kept in a run's folder.
+REMARKS = "health.json"
+
+
 #: A reward of the chosen responses that is nearer to 0 than this needs no remark.
 LEAST_FALL = 0.01
 
@@ -74,6 +81,7 @@ class Health(L.Callback):
         self.nll: list[float] = []
         self.first: dict[str, float] = {}  # what the first iteration's rollouts were like
         self.noted: list[str] = []  # what was notable in the last iteration, and need not be said again
+        self._folder: Path | None = None  # of the run, for its record of remarks
 
     def state_dict(self) -> dict[str, Any]:
         return {"nll": list(self.nll), "first": dict(self.first), "noted": list(self.noted)}
@@ -81,6 +89,18 @@ class Health(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.nll = list(state["nll"])
         self.first, self.noted = dict(state.get("first", {})), list(state.get("noted", []))
+
+    def on_iteration_start(self, trainer: L.Trainer, module: L.LightningModule, iteration: int) -> None:
+        self._open_record(trainer)
+        if self._folder is not None:
+            forget_remarks(self._folder, iteration)
+
+    def on_iteration_resumed(self, trainer: L.Trainer, module: L.LightningModule, iteration: int) -> None:
+        self._open_record(trainer)
+
+    def _open_record(self, trainer: L.Trainer) -> None:
+        game = getattr(trainer.datamodule, "game", None)  # type: ignore[attr-defined]
+        self._folder = game.output_dir if game is not None and processes.is_first() else None
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if start := starting_metrics(trainer):
@@ -202,6 +222,37 @@ class Health(L.Callback):
     def _say(self, iteration: int, sentence: str) -> None:
         self.remarks.append((iteration, sentence))
         say(f"health, iteration {iteration}: {sentence}.")
+        if self._folder is not None:
+            keep_remark(self._folder, iteration, sentence)
+
+
+def keep_remark(folder: Path, iteration: int | None, sentence: str) -> None:
+    """Keep a remark in a run's folder, once, for reports. In the first process.
+
+    Args:
+        folder: Of the run.
+        iteration: Which it is about. None: the run has none.
+        sentence: Without a full stop.
+    """
+    remarks = _read_remarks(folder)
+    remark = {"iteration": iteration, "sentence": sentence}
+    if remark not in remarks:
+        write_json(folder / REMARKS, {"remarks": [*remarks, remark]})
+
+
+def forget_remarks(folder: Path, iteration: int) -> None:
+    """Drop what was said of an iteration that begins again, and of those after it. In the first process."""
+    remarks = _read_remarks(folder)
+    kept = [remark for remark in remarks if (remark.get("iteration") or 0) < iteration]
+    if kept != remarks:
+        write_json(folder / REMARKS, {"remarks": kept})
+
+
+def _read_remarks(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return [dict(remark) for remark in read_json(folder / REMARKS)["remarks"]]
+    except (UserError, TypeError, KeyError, ValueError):  # none yet; or damaged, which no run should end by
+        return []
 
 
 def remarks_on_preferences(report: Mapping[str, Any]) -> list[str]:

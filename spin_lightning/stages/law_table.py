@@ -7,7 +7,8 @@ like pairs, so that an interrupted run scores at most one again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -24,9 +25,6 @@ from spin_lightning.runs.files import need_space
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.shards import IDS, ShardStore
 from spin_lightning.types import Prompt
-
-if TYPE_CHECKING:
-    from spin_lightning.stages.iteration import PolicyView
 
 
 class LawStore(ShardStore):
@@ -52,21 +50,23 @@ class LawStore(ShardStore):
 def fill_laws(
     store: LawStore,
     prompts: Sequence[Prompt],
-    policy: PolicyView,
+    model: Any,
     *,
+    numerics: Callable[[], AbstractContextManager[Any]],
     name: str,
     top_k: int,
     shard_size: int,
     micro_batch_tokens: int,
     poll: Callable[[], None],
 ) -> None:
-    """Score what is missing in a table with the policy as it is, and finish it. Together, each process its shards.
+    """Score what is missing in a table with a model as it is, and finish it. Together, each process its shards.
 
     Args:
         store: The table.
         prompts: With their real responses.
-        policy: Who scores.
-        name: What it is called in the manifest.
+        model: Who scores.
+        numerics: A context with the precision of a training step.
+        name: What the model is called in the manifest.
         top_k: Tokens of a law.
         shard_size: Responses in one shard.
         micro_batch_tokens: Tokens in one pass.
@@ -74,17 +74,17 @@ def fill_laws(
     """
     if processes.is_first():
         tokens = sum(len(prompt.real_ids) for prompt in prompts)
-        need_space(store.folder, exported_bytes(policy.model) + tokens * (8 * top_k + 12), "what is scored")
+        need_space(store.folder, exported_bytes(model) + tokens * (8 * top_k + 12), "what is scored")
     starts = range(0, len(prompts), shard_size)
     names = [f"laws-{start:09d}.parquet" for start in starts]
     own = [(start, shard) for start, shard in processes.deal([*zip(starts, names, strict=True)])]
     missing = [(start, shard) for start, shard in own if not store.has_shard(shard)]
-    with torch.no_grad(), policy.numerics(), evaluating(policy.model):
-        forward_path_of(policy.model)
+    with torch.no_grad(), numerics(), evaluating(model):
+        forward_path_of(model)
         count = sum(len(prompts[start : start + shard_size]) for start, _ in missing)
         with progress("scoring", count, "responses") as phase:
             for start, shard in missing:
-                rows = _score(prompts[start : start + shard_size], policy.model, top_k, micro_batch_tokens, poll, phase)
+                rows = _score(prompts[start : start + shard_size], model, top_k, micro_batch_tokens, poll, phase)
                 store.write_shard(shard, rows)
     store.gather()
     statistics = describe_laws(store.read_shards(names, [name for name in store.schema.names if name[:4] != "law_"]))

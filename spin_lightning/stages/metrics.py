@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,6 +142,23 @@ def starting_metrics(trainer: Any) -> dict[str, float]:
     if trainer.global_step or trainer.num_sanity_val_steps * data.batch_size < len(data.val_prompts):
         return {}
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def describe_retention(metrics: Mapping[str, Any], start: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a summary says of what was forgotten: ``retention``, or nothing where nothing was measured.
+
+    Args:
+        metrics: The metrics as they are now.
+        start: Those before training, as ``start.json`` has them.
+
+    Example:
+        >>> describe_retention({"val/other_nll": 5.5, "val/nll": 2.0}, {"val/other_nll": 5.0})
+        {'retention': {'other_nll': 5.5, 'start': {'other_nll': 5.0}}}
+    """
+    names = ("other_nll", "other_nll_per_token", "kl_to_start")
+    found = {name: float(metrics[f"val/{name}"]) for name in names if f"val/{name}" in metrics}
+    began = {name: start[f"val/{name}"] for name in names if start and f"val/{name}" in start}
+    return {"retention": {**found, **({"start": began} if began else {})}} if found else {}
 
 
 def count_tokens(batch: Any) -> int:

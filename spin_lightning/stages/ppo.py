@@ -136,7 +136,7 @@ class PpoLightningModule(IterativeModule):
                 f"{type(self.advantage).__name__} has none. Leave them out, or take Gae."
             )
         if critic is not None:
-            check_model(critic, self.attn_implementation, self.trust_remote_code)
+            check_model(critic, self.attn_implementation, self.trust_remote_code, needs_head=False)
         self.clip = clip
         self.value_coef = value_coef
         self.value_clip = value_clip

@@ -186,8 +186,10 @@ class RewardLightningModule(PolicyModule):
                 "the dtype overflows. Try float32, or another model."
             )
 
-    def validation_step(self, batch: list[PairBatch], batch_idx: int) -> None:
-        """Scores of the held-out pairs; what they tell is known at the end."""
+    def validation_step(self, batch: list[Any], batch_idx: int) -> None:
+        """Scores of the held-out pairs; what they tell is known at the end. Rows of other tasks have no scores."""
+        if self.is_other(batch_idx):
+            return
         for part in processes.deal(batch):
             real, generated = self._score(self.plain_policy, part)
             losses = bradley_terry(real, generated, part.preference, part.margin, self.centring)

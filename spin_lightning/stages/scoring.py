@@ -39,10 +39,20 @@ from spin_lightning.rewards.base import (
     scored_with_parts,
     settings_kept,
 )
-from spin_lightning.rewards.conclusions import best_rows, describe_rewards, describe_wins, pair_rows
+from spin_lightning.rewards.conclusions import (
+    Group,
+    best_rows,
+    describe_rewards,
+    describe_wins,
+    pair_rows,
+    unjudged_of,
+    why_no_best,
+    why_no_pairs,
+    why_unjudged,
+)
 from spin_lightning.runs import signals
 from spin_lightning.runs.files import hold, read_json, refuse_links, replacing, run_folder, write_json
-from spin_lightning.runs.shards import MESSAGES, ShardStore
+from spin_lightning.runs.shards import MESSAGES, ShardStore, find_differing
 from spin_lightning.types import Prompt, UserError
 
 #: Prompts in a shard of responses, at least: with fewer, slots that are free early stay empty.
@@ -89,7 +99,7 @@ class ComparisonStore(ShardStore):
     rows_are: ClassVar[str] = "comparisons"
 
 
-class RecordedPairs(SyntheticDataModule):
+class ComparedPairs(SyntheticDataModule):
     """Rows with two responses each, to be compared by a reward."""
 
     needs_rejected = True
@@ -236,10 +246,8 @@ class Scoring:
         folder = self.output_dir / name
         manifest = folder.with_name(f"{name}_manifest.json")
         kept = read_json(manifest)
-        if kept is not None and kept["binding"] != binding:
+        if kept is not None and (differing := find_differing(binding, kept["binding"])):
             if kept["shards"]:
-                keys = {**binding, **kept["binding"]}
-                differing = [key for key in keys if binding.get(key) != kept["binding"].get(key)]
                 raise UserError(
                     f"the {kind.rows_are} in {folder} were made by something else than this run; what differs: "
                     f"{', '.join(differing)}. Use another score.output_dir, or remove {name}/ and {manifest.name} to "
@@ -389,12 +397,28 @@ class Scoring:
             "best_rows": len(best),
             "pair_rows": len(pairs),
         }
+        if reasons := self._explain(groups, len(best), len(pairs)):
+            summary["reasons"] = reasons
         if comparisons is not None:
             summary["against"] = {"model": self.against, **describe_wins(comparisons.read().to_pylist(), compares)}
         _write_lines(self.output_dir / "best.jsonl", best)
         _write_lines(self.output_dir / "pairs.jsonl", pairs)
         write_json(self.output_dir / "summary.json", summary)  # last: where it is, all is there
         return summary
+
+    def _explain(self, groups: Sequence[Group], best: int, pairs: int) -> dict[str, str]:
+        """Why something is missing, by the key of the summary that says how much there is of it."""
+        reasons, unjudged = {}, [row for group in groups for row in unjudged_of(group)]
+        if unjudged:
+            whole = [row for row in unjudged if self.reward.judges_cut or row["finish_reason"] == "stop"]
+            why = [why_unjudged(unjudged, self.reward.judges_cut)]
+            why += [self.reward.explain_none(self._answers(whole))] if whole else []
+            reasons["unjudged"] = "; ".join(filter(None, why))
+        if not best:
+            reasons["best_rows"] = why_no_best(groups, self.best_from, self.reward.compares)
+        if not pairs:
+            reasons["pair_rows"] = why_no_pairs(groups, self.reward.compares)
+        return reasons
 
 
 class _Maker:

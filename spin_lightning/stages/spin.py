@@ -79,6 +79,11 @@ class SpinLightningModule(PairModule):
         return SpinIteration(number, run, self.policy_view, self.opponent, self.loss)
 
     @property
+    def needs_generator(self) -> bool:
+        """Whether anything is generated, so that the data's generator has to be ready."""
+        return not isinstance(self.loss, TokenLoss)
+
+    @property
     def needs_start(self) -> bool:
         return self.loss.needs_initial_log_probs or self.opponent.holds_weights
 

@@ -17,7 +17,7 @@ from spin_lightning.models.rope import refuse_crossing
 from spin_lightning.models.saving import weights_hash
 from spin_lightning.runs import processes
 from spin_lightning.runs.shards import refuse_broken_chain, refuse_other_binding
-from spin_lightning.stages.export import plain_card
+from spin_lightning.stages.export import origin_of, plain_card
 from spin_lightning.stages.iteration import Iteration, PolicyView, Run, iteration_folder
 from spin_lightning.stages.law_table import LawStore, fill_laws
 from spin_lightning.terminal import say
@@ -73,7 +73,8 @@ class TokenIteration(Iteration):
         fill_laws(
             store,
             data.prompts,
-            self.policy,
+            self.policy.model,
+            numerics=self.policy.numerics,
             name=f"iteration_{number - 1}/policy" if number else self.policy.name,
             top_k=self.loss.top_k,
             shard_size=self.run.shard_size,
@@ -93,7 +94,8 @@ class TokenIteration(Iteration):
         )
 
     def card(self, summary: Mapping[str, Any]) -> str:
-        return plain_card("spin", f"Policy after iteration {self.number} of token-level self-play", summary)
+        title = f"Policy after iteration {self.number} of token-level self-play"
+        return plain_card("spin", title, summary, origin_of(self.policy.name, self.run.data))
 
     def _laws_of(self, iteration: int) -> LawStore:
         """The finished laws of an iteration."""

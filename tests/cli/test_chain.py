@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import yaml
 from games import read, without_seconds
-from several import Forked, thorough
+from several import Forked, run_here, thorough
 
 from spin_lightning import UserError
-from spin_lightning.cli.chain import Line, table
+from spin_lightning.cli.chain import Line, remark_on_caps, table
 from spin_lightning.cli.chain_file import Link, read_chain
-from spin_lightning.cli.children import Children
 from spin_lightning.cli.commands import config_folder, main
 from spin_lightning.types import StageFailed
 
@@ -82,21 +81,6 @@ def kept_in(folder: Path) -> Any:
     return without_seconds(read(folder / "chain.json"))
 
 
-def run_here(patch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Have the commands of stages run in this process; returns those that did."""
-    commands: list[list[str]] = []
-
-    def run(children: Children, command: list[str], what: str, advice: str = "") -> None:
-        commands.append(command)
-        try:
-            main(command[3:])
-        except SystemExit as ended:
-            raise StageFailed(what, int(ended.code or 0), advice) from None
-
-    patch.setattr(Children, "run", run)
-    return commands
-
-
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands of the stages that ran, all in this process."""
@@ -130,6 +114,7 @@ def test_each_stage_starts_from_the_last_ones_model(
     assert fit["model"]["model_name_or_path"] == str(line / "sft" / "policy")
     assert sft["data"]["max_response_tokens"] == 5  # the cap that sft reads off the generator of the common settings
     kept = read(line / "chain.json")["stages"]
+    assert [of["response_cap"] for of in kept.values()] == [5, 5]
     summary, game = read(line / "sft" / "summary.json"), read(line / "fit" / "game.json")["iterations"]
     start = {name: read(line / name / "start.json")["val/nll"] for name in ("sft", "fit")}
     assert kept["sft"]["updates"] == 4 and kept["fit"]["updates"] == 2 + 4  # with the pairs of iteration 0
@@ -421,6 +406,18 @@ def test_a_stage_that_ends_early_ends_the_chain(
     main([*chained(), "--sft.trainer.max_time", "00:00:00:00"])
     assert words_of(commands) == ["sft"]
     assert "the stage sft ended before it is over (a time limit, perhaps)" in capsys.readouterr().out
+
+
+def test_nlls_under_different_caps_are_said_not_to_compare() -> None:
+    def results(*caps: int | None) -> dict[str, dict[str, Any]]:
+        return {f"stage{n}": {"nll": [9.0, 8.0], "response_cap": cap} for n, cap in enumerate(caps)}
+
+    assert remark_on_caps(results(64, 5, 5)) == (
+        "note: held-out responses were cut at 64 tokens in stage0, at 5 in stage1, at 5 in stage2: their NLLs do not "
+        "compare."
+    )
+    assert remark_on_caps(results(5, None, 5)) == remark_on_caps({}) == ""  # of before, what was kept does not say
+    assert remark_on_caps(results(5) | {"reward": {"nll": [None, None], "response_cap": 7}}) == ""
 
 
 def test_the_table_of_a_line_of_four_is_80_columns_wide() -> None:

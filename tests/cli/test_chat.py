@@ -130,6 +130,7 @@ def test_ctrl_c_stops_the_response_and_not_the_program(model, typing, monkeypatc
 def test_two_models_answer_the_same_question(typing, tmp_path):
     for number in (0, 1):
         save_tiny_model(tmp_path / "run" / f"iteration_{number}" / "policy", seed=number)
+        (tmp_path / "run" / f"iteration_{number}" / "summary.json").write_text("{}")
     run = str(tmp_path / "run")
     screen = typing([run, "--against", "0"], "a?", f"/save {tmp_path / 'two.jsonl'}")
     assert screen.index(f"--- iteration 1 of {run}") < screen.index(f"--- iteration 0 of {run}")
@@ -173,6 +174,7 @@ def test_an_adapter_is_talked_to_on_its_base(piping, tmp_path):
             if "lora_B" in name:
                 weight.normal_(generator=torch.Generator().manual_seed(0))
     save_adapter(policy, byte_tokenizer(), tmp_path / "run" / "adapter", "# card\n")
+    (tmp_path / "run" / "summary.json").write_text("{}")
     with_adapter, _ = piping([str(tmp_path / "run"), "--json"], "1+1?\n")
     alone, _ = piping([base, "--json"], "1+1?\n")
     assert json.loads(with_adapter)["messages"][0] == json.loads(alone)["messages"][0]
@@ -182,7 +184,8 @@ def test_an_adapter_is_talked_to_on_its_base(piping, tmp_path):
 def test_of_a_run_the_last_iteration_with_a_model_is_taken(tmp_path):
     for number in (0, 9, 10):
         (tmp_path / f"iteration_{number}" / "policy").mkdir(parents=True)
-    (tmp_path / "iteration_11").mkdir()  # not exported yet
+        (tmp_path / f"iteration_{number}" / "summary.json").write_text("{}")
+    (tmp_path / "iteration_11" / "policy").mkdir(parents=True)  # its summary is not there yet
     assert find_model(str(tmp_path)) == (str(tmp_path / "iteration_10" / "policy"), f"iteration 10 of {tmp_path}")
     assert find_model(str(tmp_path / "iteration_9"))[0] == str(tmp_path / "iteration_9" / "policy")
     with pytest.raises(UserError, match=r"no model of iteration 11; it has those of 0, 9, 10\."):
@@ -193,7 +196,7 @@ def test_of_a_run_the_last_iteration_with_a_model_is_taken(tmp_path):
 def test_what_cannot_be_talked_to_says_so(refusal: Refusal, model, tmp_path):
     for args, words in (
         ([str(tmp_path)], "there is no model in"),
-        ([model, "--iteration", "0"], "needs the folder of a run with iterations"),
+        ([model, "--iteration", "0"], "is of a run with iterations"),
         ([model, "--temperature", "-1"], "temperature must be 0 (greedy) or positive, got -1.0"),
         ([model, "--max_new_tokens", "x"], "argument --max_new_tokens: invalid int value: 'x'"),
         ([model, "--device", "nowhere"], "--device 'nowhere' cannot be used"),

@@ -257,7 +257,7 @@ def test_what_has_no_pairs_says_what_it_is(refusal: Refusal, game, tmp_path):
         ([str(game), "--iteration", "x"], "a number from 0, or 'all', got 'x'"),
         ([str(game), "--output", "p.csv"], "must end with .jsonl or .parquet, got 'p.csv'"),
         ([str(game), "--format", "csv"], "invalid choice: 'csv'"),
-        ([str(game), "--itration", "1"], "unrecognized arguments: --itration 1. spin-lightning pairs --help"),
+        ([str(game), "--itration", "1"], "pairs has no '--itration'. Did you mean --iteration?"),
     ):
         assert words in refusal(["pairs", *args]), args
     for iteration in (0, 1):

@@ -8,6 +8,7 @@ import yaml
 from spin_lightning.cli.commands import STAGES, main
 from spin_lightning.cli.comments import WIDTH, with_comments
 from spin_lightning.cli.stage_cli import parse_settings
+from spin_lightning.types import UserError
 
 LONG = "a folder with a name of many words/" * 4 + "rows.jsonl"
 REQUIRED = ["--model.model_name_or_path=a/b", f"--data.train_data={LONG}"]
@@ -20,7 +21,11 @@ def printed(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("word", [*STAGES, "score"])
+#: The stages by default, and those that are left for ``make slow``.
+WORDS = [pytest.param(word, marks=[] if word in ("fit", "score") else pytest.mark.slow) for word in (*STAGES, "score")]
+
+
+@pytest.mark.parametrize("word", WORDS)
 def test_it_is_commented_and_reads_back_to_the_same_settings(word, capsys, tmp_path):
     plain = printed(capsys, word, *REQUIRED, "--print_config=plain")
     text = with_comments(plain, word)
@@ -68,3 +73,8 @@ def test_a_text_of_several_lines_keeps_its_comment_above_it():
     assert (
         "  # A file (JSON, JSONL, CSV, TSV, Parquet; also .gz or .zst), a folder, or a hub name.\n  train_data:" in text
     )
+
+
+def test_an_unknown_form_is_refused_with_those_there_are():
+    with pytest.raises(UserError, match="takes plain and skip_default behind =, got 'yaml'"):
+        parse_settings("fit", ["--print_config=yaml"])

@@ -36,7 +36,7 @@ def parsed(word: str) -> Any:
 @pytest.mark.parametrize("word", STAGES)
 def test_settings_and_defaults_are_those_of_the_parser(word):
     settings, shown = parsed(word), settings_of(STAGES[word])
-    follow = {"checkpoint.dirpath", *({"trainer.max_epochs"} if word in ("fit", "ppo") else ())}
+    follow = {"checkpoint.dirpath", "report.output_dir", *({"trainer.max_epochs"} if word in ("fit", "ppo") else ())}
     for section, (title, of_section) in shown.items():
         assert title.endswith(".")
         expected = {}
@@ -54,7 +54,7 @@ def test_settings_and_defaults_are_those_of_the_parser(word):
             assert text.endswith((".", "...")), name
             if name == "model.optimizer":
                 assert default == expected[name].class_path.replace("torch.optim.adamw.", "torch.optim.")
-            elif name in REQUIRED:
+            elif name in (*REQUIRED, "rollouts.reward"):
                 assert default == "required"
             else:
                 shown_value = default.partition(";")[0]
@@ -163,5 +163,10 @@ def test_the_first_page_names_adapters_devices_and_servers(capsys, monkeypatch):
 def test_words_of_a_reward_and_of_a_cap_tell_what_is_to_be_given():
     texts = {setting.name: setting.text for _, settings in settings_of(STAGES["ppo"]).values() for setting in settings}
     assert "must be given: NumberMatch, TextMatch, FunctionReward, ModelReward, JudgeReward" in texts["rollouts.reward"]
+    defaults = {s.name: s.default for _, settings in settings_of(STAGES["ppo"]).values() for s in settings}
+    assert (defaults["rollouts.reward"], defaults["data.train_data"]) == ("required", "required")
+    assert [name for name, default in defaults.items() if default == "required"] == [
+        *("model.model_name_or_path", "data.train_data", "rollouts.reward")
+    ]
     texts = {s.name: s.text for _, settings in settings_of(STAGES["reward"]).values() for s in settings}
     assert "or left out where too_long is drop" in texts["data.max_response_tokens"]

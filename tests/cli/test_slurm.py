@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from spin_lightning.cli.chain_file import Chain, read_chain
 from spin_lightning.cli.commands import main
 from spin_lightning.cli.slurm import make_script
 
@@ -50,6 +51,34 @@ def test_the_job_is_queued_again_when_its_time_was_over(code: int, is_queued: bo
     ]
 
 
+def test_a_chain_starts_each_of_its_stages_on_all_gpus(tmp_path: Path) -> None:
+    """Run for real, with programs in the place of srun and python, and read again as the chain would."""
+    line = tmp_path / "line.yaml"
+    line.write_text("output_dir: runs/line\nstages: [sft: {}, score: {name: rated}, fit: {}]\n")
+    for name in ("srun", "python"):
+        (tmp_path / name).write_text(f'#!/bin/bash\nprintf "%s\\n" "{name}" "$@" > {tmp_path}/called\n')
+        (tmp_path / name).chmod(0o755)
+    script = make_script([*ASKED, "chain", str(line), "--output_dir", "runs/other"])
+    subprocess.run(["bash"], input=script, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called[:4] == ["python", "-m", "spin_lightning", "chain"]  # once, beside what srun starts
+    chain = _read(called[4:], tmp_path)
+    program = str(tmp_path / "srun")
+    assert [step.launcher for step in chain.steps] == [
+        (program, "--kill-on-bad-exit=1", "python"),
+        (program, "--kill-on-bad-exit=1", "--nodes=1", "--ntasks=1", "python"),
+        (program, "--kill-on-bad-exit=1", "python"),
+    ]
+    on_all = (("trainer.num_nodes", "2"), ("trainer.devices", "3"))
+    assert [step.flags for step in chain.steps] == [on_all, (), on_all] and chain.output_dir == Path("runs/other")
+
+
+def _read(args: Sequence[str], folder: Path) -> Chain:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+        return read_chain(args)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -60,6 +89,8 @@ def test_the_job_is_queued_again_when_its_time_was_over(code: int, is_queued: bo
         (["--time", "--", "fit"], "--time needs a value, got ''"),
         (["2", "--", "fit"], "an option of the job must look like --partition gpu, got '2'"),
         (["--signal=TERM@9", "--", "fit"], "--signal is the script's own"),
+        (["--", "chain"], "chain needs its file"),
+        (["--", "chain", "a.yaml", "--sft.trainer.devices=2"], "--sft.trainer.devices follows from --nodes"),
         (["--", "play", "--launcher=torchrun"], "--launcher follows from --nodes and --gpus-per-node"),
     ],
 )

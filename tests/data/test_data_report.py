@@ -170,7 +170,7 @@ def test_fewer_rows_than_a_batch_are_refused_with_what_became_of_the_others(tmp_
         report_of(source, batch_size=8, max_prompt_tokens=40, val_fraction=0.1, seed=1)
     assert str(caught.value) == (
         "7 rows to train on are fewer than data.batch_size 8: of 10 rows 1 are held out and 2 have prompts that are "
-        "too long. Lower data.batch_size, or give more rows."
+        "too long. Set --data.batch_size 7 or less, or give more rows."
     )
 
 
@@ -178,7 +178,7 @@ def test_a_batch_of_pairs_counts_every_answer_of_a_prompt(tmp_path):
     source = write(tmp_path / "rows.jsonl", *((f"p{n}", "a") for n in range(4)))
     report_of(source, batch_size=4)
     report_of(source, batch_size=12, answers_per_prompt=3)
-    with pytest.raises(UserError, match=r"4 rows to train on with 3 answers each are fewer than data.batch_size 13"):
+    with pytest.raises(UserError, match=r"4 rows to train on with 3 responses each are fewer than data.batch_size 13"):
         report_of(source, batch_size=13, answers_per_prompt=3)
 
 

@@ -109,7 +109,7 @@ def test_a_parser_finds_every_setting_with_its_type_default_and_help(kind: type[
         "val_data": None, "val_fraction": 0.05, "format": "auto", "columns": None, "split": "train", "max_rows": None,
         "data_revision": None, "on_bad_row": "error", "prompt_template": None, "max_prompt_tokens": 512, "seed": 0,
         "max_response_tokens": 256, "batch_size": 8, "micro_batch_tokens": 1024, "num_workers": 0, "train_data": None,
-        "tokenizer_name_or_path": None, **(of_game if kind is SyntheticDataModule else {}),
+        "tokenizer_name_or_path": None, "other_data": None, **(of_game if kind is SyntheticDataModule else {}),
         **({"too_long": "cut"} if kind is PreferenceDataModule else {}),
     }  # fmt: skip
     if kind is SyntheticDataModule:

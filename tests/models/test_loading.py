@@ -13,7 +13,7 @@ import torch
 from helpers import args_of, byte_tokenizer, save_tiny_model, tiny_model, write_rows
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
 
 from spin_lightning.cli.commands import main
 from spin_lightning.models import hub
@@ -57,6 +57,24 @@ def endings(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *fla
 
 
 # --- what is no whole model -------------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_is_no_policy_even_where_its_embeddings_would_be_a_head(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = save_tiny_model(tmp_path / "reward")
+    settings = {key: value for key, value in load_config(model).to_dict().items() if "label" not in key}
+    LlamaForSequenceClassification(LlamaConfig(**settings, num_labels=1)).save_pretrained(reward)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    for word in ("fit", "sft", "check", "dpo"):
+        with pytest.raises(SystemExit) as stop:
+            main([word, f"--model.model_name_or_path={reward}", f"--data.train_data={rows}"])
+        error = " ".join(capsys.readouterr().err.split())
+        assert stop.value.code == 2 and "holds a reward model (LlamaForSequenceClassification)" in error, (word, error)
+        assert "Give the language model that it was made from" in error
+    with pytest.raises(UserError, match="holds a reward model"):
+        load_policy(reward)
+    assert load_policy(reward, needs_head=False).config.tie_word_embeddings  # as a critic it is welcome
 
 
 def test_an_adapter_is_named_with_the_settings_that_continue_it_and_the_command_that_merges_it(

@@ -272,6 +272,31 @@ def test_a_server_that_stays_silent_ends_the_run_and_a_single_silence_does_not(s
         scored(judge, [answer(text) for text in "abcdefghijk"])
 
 
+def test_pauses_are_said_once_for_each_length_however_many_wait(serve: Serve, capsys: pytest.CaptureFixture[str]):
+    silent = set("abcd")
+
+    def reply(question: str, body: Any) -> Any:
+        if shown(question) in silent:
+            raise Drop
+        return {"5": 1.0}
+
+    server = serve(reply)
+    judge = JudgeReward("m", url=server.url)
+    texts = [*"abcd", *map(str, range(100, 136))]  # a tenth stays without a reply
+    for _ in range(2):
+        scored(judge, [answer(text) for text in texts])
+    notes = [line for line in capsys.readouterr().out.splitlines() if "did not reply" in line]
+    assert len(notes) == 2 and all(
+        f"note: the judge at {server.url} did not reply (no answer" in line for line in notes
+    )
+    assert [line.rpartition("; ")[2] for line in notes] == ["trying again in 0.01 s", "trying again in 0.02 s"]
+    silent.clear()
+    scored(judge, [answer(text) for text in texts])  # it is back
+    silent |= {"a"}
+    scored(judge, [answer(text) for text in texts])
+    assert capsys.readouterr().out.count("did not reply") == 2
+
+
 def test_a_server_that_hangs_is_left_after_its_time(serve: Serve):
     server = serve(lambda question, body: time.sleep(5))
     started = time.monotonic()

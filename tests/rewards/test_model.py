@@ -27,6 +27,8 @@ from spin_lightning.models.batches import pack
 from spin_lightning.models.classifier_scores import classifier_scores, shares_prompts
 from spin_lightning.models.reward_model import add_score_head, save_reward_model, score_padded
 from spin_lightning.rewards import Answer, check_reward, scored
+from spin_lightning.rewards.base import make_answer
+from spin_lightning.types import Prompt, Row
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 16,
@@ -262,3 +264,25 @@ def test_shared_prompts_are_those_of_rows_in_bfloat16(tmp_path: Path) -> None:
         alone = torch.cat([score_padded(model, [prompt + response], 0) for prompt, response in rows])
     assert shares_prompts(model) and (found - alone).abs().max() < 0.2 * alone.std()
     assert len(pack([(rows[0][0], [response for _, response in rows])]).input_ids) == 82  # the prompt once
+
+
+def test_it_reads_the_tools_that_could_be_called(tmp_path: Path) -> None:
+    template = "{% for t in tools or [] %}[{{ t['function']['name'] }}]{% endfor %}" + CHATML
+    reward = ModelReward(save(tmp_path, template=template))
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("add", "subtract")]
+    plain, *others = scored(reward, [Answer(ask("1 + 1?"), "2", tools=tools[:n]) for n in (0, 1, 2)])
+    written = [ask("1 + 1?"), "2"]
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    for score, n in zip((plain, *others), (0, 1, 2), strict=True):
+        turns = [*written[0], {"role": "assistant", "content": written[1]}]
+        ids = tokenizer.apply_chat_template(turns, tools=tools[:n] or None, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert score == pytest.approx(float(model(ids).logits), abs=1e-4)
+    assert len({plain, *others}) == 3  # also where all else is the same
+
+
+def test_an_answer_to_a_row_has_its_tools() -> None:
+    tools = ({"type": "function", "function": {"name": "add"}},)
+    prompt = Prompt(0, Row(ask("1 + 1?"), "2", tools=tools), [1], [2], "stop")  # type: ignore[arg-type]
+    assert make_answer(prompt, [2], "2", "stop").tools == tools

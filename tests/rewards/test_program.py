@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import linecache
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from spin_lightning import FunctionReward, NumberMatch, TextMatch, UserError
 from spin_lightning.rewards import Answer, scored
+from spin_lightning.runs.files import sha256_of
 
 REAL = "5 + 7 = 12. The answer is 12."
 
@@ -197,7 +200,21 @@ def test_functions_for_trl_run_unchanged(functions: str):
         "function": f"{functions}:exact",
         "columns": ["solution"],
         "form": "conversational",
+        "source_sha256": sha256_of(MODULE[MODULE.index("def exact") : MODULE.index("def plain")].rstrip() + "\n"),
     }
+
+
+def test_what_a_function_is_made_of_is_kept_where_it_can_be_had(functions: str, tmp_path: Path):
+    def source_of(name: str) -> str | None:
+        return FunctionReward(name).settings.get("source_sha256")
+
+    before = source_of(f"{functions}:plain")
+    path = tmp_path / f"{functions}.py"
+    path.write_text(MODULE.replace("len(p) + len(c)", "len(p) - len(c)"))
+    del sys.modules[functions]
+    linecache.checkcache()
+    assert before != source_of(f"{functions}:plain") is not None
+    assert source_of("string:capwords") is not None and source_of("math:fsum") is None
 
 
 def test_a_function_may_ask_for_the_real_response(functions: str):

@@ -79,7 +79,7 @@ def test_every_setting_of_a_stage_is_recorded_wherever_it_is_declared(model: str
         (SpinLightningModule(model), ["beta", "loss", "opponent"]),
         (RewardLightningModule(model), ["centring"]),
         (DpoLightningModule(model), ["beta", "loss"]),
-        (SftLightningModule(model), ["average", "max_updates"]),
+        (SftLightningModule(model), ["average", "max_updates", "kl_to_start"]),
     ):
         found = settings(module)
         assert {key for key in of("model", found) if not key.startswith("optimizer.")} == {*common["model"], *own}

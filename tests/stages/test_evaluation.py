@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from games import Do, Game, Recorder, Stopped, read
-from helpers import QUIET, byte_tokenizer, log_prob_by_hand, tiny_model
+from helpers import QUIET, byte_tokenizer, load, log_prob_by_hand, tiny_model
 from huggingface_hub import ModelCard
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -385,12 +385,14 @@ def test_a_run_that_is_continued_asks_what_is_missing_and_nothing_twice(
 
 
 def test_supervised_fine_tuning_has_results_on_its_card(model: str, rows: str, quiz: str, tmp_path: Path):
-    callbacks = [EvaluateTasks([quiz], limit=3), Recorder(), ExportPolicy(str(tmp_path / "run"))]
-    module = SftLightningModule(model, learning_rate=1e-2)
-    trainer = Trainer(max_epochs=1, enable_checkpointing=False, callbacks=callbacks, **QUIET)
-    trainer.fit(module, RowDataModule(rows, batch_size=8))
+    callbacks = [EvaluateTasks([quiz], limit=3), Recorder(), ExportPolicy(str(tmp_path / "run"), keep="best")]
+    module = SftLightningModule(model, learning_rate=3.0)  # so that the weights of the start are the best
+    settings: dict[str, Any] = {"max_epochs": 1, "num_sanity_val_steps": -1, "enable_checkpointing": False}
+    Trainer(callbacks=callbacks, **settings, **QUIET).fit(module, RowDataModule(rows, batch_size=8, val_fraction=0.2))
     results = read(tmp_path / "run" / "evaluation.json")
-    assert results["model_sha256"] == weights_hash(module.policy) and results["tasks"]["quiz"]["documents"] == 3
+    assert read(tmp_path / "run" / "summary.json")["best_step"] == 0
+    assert results["model_sha256"] == weights_hash(load(model)) == weights_hash(load(tmp_path / "run" / "policy"))
+    assert results["tasks"]["quiz"]["documents"] == 3
     assert "| quiz | acc | 0 | 3 |" in (tmp_path / "run" / "policy" / "README.md").read_text()
 
 

@@ -31,7 +31,7 @@ OWN: dict[type[PolicyModule], dict[str, Any]] = {
         "critic_learning_rate": 1e-5, "critic_warmup": 0, "average": "token", "sampler_cap": None,
     },
     DpoLightningModule: {"beta": 0.1, "loss": None, "learning_rate": 5e-7},
-    SftLightningModule: {"learning_rate": 2e-5, "average": "token", "max_updates": None},
+    SftLightningModule: {"learning_rate": 2e-5, "average": "token", "max_updates": None, "kl_to_start": 0.0},
     RewardLightningModule: {"learning_rate": 1e-5, "centring": 0.0},
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from games import CountingGenerator, Do, DoLast, Game, Recorder, Stopped, read, weight_bits, without_seconds
+from games import CountingGenerator, Do, DoLast, Game, Recorder, Stopped, moments_of, read, weight_bits, without_seconds
 from helpers import QUIET
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -74,29 +74,12 @@ class Undisturbed:
 
 
 def play_undisturbed(settings: dict[str, Any], model: str, rows: str, tmp_path: Path) -> Undisturbed:
-    """Play a game, and copy its folder before and after each file in it gets its final name, or loses it."""
-    folder, moments = tmp_path / "run", []
+    """Play a game, and keep every state of its folder."""
+    folder = tmp_path / "run"
     game = Game(model, rows, folder, **settings)
-
-    def keep() -> None:
-        batches = game.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        moments.append(Moment(tmp_path / f"moment_{len(moments)}", batches))
-        shutil.copytree(folder, moments[-1].folder)
-
-    def around(function: Callable[..., Any]) -> Callable[..., Any]:
-        def kept(*args: Any, **kwargs: Any) -> Any:
-            keep()
-            result = function(*args, **kwargs)
-            keep()
-            return result
-
-        return kept
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", around(os.replace))
-        patch.setattr(Path, "rename", around(Path.rename))
-        game.play()
-    return Undisturbed(game, folder, moments)
+    progress = game.trainer.fit_loop.epoch_loop.batch_progress
+    moments = moments_of(folder, tmp_path / "moments", game.play, lambda: progress.total.processed)
+    return Undisturbed(game, folder, [Moment(*moment) for moment in moments])
 
 
 def batches_in(checkpoint: str | None) -> int:

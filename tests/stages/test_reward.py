@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import random
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from games import Do, DoLast, Recorder, Stopped, read, weight_bits, without_seconds
+from games import Do, DoLast, Recorder, Stopped, moments_of, read, weight_bits, without_seconds
 from helpers import QUIET, args_of, load
 from lightning import Trainer
 from several import together
@@ -326,30 +325,6 @@ def test_an_adapter_is_exported_in_its_base(model: str, pairs: str, tmp_path: Pa
 # --- After a kill ---------------------------------------------------------------------------------------------------
 
 
-def copies_of(folder: Path, copies: Path, run: Callable[[], Any]) -> list[Path]:
-    """Run, and copy a folder before and after each file in it gets its final name: all that a kill can leave."""
-    moments: list[Path] = []
-
-    def keep() -> None:
-        moments.append(copies / str(len(moments)))
-        shutil.copytree(folder, moments[-1])
-
-    def around(function: Callable[..., Any]) -> Callable[..., Any]:
-        def kept(*args: Any, **kwargs: Any) -> Any:
-            keep()
-            result = function(*args, **kwargs)
-            keep()
-            return result
-
-        return kept
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", around(os.replace))
-        patch.setattr(Path, "rename", around(Path.rename))
-        run()
-    return moments
-
-
 def continues_from(moment: Path, whole: Any, folder: Path, model: str, pairs: str, **settings: Any) -> None:
     for log in moment.rglob("*.lock"):
         log.unlink()
@@ -367,11 +342,11 @@ def continues_from(moment: Path, whole: Any, folder: Path, model: str, pairs: st
 def play_moments(model: str, pairs: str, tmp_path: Path, **settings: Any) -> tuple[Any, list[Path]]:
     whole: list[Any] = []
     folder = tmp_path / "run"
-    moments = copies_of(
+    moments = moments_of(
         folder, tmp_path / "moments", lambda: whole.extend(fit(model, data_of(pairs), folder, **settings))
     )
     assert len(moments) > 20
-    return whole, moments
+    return whole, [moment for moment, _ in moments]
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_model(model: str, pairs: str, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import fake_judge
 import pytest
 from games import FakeGenerator, read
 from helpers import byte_tokenizer, tiny_model
 
 from spin_lightning import (
+    FunctionReward,
     ModelReward,
     NumberMatch,
     Reward,
@@ -23,10 +25,12 @@ from spin_lightning import (
     UserError,
 )
 from spin_lightning.cli import commands as cli
+from spin_lightning.cli.score import render
 from spin_lightning.data.preferences import PreferenceDataModule
 from spin_lightning.rewards import Answer
 from spin_lightning.rewards.base import refuse_unanswered
-from spin_lightning.stages.scoring import Players, RecordedPairs, RewardStore, Scoring
+from spin_lightning.runs.files import write_json
+from spin_lightning.stages.scoring import ComparedPairs, Players, RewardStore, Scoring
 
 Rule = Callable[[list[int], int], list[int]]
 
@@ -120,6 +124,32 @@ def test_a_model_s_responses_are_scored_counted_and_written_down(sums: str, tmp_
     }
 
 
+def test_what_is_missing_says_why(sums: str, tmp_path: Path):
+    def run(name: str, reward: Reward, texts: list[str], **settings: Any) -> tuple[dict[str, str], str]:
+        data = read_data(sums, by_text(lambda asked, number: texts[number]))
+        summary = Scoring(reward, str(tmp_path / name), **settings).run(PLAYERS, data, len(texts))
+        return summary.get("reasons", {}), " ".join("\n".join(render(summary)).split())
+
+    reasons, shown = run("one", NumberMatch(), ["#### 99"], best_from=1.0)
+    assert reasons["pair_rows"] == "each prompt has one response: set data.answers_per_prompt to 2 or more"
+    assert reasons["best_rows"] == "no reward is at least 1 (score.best_from)"
+    assert f"no rows {reasons['best_rows']} no pairs {reasons['pair_rows']}" in shown
+    reasons, _ = run("equal", NumberMatch(), ["none", "neither"])
+    assert reasons == {"pair_rows": "all judged responses to a prompt have the same reward"}
+    reasons, _ = run("empty", Counting(lambda answer: -float(len(answer.text))), ["", "no"])
+    assert reasons == {"pair_rows": "the better response of each prompt is empty or holds a NUL character"}
+    reasons, shown = run("some", Counting(lambda answer: None if answer.text == "a" else 1.0), ["a", "b"])
+    assert "not judged 6: None says that an answer cannot be judged. See what the reward needs" in shown
+    whole = Counting(lambda answer: None if answer.finish_reason == "length" else 1.0)
+    type(whole).judges_cut = property(lambda self: False)  # type: ignore[method-assign, assignment]
+    try:
+        reasons, shown = run("cut", whole, ["so long that it is cut", "b"])
+    finally:
+        del type(whole).judges_cut
+    assert "not judged 6: 6 were cut, and the reward judges whole responses: raise data.generator.max_new" in shown
+    assert run("all", Counting(lambda answer: float(len(answer.text))), ["no", "yes"])[0] == {}
+
+
 def test_its_rows_are_read_by_the_stages_that_follow(sums: str, tmp_path: Path):
     data = read_data(sums, by_text(lambda asked, number: ["#### 1", "no"][number]))
     Scoring(NumberMatch(), str(tmp_path / "run"), best_from=1.0).run(PLAYERS, data, 2)
@@ -209,6 +239,24 @@ def test_a_judge_that_falls_silent_is_not_asked_again_about_what_it_said(sums: s
     (tmp_path / "run" / "rewards" / "prompts-000000002.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="is not the file that was written"):
         Scoring(reward, str(tmp_path / "run"), shard_size=2).run(PLAYERS, data, 1)
+
+
+def test_a_changed_function_is_noticed_and_a_run_of_before_goes_on(
+    sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def run(function: str) -> dict[str, Any]:
+        return Scoring(FunctionReward(function), str(tmp_path / "run")).run(PLAYERS, read_data(sums), 1)
+
+    summary = run("fake_judge:count_vowels")
+    manifest = tmp_path / "run" / "rewards_manifest.json"
+    kept = read(manifest)
+    assert kept["binding"]["reward"]["source_sha256"]
+    monkeypatch.setattr(fake_judge, "count_vowels", lambda completions: [0.0] * len(completions))
+    with pytest.raises(UserError, match=r"rewards in .* what differs: reward\."):
+        run("fake_judge:count_vowels")
+    del kept["binding"]["reward"]["source_sha256"]  # as an earlier version has left it
+    write_json(manifest, kept)
+    assert run("fake_judge:count_vowels")["mean"] == summary["mean"]  # what was said stays
 
 
 @pytest.mark.parametrize(
@@ -308,7 +356,7 @@ def test_a_judge_that_compares_labels_pairs_of_responses_where_none_is_real(tmp_
 
 def test_a_judge_that_compares_labels_the_two_responses_of_preference_rows(tmp_path: Path):
     rows = [{"prompt": "q?", "chosen": "short", "rejected": "the longer one"}]
-    data = RecordedPairs(write(tmp_path / "rows.jsonl", rows), val_fraction=0)
+    data = ComparedPairs(write(tmp_path / "rows.jsonl", rows), val_fraction=0)
     data.tokenizer, data.end_ids = byte_tokenizer(), []
     data.setup("score")
     Scoring(Comparing(), str(tmp_path / "run")).run(PLAYERS, data, 0)

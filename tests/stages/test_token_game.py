@@ -97,10 +97,7 @@ def test_its_first_update_is_that_of_sft_by_tokens_at_a_beta_of_2(model: str, ro
         assert name.endswith("norm.weight") or not torch.allclose(weight, start[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, [3.0, 1.0]])
-def test_accumulated_batches_and_passes_of_any_size_train_like_one_batch(
-    temperature: Any, model: str, rows: str, tmp_path: Path
-) -> None:
+def test_accumulated_batches_and_passes_of_any_size_train_like_one_batch(model: str, rows: str, tmp_path: Path) -> None:
     settings: list[dict[str, Any]] = [
         {"data": {"batch_size": 8}},
         {"data": {"batch_size": 4}, "trainer": {"accumulate_grad_batches": 2}},
@@ -108,7 +105,7 @@ def test_accumulated_batches_and_passes_of_any_size_train_like_one_batch(
     ]
     games = [
         game_of(
-            model, rows, tmp_path / str(n), loss={"temperature": temperature},
+            model, rows, tmp_path / str(n), loss={"temperature": [3.0, 1.0]},
             **{**each, "trainer": {"precision": "64-true", **each.get("trainer", {})}},
         ).play()
         for n, each in enumerate(settings)
@@ -131,7 +128,7 @@ def assert_same(game: Game, whole: Game, folder: Path, other: Path) -> None:
 def test_a_game_stopped_anywhere_continues_bit_for_bit(adapter: bool, model: str, rows: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"module": {"adapter": LoraAdapter(r=4)}} if adapter else {}
     whole = game_of(model, rows, tmp_path / "whole", **settings).play()
-    for number in (1, 4, 6):
+    for number in (6,) if adapter else (1, 4):
         stop = DoLast(on_train_batch_end=lambda trainer, *_, n=number: stop_at(trainer, n))
         folder = tmp_path / str(number)
         with pytest.raises(Stopped):
@@ -158,14 +155,14 @@ def test_a_stop_while_the_opponent_scores_costs_one_shard(
         return real(policy, batch, k)
 
     monkeypatch.setattr(law_table, "top_says", watched)
-    for limit in (1, 2, 3 + 1):  # of shards of 3, 3 and 2 responses; in the second iteration, too
+    for limit in (1, 4):  # of shards of 3, 3 and 2 responses; in the second iteration, too
         scored.clear()
         folder = tmp_path / str(limit)
         with pytest.raises(Stopped):
             game_of(model, rows, folder, **settings).play()
-        before, limit = len(scored), 1000
+        limit = 1000
         game = game_of(model, rows, folder, **settings).play()
-        assert len(scored) == 6 + (before > 3) * 0, "no shard is scored twice"
+        assert len(scored) == 6, "no shard is scored twice"
         assert_same(game, whole, folder, tmp_path / "whole")
 
 
@@ -203,17 +200,18 @@ def test_stages_one_by_one_are_the_game(
     assert game.weights == played[0].weights
 
 
-def play_it(model: str, rows: str, folder: Path, devices: int) -> None:
-    trainer = {"precision": "64-true", "devices": devices, **({"strategy": "ddp"} if devices > 1 else {})}
+def play_it(model: str, rows: str, folder: Path, strategy: str = "") -> None:
+    trainer = {"precision": "64-true", **({"devices": 2, "strategy": strategy} if strategy else {})}
     data = {"batch_size": 5, "micro_batch_tokens": 60}
     game = game_of(model, rows, folder, trainer=trainer, data=data, play={"shard_size": 3}).play()
     (folder / f"weights_{game.trainer.global_rank}").write_bytes(weight_bits(game.module.gather_policy()))
 
 
 @thorough
-def test_two_processes_play_the_game_of_one(model: str, rows: str, tmp_path: Path) -> None:
-    play_it(model, rows, tmp_path / "one", 1)
-    ended = together(tmp_path, play_it, model, rows, tmp_path / "two", 2)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_play_the_game_of_one(strategy: str, model: str, rows: str, tmp_path: Path) -> None:
+    play_it(model, rows, tmp_path / "one")
+    ended = together(tmp_path, play_it, model, rows, tmp_path / "two", strategy)
     assert ended.codes == [0, 0], ended.printed
     one, two = (load(tmp_path / name / "iteration_1" / "policy", torch.float64).state_dict() for name in ("one", "two"))
     for name, weight in one.items():
@@ -237,6 +235,20 @@ def test_settings_that_mean_nothing_here_are_named(
         "note: TokenSpinLoss generates nothing, so data.generator, data.answers_per_prompt, data.history are not used; "
         "of the generator its max_new_tokens alone, which caps the real responses." in printed.replace("\n", " ")
     )
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_other_precisions_pass_the_gate_and_no_generator_has_to_be_ready(
+    precision: str, model: str, rows: str, tmp_path: Path
+) -> None:
+    class Absent(ContinuousGenerator):
+        def check_ready(self) -> None:
+            raise UserError("no engine is here")
+
+    settings: dict[str, Any] = {"trainer": {"precision": precision}, "play": {"iterations": 1, "epochs": 1}}
+    game_of(model, rows, tmp_path, data={"generator": Absent(max_new_tokens=5)}, **settings).play()
+    summary = read(tmp_path / "iteration_0" / "summary.json")
+    assert summary["first_loss"] == pytest.approx(LN2, abs=0.01) and summary["updates"] == 2
 
 
 def test_what_cannot_be_combined_is_refused(model: str, rows: str, tmp_path: Path) -> None:

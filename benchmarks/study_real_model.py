@@ -1,0 +1,132 @@
+"""``python -m benchmarks.study_real_model``: self-play beside tuned SFT on a real model, by ``spin-lightning compare``.
+
+For 64 and for 208 demonstrations of the demo's skills: a start that SFT has taught their format, rows of other tasks
+(what the start itself says of other prompts, so that the NLL that rises on them is KL(start, policy)), and the arms.
+Everything is kept in the folder; the same command continues where it stopped.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.study_real_model [--demonstrations 64] [--folder .bench/real_model]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spin_lightning.demos.skills import WORDS, write_skills
+from spin_lightning.demos.steps import smollm2
+from spin_lightning.runs.files import replacing
+
+FOLDER = Path(".bench/real_model")
+#: The longest real response has 17 tokens.
+MOST_TOKENS = 32
+HELD_OUT = 130  # ten of each skill: five choose, five are reported on
+QUESTIONS = ("What is a {}?", "Tell me something about a {}.", "Write a short sentence with the word {}.")
+RATES = [1e-5, 3e-5, 1e-4]
+#: Passes over the rows in an iteration, by demonstrations: 48 and 78 updates in three iterations.
+EPOCHS = {64: 2, 208: 1}
+
+
+def settings(rows: Path, start: Path, folder: Path, demonstrations: int) -> dict[str, Any]:
+    """The config of a comparison."""
+    generator = {"class_path": "ContinuousGenerator", "init_args": {"max_new_tokens": MOST_TOKENS}}
+    hot = {"class_path": "ContinuousGenerator", "init_args": {"max_new_tokens": MOST_TOKENS, "temperature": 2.0}}
+    best = {"keep": "best", "patience": 6, "average_weights": 0.9}
+    tuned = {"stage": "sft", "equal_updates": "spin_k1", "learning_rates": True, "export": best}
+
+    def token(temperature: float, beta: float) -> dict[str, Any]:
+        loss = {"class_path": "TokenSpinLoss", "init_args": {"temperature": temperature, "top_k": 64}}
+        return {"stage": "fit", "learning_rates": True, "model": {"loss": loss, "beta": beta}}
+
+    four = {"answers_per_prompt": 4}
+    return {
+        "model": {"model_name_or_path": str(start), "learning_rate": 3e-5, "beta": 1.0},
+        "data": {
+            "train_data": str(rows / "train.jsonl"),
+            "val_data": str(rows / "held_out.jsonl"),
+            "other_data": str(rows / "other.jsonl"),
+            "batch_size": 8,
+            "generator": generator,
+        },
+        "self_play": {"iterations": 3, "epochs": EPOCHS[demonstrations]},
+        "health": {"stop": "never"},
+        "trainer": {"accelerator": "cpu", "precision": "bf16-true", "gradient_clip_val": 1.0},
+        "compare": {
+            "output_dir": str(folder),
+            "seeds": 3,
+            "samples": 2,
+            "temperatures": [0, 0.7, 1],
+            "learning_rates": RATES,
+            "arms": [
+                {"name": "spin_k1", "stage": "fit", "learning_rates": RATES[:2]},
+                {"name": "sft_tuned", **tuned},
+                {"name": "sft_kl", **tuned, "model": {"kl_to_start": 0.3}},
+                {"name": "token", **token(1.0, 5.0)},
+                {"name": "token_hot", **token(2.0, 5.0)},
+                {"name": "spin_k4", "stage": "fit", "data": four, "self_play": {"epochs": 1}, "model": {"beta": 1.0}},
+                {
+                    "name": "spin_k4_hot",
+                    "stage": "fit",
+                    "data": {**four, "generator": hot},
+                    "self_play": {"epochs": 1},
+                    "model": {"beta": 5.0},
+                },
+                {
+                    "name": "reward",
+                    "stage": "ppo",
+                    "model": {"advantage": {"class_path": "LeaveOneOut"}, "beta": 0.05, "learning_rate": 1e-5},
+                    "data": {"answers_per_prompt": 4, "batch_size": 32},
+                    "rollouts": {"reward": {"class_path": "TextMatch"}, "iterations": 12, "prompts": 16},
+                },
+            ],
+        },
+    }
+
+
+def run(*args: str, **streams: Any) -> None:
+    """A command of the package."""
+    print("spin-lightning", *args, flush=True)
+    subprocess.run([sys.executable, "-m", "spin_lightning", *args], check=True, **streams)
+
+
+def prepare(folder: Path, demonstrations: int) -> Path:
+    """The rows, the start and what it says of other prompts; returns the start."""
+    train, held_out = write_skills(folder, num_train=demonstrations, num_held_out=HELD_OUT)
+    data = ["--data.train_data", str(train), "--data.val_data", str(held_out)]
+    sft = folder / "sft"
+    updates = ["--model.max_updates", str(demonstrations // 8), "--trainer.max_epochs", "1", "--data.batch_size", "8"]
+    how = ["--model.learning_rate", "2e-5", "--trainer.accelerator", "cpu", "--trainer.precision", "bf16-true"]
+    cap = ["--data.max_response_tokens", str(MOST_TOKENS), "--trainer.gradient_clip_val", "1"]
+    run("sft", "--model.model_name_or_path", smollm2(), "--export.output_dir", str(sft), *data, *updates, *how, *cap)
+    other = folder / "other.jsonl"
+    if not other.exists():
+        asked = "\n".join(QUESTIONS[place % 3].format(word) for place, word in enumerate(WORDS[: 3 * 24]))
+        with replacing(other) as file, file.open("w") as rows:
+            sampling = ["--temperature", "1", "--max_new_tokens", str(MOST_TOKENS), "--json"]
+            run("chat", str(sft), *sampling, input=asked, text=True, stdout=rows)
+    return sft / "policy"
+
+
+def main() -> None:
+    """Prepare and compare, one number of demonstrations after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demonstrations", type=int, nargs="+", default=list(EPOCHS), choices=list(EPOCHS))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    given = parser.parse_args()
+    for demonstrations in given.demonstrations:
+        folder = given.folder / f"demonstrations_{demonstrations}"
+        start = prepare(folder, demonstrations)
+        config = folder / "compare.yaml"
+        with replacing(config) as file:
+            file.write_text(
+                yaml.safe_dump(settings(folder, start, folder / "comparison", demonstrations), sort_keys=False)
+            )
+        run("compare", "--config", str(config))
+
+
+if __name__ == "__main__":
+    main()
