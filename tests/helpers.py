@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spin_lightning import losses
+from spin_lightning.cli.commands import COMMANDS
 from spin_lightning.testing import CHATML as CHATML
 from spin_lightning.testing import byte_tokenizer as byte_tokenizer
 from spin_lightning.testing import save_tiny_model as save_tiny_model
@@ -84,3 +91,24 @@ def log_prob_by_hand(model: torch.nn.Module, prompt: list[int], response: list[i
             total += float(model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token])
         ids.append(token)
     return total
+
+
+@cache
+def plugin_of_the_docs() -> tuple[ModuleType, dict[str, Any]]:
+    """The module that the examples of docs/extending.md make together, and the commands that it adds to the table.
+
+    It is imported once and stays: its classes are found among the subclasses of their bases for as long as the process.
+    """
+    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    folder = Path(tempfile.mkdtemp())
+    (folder / "my_plugin.py").write_text("\n\n".join(re.findall(r"```python\n(.*?)```", page, re.S)))
+    before = dict(COMMANDS)
+    sys.path.insert(0, str(folder))
+    try:
+        module = importlib.import_module("my_plugin")
+    finally:
+        sys.path.remove(str(folder))
+    added = {word: command for word, command in COMMANDS.items() if word not in before}
+    for word in added:
+        del COMMANDS[word]
+    return module, added

@@ -8,7 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from helpers import save_tiny_model, write_rows
+from helpers import plugin_of_the_docs, save_tiny_model, write_rows
 
 import spin_lightning
 from spin_lightning.cli import chat, evaluate, pairs, plan, play, push, report, score
@@ -131,8 +131,6 @@ def commands_of(page: Path) -> list[list[str]]:
     return found
 
 
-#: The plug-in of the docs.
-MY_PLUGIN = next(re.finditer(r"^```python\n(.*?)^```$", (ROOT / "docs/extending.md").read_text(), re.S | re.M))[1]
 COMMANDS_OF_DOCS = {
     f"{page.name}: {' '.join(words)}": words
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
@@ -147,8 +145,7 @@ def test_every_command_of_the_docs_is_one_that_would_run(command, tmp_path, monk
     monkeypatch.chdir(ROOT)
     run_yaml = tmp_path / "run.yaml"  # a reader's own config
     run_yaml.write_text("model: {model_name_or_path: a/b}\ndata: {train_data: rows.jsonl}\n")
-    (tmp_path / "my_plugin.py").write_text(MY_PLUGIN)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    plugin_of_the_docs()
     theirs = {arg for arg in args if arg.endswith(".yaml") and not Path(arg).exists()}
     parse_command(word, [str(run_yaml) if arg in theirs else arg for arg in args])
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import write_rows
+from helpers import plugin_of_the_docs, write_rows
 
 from spin_lightning import testing
 from spin_lightning.cli import commands
@@ -17,14 +15,11 @@ PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 
 
 @pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    (tmp_path / "my_plugin.py").write_text("\n\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.S)))
-    monkeypatch.syspath_prepend(tmp_path)
-    before = dict(commands.COMMANDS)
-    yield importlib.import_module("my_plugin")
-    del sys.modules["my_plugin"]
-    commands.COMMANDS.clear()
-    commands.COMMANDS.update(before)
+def plugin(monkeypatch):
+    module, added = plugin_of_the_docs()
+    for word, command in added.items():
+        monkeypatch.setitem(commands.COMMANDS, word, command)
+    return module
 
 
 def test_its_classes_keep_the_promises(plugin):

@@ -281,8 +281,8 @@ class Touching(Changed):
     [
         (ByBatch, "a response of ByBatch depends on the model, its prompt and its seed alone"),
         (Sharpened, "log_prob of Sharpened is the model's log-probability of the ids"),
-        (Unfinished, "gave the finish_reason 'stop' to an answer that ends with token"),
-        (Long, "gave an answer of 50 tokens, and max_new_tokens is 4"),
+        (Unfinished, "gave the finish_reason 'stop' to a response that ends with token"),
+        (Long, "gave a response of 50 tokens, and max_new_tokens is 4"),
         (Drifting, "Drifting never changes its settings"),
         (Touching, "Touching leaves the model as it is"),
     ],

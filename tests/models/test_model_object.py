@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def test_the_cast_command_of_the_card_halves_the_folder_and_rounds_the_weights(
     Game(half, rows, tmp_path, play={"epochs": 1, "iterations": 1}).play()
     folder = tmp_path / "iteration_0/policy"
     card = (folder / "README.md").read_text()
-    code = card[card.index("```python\n") + 10 : card.index("\n```", card.index("```python\n"))]
+    (code,) = (found for found in re.findall(r"```python\n(.*?)\n```", card, re.S) if "bfloat16" in found)
     monkeypatch.chdir(folder.parent)
     exec(code, {})
     whole, cast = (load(str(path)) for path in (folder, folder.with_name("policy_bfloat16")))

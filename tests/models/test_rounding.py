@@ -22,9 +22,9 @@ def test_rounding_is_the_distance_a_token_of_two_forward_paths_through_the_model
     seen = []
 
     class Rows(forward_paths.ForwardPath):
-        def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        def __call__(self, model: nn.Module, batch: Any, *args: Any) -> Tensor:
             if self.read is forward_paths._read_shared:
-                return super().__call__(model, batch)
+                return super().__call__(model, batch, *args)
             seen.append(batch.lengths)
             shared = forward_paths.ForwardPath(forward_paths._read_shared, self.is_linear)
             return shared(model, batch) + torch.tensor([0.02, -0.02, 0.1, 0.0, 0.06, -0.04, 0.0, 0.1, 0.1])

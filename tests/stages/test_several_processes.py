@@ -89,9 +89,10 @@ def compare(one: Path, two: Path, loss: float, weight: float) -> None:
 def assert_close(found: Any, expected: Any, allowed: float) -> None:
     """Two summaries are the same, but for so much in their numbers."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert_close(found[key], value, allowed)
+        # the KL to the start is measured in runs of one process only
+        assert found.keys() == expected.keys() - {"retention"}
+        for key, value in found.items():
+            assert_close(value, expected[key], allowed)
     elif isinstance(expected, float):
         assert math.isclose(found, expected, rel_tol=allowed, abs_tol=allowed), (found, expected)
     else:
