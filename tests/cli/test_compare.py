@@ -264,6 +264,18 @@ def test_what_cannot_be_compared_is_refused(
     assert words in printed and not (tmp_path / "run" / "data").exists()
 
 
+def test_a_row_that_is_taken_twice_is_on_one_side_alone(
+    pretended: Pretended, model: str, rows: str, tmp_path: Path
+) -> None:
+    path = Path(write_config(tmp_path, model, rows, compare={"arms": ARMS[:1], "seeds": 1})[-1])
+    config = yaml.safe_load(path.read_text())
+    config["data"]["train_data"] = {rows: 2.0}
+    path.write_text(yaml.safe_dump(config))
+    main(["compare", "--config", str(path)])
+    parts = [path.read_text().splitlines() for path in (tmp_path / "run" / "data").iterdir()]
+    assert sum(len({*part}) for part in parts) == len(set().union(*parts)) == sum(map(len, parts)) / 2
+
+
 def test_missing_files_and_other_rows_are_refused(
     refusal: Refusal, pretended: Pretended, model: str, rows: str, tmp_path: Path
 ) -> None:
