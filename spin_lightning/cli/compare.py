@@ -240,7 +240,8 @@ class Race:
             own = merged(own, {"model": {"max_updates": updates or 1}, "trainer": {"max_epochs": -1}})
         if (own.get("export") or {}).get("keep") == "best" and "val_check_interval" not in (own.get("trainer") or {}):
             total = own["model"].get("max_updates")
-            batches = self._own("trainer.accumulate_grad_batches", 1)
+            common = self._own("trainer.accumulate_grad_batches", 1)
+            batches = (own.get("trainer") or {}).get("accumulate_grad_batches", common)
             every = {
                 "check_val_every_n_epoch": None,
                 "val_check_interval": max(1, (total or 1) // MEASUREMENTS) * batches,

@@ -308,6 +308,8 @@ class ExportPolicy(L.Callback):
             averaged = averaged if best["step"] else {}
             measured = {name: best[name] for name in ("val_nll", "retention") if name in best}
             return {**measured, "best_step": best["step"], "last_val_nll": last_nll, **averaged}
+        if self.keep == "best":
+            say("note: no held-out row was measured, so there are no best weights; those of the end are exported")
         if self._average is not None and self._average.updates:
             exchange(_trained_weights(module), self._average.weights)
             say(f"the mean of the weights over the updates is kept (export.average_weights {self.average_weights})")
