@@ -136,7 +136,6 @@ MY_PLUGIN = next(re.finditer(r"^```python\n(.*?)^```$", (ROOT / "docs/extending.
 COMMANDS_OF_DOCS = {
     f"{page.name}: {' '.join(words)}": words
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
-    if page.stem != "extending"  # its classes are in its own blocks: tests/test_extending.py makes a module of them
     for words in commands_of(page)
 }
 

@@ -87,7 +87,8 @@ def main() -> None:
             if cell.language not in laboratories:
                 laboratories[cell.language] = Laboratory(LANGUAGES[cell.language], Scale(), settings.folder)
             run_cell(cell, laboratories[cell.language], file)
-    report.keep(list(read(file).values()))
+    if parts := list(read(file).values()):
+        report.keep(parts)
     report.render()
 
 

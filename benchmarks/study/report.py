@@ -100,13 +100,16 @@ def keep(parts: Sequence[Record], file: Path = NUMBERS) -> None:
                 for name, (share, of) in SHARES.items()
             }
         arm["confirm"] = {"results": results, **own}
+    before = read(file) if file.exists() else {"cells": {}, "cpu_minutes": 0.0}
+    for name, arms in before["cells"].items():  # of another machine or checkout: what was not run here stays
+        cells[name] = arms | cells.get(name, {})
     order = [cell.name for cell in CELLS if cell.name in cells] + sorted(set(cells) - {cell.name for cell in CELLS})
     seconds = sum(part.get("cpu_seconds", 0) for part in parts)
     report = {
         "command": COMMAND,
         "measured_at": time.strftime("%Y-%m-%d"),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "cpu_minutes": round(seconds / 60, 1),
+        "cpu_minutes": max(round(seconds / 60, 1), before["cpu_minutes"]),
         "scale": asdict(Scale()),
         "grids": {name: [asdict(config) for config in arm.grid] for name, arm in ARMS.items()},
         "cells": {name: cells[name] for name in order},

@@ -78,6 +78,7 @@ class Line:
     #: The command, and what it calls one of its runs.
     word: ClassVar[str] = "chain"
     runs_are: ClassVar[str] = "stage"
+    whole_is: ClassVar[str] = "a chain"
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
@@ -120,7 +121,7 @@ class Line:
         record.refuse(settings)
         for name in _REFUSED:
             if value := settings.get(name):
-                raise UserError(f"{name} cannot be {value!r} in {self.word}. Leave it out.")
+                raise UserError(f"{name} cannot be {value!r} in {self.whole_is}. Leave it out.")
         links = {str(place) for place in self._places(step, must_exist=False).values()}
         for sources in (settings.data.get("train_data"), settings.data.get("val_data")):
             for name in _names_in(sources):

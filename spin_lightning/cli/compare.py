@@ -73,6 +73,7 @@ class Runs(Line):
 
     word: ClassVar[str] = "compare"
     runs_are: ClassVar[str] = "arm"
+    whole_is: ClassVar[str] = "a comparison"
 
 
 class Race:

@@ -155,8 +155,8 @@ last policy is taken, or a name on the hub. Without --tasks these are the six of
 the paper: arc_challenge 25 shots, truthfulqa_mc2 0, winogrande 5, gsm8k 5,
 hellaswag 10 and mmlu 5. Their data are on the hub.
 
-  --tasks hellaswag my_rows.jsonl      names, .yaml files of the harness, folders
-                                       of them, or .jsonl files of rows with
+  --tasks hellaswag my_rows.jsonl      names, .yaml files of the harness,
+                                       folders of them, or .jsonl files with
                                        question, choices and answer; or prompt
                                        and target
   --shots 5                            examples before each question: one number
@@ -165,8 +165,8 @@ hellaswag 10 and mmlu 5. Their data are on the hub.
   --against MODEL                      another model, and the paired difference
   --chat_template true                 ask in messages; off is the paper's way
   --batch_size 8                       sequences in one pass
-  --device cuda                        and --dtype bfloat16 instead of the stored
-                                       one
+  --device cuda                        and --dtype bfloat16 instead of that
+                                       which is stored
   --output FOLDER                      where evaluation.json goes
   --base MODEL                         what an adapter is put on, if that moved
   --revision main                      of a name on the hub, and
@@ -251,7 +251,7 @@ opponent, in columns that these trainers do not read.
 
 docs/handover.md has more."""
 
-PUSH = """Uploads an exported model to a repository of the Hugging Face hub, in one commit:
+PUSH = """Uploads an exported model to a repository of the Hugging Face hub in one commit:
 
   export HF_TOKEN=...
   spin-lightning push runs/mine USER/NAME
@@ -263,9 +263,10 @@ and it is asked whether that is meant.
   --private false                      a public repository; a new one is private
   --revision v1                        a branch, which is made if need be
   --message '...'                      of the commit
-  --base USER/NAME                     what an adapter's base is called on the hub
-  --pairs                              the pairs of a game's iterations instead, as
-                                       a data set
+  --base USER/NAME                     what an adapter's base is called on the
+                                       hub
+  --pairs                              the pairs of a game's iterations
+                                       instead, as a data set
   --yes                                do not ask
 
 The token is taken from the environment only. A folder that is not whole, and a
@@ -332,7 +333,7 @@ a text for a number, a number out of its range.
                                        and of the files of chain
   spin-lightning schema fit > fit.schema.json
                                        of one: fit, sft, ppo, dpo, reward,
-                                       score; or chain
+                                       score; or chain, compare
 
 Then the first line of a config says where the schema is:
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
+from jsonargparse import ArgumentParser  # type: ignore[attr-defined]
+
 # the generator behind ArgumentParser.get_completion_script("jsonschema"), which has no hook for classes
 from jsonargparse._completions_jsonschema import ParserJsonschema, schema_uri
 from jsonargparse._optionals import get_doc_short_description
@@ -24,6 +26,8 @@ from torch.optim import Optimizer
 
 import spin_lightning
 from spin_lightning.cli.chain_file import OF_A_STAGE, WORDS
+from spin_lightning.cli.compare_file import STAGES as ARMS
+from spin_lightning.cli.compare_file import Comparison
 from spin_lightning.cli.score import make_parser
 from spin_lightning.cli.short_help import OF_TRAINER as WORDS_OF_TRAINER
 from spin_lightning.cli.stage_cli import parser_of
@@ -77,13 +81,13 @@ def main(args: Sequence[str]) -> None:
     """Print the schema of one stage's configs, or of all.
 
     Args:
-        args: Nothing, or the word of a stage, or ``chain``.
+        args: Nothing, or the word of a stage, ``chain`` or ``compare``.
 
     Raises:
         UserError: It is no such word.
     """
-    if args and args[0] not in (*WORDS, "chain"):
-        raise UserError(f"schema takes the word of a stage ({', '.join(WORDS)}) or chain, or nothing; got {args[0]!r}.")
+    if args and args[0] not in (words := (*WORDS, "chain", "compare")):
+        raise UserError(f"schema takes one of {', '.join(words)}, or nothing; got {args[0]!r}.")
     json.dump(make_schema(args[0] if args else None), sys.stdout, indent=1, ensure_ascii=False)
     print()
 
@@ -92,7 +96,7 @@ def make_schema(word: str | None = None) -> dict[str, Any]:
     """The schema (JSON Schema 2020-12) of the configs of a stage.
 
     Args:
-        word: The stage, or ``chain``. None: of all, each known by its sections.
+        word: The stage, ``chain`` or ``compare``. None: of all, each known by its sections.
     """
     for name in spin_lightning.__all__:  # the parser knows the classes that are imported
         getattr(spin_lightning, name)
@@ -102,9 +106,10 @@ def make_schema(word: str | None = None) -> dict[str, Any]:
     if word in WORDS:
         top = stages[word]
     else:
+        compare = _compare_of({each: stages[each] for each in ARMS}, generator)
         linked = _with_links(stages)
-        defs = {**stages, **_with_links(defs), "chain": _chain_of(linked), "link": _LINK}
-        top = {"$ref": "#/$defs/chain"} if word else _choose(stages)
+        defs = {**stages, **_with_links(defs), "compare": compare, "chain": _chain_of(linked), "link": _LINK}
+        top = {"$ref": f"#/$defs/{word}"} if word else _choose(stages)
     wanted = set(_refs_in(top))
     while more := {name for known in wanted for name in _refs_in(defs[known])} - wanted:
         wanted |= more
@@ -278,25 +283,13 @@ def _chain_of(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         word: {**schema, "type": ["object", "null"], "properties": {**schema["properties"], **of_a_stage}}
         for word, schema in stages.items()
     }
-    names = dict.fromkeys(name for schema in stages.values() for name in schema["properties"] if name != "$schema")
-    having = {
-        name: [schema["properties"][name] for schema in stages.values() if name in schema["properties"]]
-        for name in names
-    }
-    common = {
-        name: {
-            **parts[0],
-            **({"properties": _merge(part["properties"] for part in parts)} if "properties" in parts[0] else {}),
-        }
-        for name, parts in having.items()
-    }
     entry = {"type": "object", "properties": entries, "additionalProperties": False, "maxProperties": 1}
     return {
         "type": "object",
         "properties": {
             "$schema": {"type": "string"},
             "output_dir": {"type": "string", "description": "The folder of all runs."},
-            "common": {"type": "object", "properties": common, "additionalProperties": False},
+            "common": {"type": "object", "properties": _common_of(stages), "additionalProperties": False},
             "stages": {
                 "type": "array",
                 "minItems": 1,
@@ -305,6 +298,31 @@ def _chain_of(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         },
         "additionalProperties": False,
     }
+
+
+def _common_of(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The sections of several stages, each with the settings that any of them has."""
+    names = dict.fromkeys(name for schema in stages.values() for name in schema["properties"] if name != "$schema")
+    having = {
+        name: [schema["properties"][name] for schema in stages.values() if name in schema["properties"]]
+        for name in names
+    }
+    return {
+        name: {
+            **parts[0],
+            **({"properties": _merge(part["properties"] for part in parts)} if "properties" in parts[0] else {}),
+        }
+        for name, parts in having.items()
+    }
+
+
+def _compare_of(stages: Mapping[str, Mapping[str, Any]], generator: SettingsSchema) -> dict[str, Any]:
+    """What a file of ``compare`` may hold: settings of every arm that has them, and its own section."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Comparison, "compare")
+    own = generator.generate(parser)["properties"]["compare"]
+    properties = {"$schema": {"type": "string"}, **_common_of(stages), "compare": own}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _choose(stages: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,7 +334,9 @@ def _choose(stages: Mapping[str, Any]) -> dict[str, Any]:
         for section in own:
             if section not in others:
                 schema = {"if": {"required": [section]}, "then": {"$ref": f"#/$defs/{word}"}, "else": schema}
-    return {"if": {"required": ["stages"]}, "then": {"$ref": "#/$defs/chain"}, "else": schema}
+    for section, word in (("compare", "compare"), ("stages", "chain")):
+        schema = {"if": {"required": [section]}, "then": {"$ref": f"#/$defs/{word}"}, "else": schema}
+    return schema
 
 
 def _refs_in(schema: Any) -> Iterator[str]:

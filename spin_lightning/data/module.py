@@ -363,7 +363,7 @@ class RowDataModule(L.LightningDataModule):
                 takes = f"the tokenizer's model_max_length is {limit}"
                 mend = ", or if the model takes more, raise model_max_length in the tokenizer_config.json of its folder"
             raise UserError(
-                f"the longest prompt and its answer need {longest} tokens, but {takes}. "
+                f"the longest prompt and its response need {longest} tokens, but {takes}. "
                 f"Lower data.max_prompt_tokens or {self.cap_setting}{mend}."
             )
 
@@ -494,7 +494,7 @@ class RowDataModule(L.LightningDataModule):
 
     def advice_on_left_out(self, rows: Sequence[Row]) -> str:
         """What to do where all rows are left out, as a sentence."""
-        return "Give rows with two different answers, or raise data.max_prompt_tokens or max_response_tokens."
+        return "Give rows with two different responses, or raise data.max_prompt_tokens or max_response_tokens."
 
     def reason_to_leave_out(self, encoded: Encoded, other: Encoded) -> str | None:
         """Under which name of ``also_counted`` a row with two responses is left out, if it is."""

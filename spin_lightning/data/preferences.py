@@ -71,7 +71,7 @@ class PreferenceDataModule(RowDataModule):
         differing = sum((row.real, row.real_extras) != (row.rejected, row.rejected_extras) for row in rows)
         if self.too_long == "cut" and self.report["train"]["same_answers"]["count"] and differing:
             return (
-                f"The two answers of {differing} rows differ, likely only behind the cap, data.max_response_tokens "
+                f"The two responses of {differing} rows differ, likely only behind the cap, data.max_response_tokens "
                 f"{self.max_response_tokens}: raise it."
             )
         return super().advice_on_left_out(rows)

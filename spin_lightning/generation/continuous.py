@@ -156,7 +156,7 @@ def refusal(model: nn.Module, prompts: Sequence[list[int]], pad_id: int) -> str:
             padded = _find_reason(model, ids, pad_id, shares=False)
         if padded:
             say(
-                f"note: ContinuousGenerator cannot serve {type(model).__name__} ({padded}); its answers come from "
+                f"note: ContinuousGenerator cannot serve {type(model).__name__} ({padded}); its responses come from "
                 "TransformersGenerator, which is slower."
             )
         _verdicts[model] = _Verdict(padded, shares=not shared)

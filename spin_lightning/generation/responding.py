@@ -50,7 +50,7 @@ class Responder:
                     self.poll()
                     yield asked[number], response
                 if unanswered := sum(index in missing for index in asked):
-                    raise self._make_error(f"gave {len(asked) - unanswered} answers to {len(asked)} prompts")
+                    raise self._make_error(f"gave {len(asked) - unanswered} responses to {len(asked)} prompts")
                 continue
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 together = min(self._most_at_once, self.generator.batch_size)
@@ -67,7 +67,7 @@ class Responder:
         ends = self.encoder.end_ids
         answers = self.generator.generate(prompts, seeds, ends[0] if len(ends) == 1 else ends, self.encoder.pad_id)
         if not isinstance(answers, Iterable):
-            raise self._make_error(f"gave {type(answers).__name__} instead of answers one by one")
+            raise self._make_error(f"gave {type(answers).__name__} instead of responses one by one")
         for answer in answers:
             yield self._check_response(answer, len(prompts))
 
@@ -83,7 +83,7 @@ class Responder:
             )
         number, response = answer
         if type(number) is not int or not 0 <= number < num_asked:
-            raise self._make_error(f"yielded an answer to prompt {number!r}, and there are {num_asked} prompts")
+            raise self._make_error(f"yielded a response to prompt {number!r}, and there are {num_asked} prompts")
         ids, ends, cap = response.ids, self.encoder.end_ids, self.generator.max_new_tokens
         if not isinstance(ids, list) or not ids or any(type(token) is not int for token in ids):
             raise self._make_error(f"gave {_describe(ids)} as ids, which must be a list of at least one int")
@@ -91,13 +91,13 @@ class Responder:
         if not 0 <= min(ids) <= max(ids) < rows:
             raise self._make_error(f"gave the ids {min(ids)} to {max(ids)}, and the model has rows for 0 to {rows - 1}")
         if len(ids) > cap:
-            raise self._make_error(f"gave an answer of {len(ids)} tokens, and max_new_tokens is {cap}")
+            raise self._make_error(f"gave a response of {len(ids)} tokens, and max_new_tokens is {cap}")
         if any(token in ends for token in ids[:-1]):
-            raise self._make_error("gave an answer with the token that ends one before its last place")
+            raise self._make_error("gave a response with the token that ends one before its last place")
         if response.finish_reason != ("stop" if ids[-1] in ends else "length"):
             raise self._make_error(
-                f"gave the finish_reason {response.finish_reason!r} to an answer that ends with token {ids[-1]}; it is "
-                f"'stop' if and only if that is one of {list(ends)}, else 'length'"
+                f"gave the finish_reason {response.finish_reason!r} to a response that ends with token {ids[-1]}; it "
+                f"is 'stop' if and only if that is one of {list(ends)}, else 'length'"
             )
         if not isinstance(response.log_prob, float | int) or not math.isfinite(response.log_prob):
             raise self._make_error(
@@ -105,7 +105,7 @@ class Responder:
                 "or infinite weights gives none)"
             )
         if response.log_probs is not None and len(response.log_probs) != len(ids):
-            raise self._make_error(f"gave {len(response.log_probs)} log_probs to an answer of {len(ids)} tokens")
+            raise self._make_error(f"gave {len(response.log_probs)} log_probs to a response of {len(ids)} tokens")
         return number, response
 
     def _make_error(self, what: str) -> UserError:

@@ -109,8 +109,8 @@ def refuse_crossing(model: nn.Module, prompt_lengths: Sequence[int], max_new_tok
         longest, first = max(crossing) + max_new_tokens, boundary.lengths[0]
         raise UserError(
             f"{type(model).__name__} has a RoPE of type {boundary.kind!r}: beyond {first} tokens the positions of all "
-            f"tokens change, so an answer must not cross that length. {len(crossing)} of {len(prompt_lengths)} prompts "
-            f"could cross it with their answers: the longest needs {longest} tokens ({max(crossing)} and "
+            f"tokens change, so a response must not cross that length. {len(crossing)} of {len(prompt_lengths)} "
+            f"prompts could cross it with their responses: the longest needs {longest} tokens ({max(crossing)} and "
             f"{max_new_tokens} new ones). Lower data.max_prompt_tokens or data.generator.max_new_tokens so that both "
             f"fit into {first} tokens."
         )

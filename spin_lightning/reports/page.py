@@ -86,7 +86,10 @@ def render(folder: Path, against: Sequence[Path] = (), samples: int = 8, running
     Raises:
         UserError: There is no such folder, or nothing of a run in it.
     """
-    others = {record.name: record for record in map(read_run, against)}
+    others: dict[str, Record] = {}
+    for record in map(read_run, against):
+        is_taken = record.name in (folder.resolve().name, *others)
+        others[str(record.folder) if is_taken else record.name] = record
     headline: list[str] = []
     tables: dict[str, Table] = {}
     if is_several(folder):
@@ -95,7 +98,9 @@ def render(folder: Path, against: Sequence[Path] = (), samples: int = 8, running
         each = samples if len(several.records) < 3 else max(2, samples // len(several.records))
         sections = [make_section(record, {**others, **several.against(record)}, each) for record in several.records]
     else:
-        sections = [make_section(read_run(folder), others, samples, running)]
+        record = read_run(folder)
+        record.result = None if running else record.result  # that of a run which was given more iterations since
+        sections = [make_section(record, others, samples, running)]
     text: str = _template().render(
         title=clean(folder.resolve().name or str(folder)),
         headline=headline,

@@ -89,11 +89,6 @@ class Record:
         return self.folder.resolve().name or str(self.folder)
 
     @property
-    def is_over(self) -> bool:
-        """Whether the run came to its end."""
-        return self.result is not None
-
-    @property
     def model(self) -> str:
         """The model that was trained or asked, as it was named."""
         named = as_dict(self.settings.get("model")).get("model_name_or_path")
@@ -150,6 +145,10 @@ def read_run(folder: Path) -> Record:
     record.iterations = list(_read_iterations(record))
     result = folder / KINDS[record.kind][1]
     record.result = _read(record, result) or None
+    played, why = as_dict(record.result).get("iterations"), str(as_dict(record.result).get("ended_because"))
+    is_whole = record.kind == "fit" and why.startswith("all ")
+    if is_whole and isinstance(played, list) and len(played) < len(record.iterations):
+        record.result = None  # of a game that was over, and was given more iterations since
     record.remarks = record.try_to("health.json", lambda: list(_read_remarks(record)), [])
     for path in sorted({folder / "evaluation.json", *folder.glob("*/evaluation.json")}):
         if path.is_file():

@@ -22,13 +22,17 @@ from spin_lightning.runs.files import read_json
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.types import UserError
 
+#: What chains, comparisons and demos write beside their runs.
+OF_SEVERAL = ("chain.json", "comparison.json", "results.json")
 #: Runs of a folder that have a section each.
 MOST_RUNS = 12
 
 
 def is_several(folder: Path) -> bool:
     """Whether a folder is not of a run itself, but has some in it."""
-    return folder.is_dir() and not find_kind(folder) and bool(runs_in(folder))
+    if not folder.is_dir() or not runs_in(folder):
+        return False
+    return any((folder / name).is_file() for name in OF_SEVERAL) or not find_kind(folder)
 
 
 class Several:

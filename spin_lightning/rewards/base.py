@@ -164,7 +164,7 @@ class Reward(ABC):
 
     def explain_none(self, answers: Sequence[Answer]) -> str:
         """Why it judged none of these answers, and what to do: a sentence or two of the message that ends the run."""
-        return "None says that an answer cannot be judged. See what the reward needs to judge one."
+        return "None says that a response cannot be judged. See what the reward needs to judge one."
 
     @property
     def name(self) -> str:
@@ -317,7 +317,7 @@ def scored_with_parts(
         values = _checked(reward, "score", reward.score(distinct) if distinct else [], len(distinct))
     if len(values) >= ALL_NONE and all(value is None for value in values):
         raise UserError(
-            f"the reward {reward.name} judged none of {len(values)} answers. {reward.explain_none(distinct)}"
+            f"the reward {reward.name} judged none of {len(values)} responses. {reward.explain_none(distinct)}"
         )
     known = dict(zip(asked, values, strict=True))
     return [known[answer.key] for answer in answers], {}
@@ -374,18 +374,18 @@ def refuse_unanswered(unanswered: int, total: int, who: str, why: str) -> None:
     """
     if unanswered > UNANSWERED * total:
         raise RewardUnavailable(
-            f"{who} did not reply about {unanswered} of {total} answers ({why}). What is finished is saved: see to it "
-            "that it replies, and run the same command again"
+            f"{who} did not reply about {unanswered} of {total} responses ({why}). What is finished is saved: see to "
+            "it that it replies, and run the same command again"
         )
 
 
 def _checked(reward: Reward, method: str, given: Any, wanted: int) -> list[float | None]:
-    mend = f"Mend its {method}: it must give a finite number for each answer, or None for one that cannot be judged."
+    mend = f"Mend its {method}: it must give a finite number for each response, or None for one that cannot be judged."
     values = given.tolist() if hasattr(given, "tolist") else given
     if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
         raise UserError(f"the reward {reward.name} gave {type(given).__name__} instead of a list. {mend}")
     if len(values) != wanted:
-        raise UserError(f"the reward {reward.name} gave {len(values)} values for {wanted} answers. {mend}")
+        raise UserError(f"the reward {reward.name} gave {len(values)} values for {wanted} responses. {mend}")
     values = [value.item() if hasattr(value, "item") else value for value in values]
     if wrong := [value for value in values if value is not None and not _is_finite(value)]:
         raise UserError(f"the reward {reward.name} gave {wrong[0]!r}, of {len(wrong)} values that are none. {mend}")

@@ -67,7 +67,7 @@ class LocalJudge:
             UserError: It is no causal language model, or its tokenizer has no chat template.
         """
         where: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        check_model(self.name, **where)
+        check_model(self.name, **where, needs_head=False)  # what it says of one is below
         config = load_config(self.name, **where)
         if any("SequenceClassification" in str(name) for name in getattr(config, "architectures", None) or ()):
             raise UserError(f"the judge {self.name!r} is a reward model: give its folder to ModelReward.")

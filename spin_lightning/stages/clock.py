@@ -499,13 +499,13 @@ class SelfPlay(IterationClock):
         refuse_without_real(self.ranking.reward, trainer.datamodule.prompts)
         if self.pairs == "best_worst" and trainer.datamodule.answers_per_prompt < 2:
             raise UserError(
-                "self_play.pairs best_worst needs several answers to each prompt, got data.answers_per_prompt "
+                "self_play.pairs best_worst needs several responses to each prompt, got data.answers_per_prompt "
                 f"{trainer.datamodule.answers_per_prompt}. Set it to 2 or more."
             )
         if self.pairs == "best_worst" and getattr(getattr(module, "loss", None), "needs_initial_response", False):
             raise UserError(
-                f"{type(module.loss).__name__} compares with the first opponent's answers, which pairs of the best and "
-                "the worst one have none of. Use another loss, or self_play.pairs: real_wrong."
+                f"{type(module.loss).__name__} compares with the first opponent's responses, which pairs of the best "
+                "and the worst one have none of. Use another loss, or self_play.pairs: real_wrong."
             )
 
     def make_run(self) -> Run:

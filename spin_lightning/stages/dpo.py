@@ -124,8 +124,8 @@ class DpoIteration(Iteration):
         report = describe_preferences(table)
         soft = f", {report['soft']} of them with a preference below 1" if report["soft"] else ""
         sentence = (
-            f"{report['pairs']} pairs to train on{soft}; chosen answers have {report['chosen_mean_length']:.1f} tokens "
-            f"on average, rejected ones {report['rejected_mean_length']:.1f}"
+            f"{report['pairs']} pairs to train on{soft}; chosen responses have {report['chosen_mean_length']:.1f} "
+            f"tokens on average, rejected ones {report['rejected_mean_length']:.1f}"
         )
         metrics = {f"pairs/{name}": float(value) for name, value in report.items()}
         return TrainingSet(table, collate_pairs, report, metrics, sentence)

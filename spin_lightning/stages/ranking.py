@@ -18,9 +18,9 @@ from spin_lightning.types import Prompt, UserError
 
 #: What the sides of a pair may be, in words.
 PAIRS = {
-    "real_generated": "the real answer against each generated one",
-    "best_worst": "the best against the worst answer to a prompt",
-    "real_wrong": "the real answer against each generated one that is worth less",
+    "real_generated": "the real response against each generated one",
+    "best_worst": "the best against the worst response to a prompt",
+    "real_wrong": "the real response against each generated one that is worth less",
 }
 
 
@@ -140,13 +140,13 @@ def make_ranking(pairs: str, reward: Reward | None) -> Ranking | None:
     if pairs == "real_generated":
         if reward is not None:
             raise UserError(
-                "self_play.reward has no say in pairs of real and generated answers. Set self_play.pairs: best_worst "
+                "self_play.reward has no say in pairs of real and generated responses. Set self_play.pairs: best_worst "
                 "or real_wrong, or leave the reward out."
             )
         return None
     if reward is None:
         raise UserError(
-            f"self_play.pairs {pairs} needs a reward that says what answers are worth. Set self_play.reward, such as "
+            f"self_play.pairs {pairs} needs a reward that says what responses are worth. Set self_play.reward, such as "
             "--self_play.reward NumberMatch."
         )
     if not isinstance(reward, Reward):

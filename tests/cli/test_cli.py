@@ -12,6 +12,7 @@ import yaml
 from helpers import args_of, write_rows
 
 from spin_lightning.cli.commands import STAGES, config_folder, main, run
+from spin_lightning.cli.compare_file import DEFAULT_ARMS, read_comparison
 from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.types import UserError
 
@@ -271,6 +272,10 @@ def test_a_hub_that_cannot_be_reached_is_explained(fit, refusal, monkeypatch):
 def test_every_shipped_config_parses(config, tmp_path, model):
     flags = [f"--config={config}", "--model.model_name_or_path=x/y", "--data.train_data=rows.jsonl"]
     sections = yaml.safe_load(config.read_text()).keys()
+    if "compare" in sections:
+        asked = read_comparison(flags)
+        assert [arm.name for arm in asked.comparison.arms] == [arm["name"] for arm in DEFAULT_ARMS]
+        return
     of_section = {"export": "sft", "rollouts": "ppo"}
     word = next((word for section, word in of_section.items() if section in sections), "fit")
     word = config.stem if config.stem in STAGES else word

@@ -62,8 +62,8 @@ def problems(word: str | None, config: Any) -> list[str]:
 def word_of(text: str) -> str:
     """The command that a shipped config is for, by its sections."""
     content = yaml.safe_load(text)
-    if "stages" in content:
-        return "chain"
+    if "stages" in content or "compare" in content:
+        return "chain" if "stages" in content else "compare"
     if "export" in content or re.search(r"spin-lightning dpo --config|\bsft\b.*demo", text):
         return "dpo" if "dpo --config" in text else "sft"
     return "ppo" if "rollouts" in content else "fit"

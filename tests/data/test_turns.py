@@ -151,12 +151,12 @@ def new_pairs(maker: PairMaker) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        (lambda n: [(0, stopped(258))], "gave 1 answers to 3 prompts"),
-        (lambda n: [], "gave 0 answers to 3 prompts"),
+        (lambda n: [(0, stopped(258))], "gave 1 responses to 3 prompts"),
+        (lambda n: [], "gave 0 responses to 3 prompts"),
         (lambda n: [(0, stopped(258)), (0, stopped(258))], "answered prompt 0 twice"),
-        (lambda n: [(3, stopped(258))], "yielded an answer to prompt 3, and there are 3 prompts"),
-        (lambda n: [("0", stopped(258))], "yielded an answer to prompt '0', and there are 3 prompts"),
-        (lambda n: None, "gave NoneType instead of answers one by one"),
+        (lambda n: [(3, stopped(258))], "yielded a response to prompt 3, and there are 3 prompts"),
+        (lambda n: [("0", stopped(258))], "yielded a response to prompt '0', and there are 3 prompts"),
+        (lambda n: None, "gave NoneType instead of responses one by one"),
         (lambda n: torch.zeros(3, 4), "yielded Tensor instead of a pair of a prompt's number and its Response"),
         (lambda n: [(0, [258])], "yielded a tuple of int, list instead of a pair"),
         (lambda n: [(0, ([258], "stop", -1.0))], "yielded a tuple of int, tuple instead of a pair"),
@@ -166,19 +166,19 @@ def new_pairs(maker: PairMaker) -> list[dict[str, Any]]:
             "gave a list of float, int as ids, which must be a list of at least one int",
         ),
         (lambda n: [(0, stopped())], "gave a list of nothing as ids"),
-        (lambda n: [(0, stopped(72, 72, 72, 72, 258))], "gave an answer of 5 tokens, and max_new_tokens is 4"),
-        (lambda n: [(0, stopped(258, 258))], "gave an answer with the token that ends one before its last place"),
-        (lambda n: [(0, stopped(72))], "gave the finish_reason 'stop' to an answer that ends with token 72"),
+        (lambda n: [(0, stopped(72, 72, 72, 72, 258))], "gave a response of 5 tokens, and max_new_tokens is 4"),
+        (lambda n: [(0, stopped(258, 258))], "gave a response with the token that ends one before its last place"),
+        (lambda n: [(0, stopped(72))], "gave the finish_reason 'stop' to a response that ends with token 72"),
         (
             lambda n: [(0, stopped(258, reason="length"))],
-            "gave the finish_reason 'length' to an answer that ends with token 258",
+            "gave the finish_reason 'length' to a response that ends with token 258",
         ),
         (
             lambda n: [(0, stopped(258, log_prob=float("nan")))],
             "gave nan as log_prob, which must be a finite number of nats",
         ),
         (lambda n: [(0, stopped(258, log_prob=None))], "gave None as log_prob"),
-        (lambda n: [(0, Response([258], "stop", -1.0, [-1.0, 0.0]))], "gave 2 log_probs to an answer of 1 tokens"),
+        (lambda n: [(0, Response([258], "stop", -1.0, [-1.0, 0.0]))], "gave 2 log_probs to a response of 1 tokens"),
     ],
 )
 def test_a_generator_that_gives_something_else_is_named_in_a_sentence(rule: Callable[[int], Any], words: str) -> None:

@@ -548,7 +548,7 @@ def test_recurrent_model_is_answered_by_the_plain_generator_and_says_so_once(cap
     found = answers(model, prompts, seeds, batch_size=2, max_new_tokens=4)
     said = capsys.readouterr().out
     assert said.startswith("note: ContinuousGenerator cannot serve MambaForCausalLM (")  # the reason is the library's
-    assert said.endswith("its answers come from TransformersGenerator, which is slower.\n")
+    assert said.endswith("its responses come from TransformersGenerator, which is slower.\n")
     assert said.count("\n") == 1
     assert_same(found, answers(model, prompts, seeds, kind=TransformersGenerator, batch_size=2, max_new_tokens=4), 0.0)
     assert capsys.readouterr().out == ""

@@ -179,7 +179,7 @@ def test_an_answer_that_could_cross_is_refused_before_the_first_token(kind: type
     with pytest.raises(
         UserError,
         match=r"LlamaForCausalLM has a RoPE of type 'dynamic': beyond 40 tokens .* 1 of 2 prompts could cross it with "
-        r"their answers: the longest needs 41 tokens \(29 and 12 new ones\)\. Lower data\.max_prompt_tokens or "
+        r"their responses: the longest needs 41 tokens \(29 and 12 new ones\)\. Lower data\.max_prompt_tokens or "
         r"data\.generator\.max_new_tokens so that both fit into 40 tokens\.",
     ):
         answers_of(kind(max_new_tokens=12), model, [IDS[:28], IDS[:29]], [0, 1], 256)

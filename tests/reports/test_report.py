@@ -287,6 +287,23 @@ def test_another_run_is_drawn_over_it_and_compared_in_words(tmp_path):
     assert "on other held-out rows than here: the two cannot be compared" in page(mine, against=[sft]).text
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    mine, other = make_game(tmp_path / "a" / "spin"), make_game(tmp_path / "b" / "spin")
+    text = page(mine, against=[other, other]).text
+    assert f"{other}: 3 points, from 8 to 6" in text and "spin: 3 points, from 8 to 6" in text
+
+
+def test_a_game_that_was_given_more_iterations_is_not_over(tmp_path):
+    folder = make_game(tmp_path / "mine")
+    assert "It is over" in page(folder).text and "It is over" not in page(folder, running=True).text
+    (folder / "iteration_2").mkdir()
+    assert "It is not over: in iteration 2 (2 of 2 iterations are over)" in page(folder).text
+    write(
+        folder / "game.json", {"ended_because": "equilibrium: 97% of the answers are identical", "iterations": [{}, {}]}
+    )
+    assert "It is over: equilibrium: 97% of the answers are identical" in page(folder).text
+
+
 def test_resumes_log_over_what_they_repeat(tmp_path):
     write_metrics(tmp_path, [{"step": step, "loss": 1.0 + step, "lr": 1.0} for step in range(10)])
     write_metrics(tmp_path, [{"step": step, "loss": 2.0} for step in range(6, 8)], version=1)

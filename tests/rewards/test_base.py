@@ -38,8 +38,8 @@ def answers(*texts: str) -> list[Answer]:
             r"By gave nan, of 1 values that are none. Mend its score: .* None for one that cannot be judged",
         ),
         ([math.inf, 1.0], "gave inf"),
-        ([1.0], "gave 1 values for 2 answers. Mend its score"),
-        ([1.0, 2.0, 3.0], "gave 3 values for 2 answers"),
+        ([1.0], "gave 1 values for 2 responses. Mend its score"),
+        ([1.0, 2.0, 3.0], "gave 3 values for 2 responses"),
         (["1", 1.0], "gave '1'"),
         (None, "gave NoneType instead of a list"),
         ("11", "gave str instead of a list"),
@@ -72,7 +72,7 @@ def test_equal_answers_to_a_prompt_are_asked_about_once():
 
 
 def test_a_reward_for_none_of_many_is_a_mistake():
-    with pytest.raises(UserError, match=r"the reward By judged none of 8 answers\. None says"):
+    with pytest.raises(UserError, match=r"the reward By judged none of 8 responses\. None says"):
         scored(By(lambda asked: [None] * len(asked)), answers(*"abcdefgh"))
     assert scored(By(lambda asked: [None] * len(asked)), answers(*"abcdefg")) == [None] * 7
 
@@ -147,7 +147,7 @@ def test_a_reward_that_a_manifest_cannot_keep_is_refused():
 
 def test_a_judge_that_is_silent_about_more_than_a_tenth_stops_the_run():
     refuse_unanswered(2, 20, "the judge", "status 503")
-    with pytest.raises(RewardUnavailable, match=r"did not reply about 3 of 20 answers \(status 503\)"):
+    with pytest.raises(RewardUnavailable, match=r"did not reply about 3 of 20 responses \(status 503\)"):
         refuse_unanswered(3, 20, "the judge", "status 503")
     assert RewardUnavailable.exit_code == 75
 

@@ -128,7 +128,9 @@ def test_what_is_longer_than_the_judge_takes_is_not_judged(tmp_path: Path):
     judge = JudgeReward(save_tiny_model(tmp_path / "judge", max_position_embeddings=800))
     found = scored(judge, [answer("4"), answer("4" * 800)])
     assert found[0] is not None and found[1] is None
-    with pytest.raises(UserError, match=r"judged none of 8 answers. With their prompts they are longer than the judge"):
+    with pytest.raises(
+        UserError, match=r"judged none of 8 responses. With their prompts they are longer than the judge"
+    ):
         scored(judge, [answer(str(number) * 800) for number in range(8)])
 
 
@@ -268,7 +270,9 @@ def test_a_server_that_stays_silent_ends_the_run_and_a_single_silence_does_not(s
     assert found[0] is None and None not in found[1:]
     assert sum(shown(body["messages"][0]["content"]) == "a" for body in server.chats) == 3  # of two pauses
     silent |= {"b"}
-    with pytest.raises(RewardUnavailable, match=r"did not reply about 2 of 11 answers \(no answer to .* run the same"):
+    with pytest.raises(
+        RewardUnavailable, match=r"did not reply about 2 of 11 responses \(no answer to .* run the same"
+    ):
         scored(judge, [answer(text) for text in "abcdefghijk"])
 
 
@@ -367,7 +371,9 @@ def test_what_is_judged_cannot_leave_its_marks():
 def test_in_mode_pair_a_response_needs_a_real_one_to_be_scored(serve: Serve):
     judge = JudgeReward("m", url=serve(lambda question, body: {"1": 1.0}).url, mode="pair")
     assert scored(judge, [answer("a", real=None), answer("b")]) == [None, 0.5]
-    with pytest.raises(UserError, match=r"judged none of 8 answers. In mode pair a response is compared with the real"):
+    with pytest.raises(
+        UserError, match=r"judged none of 8 responses. In mode pair a response is compared with the real"
+    ):
         scored(judge, [answer(str(n), real=None) for n in range(8)])
 
 

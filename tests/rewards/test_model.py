@@ -169,7 +169,9 @@ def test_what_was_cut_or_is_too_long_is_not_judged(tmp_path: Path) -> None:
     found = scored(ModelReward(folder), [ANSWERS[0], cut, long])
     assert found[0] is not None and found[1:] == [None, None]
     many = [Answer(ask(f"{number}?"), "It is", finish_reason="length") for number in range(8)]
-    with pytest.raises(UserError, match=r"judged none of 8 answers\. All were cut, and a reward model has never seen"):
+    with pytest.raises(
+        UserError, match=r"judged none of 8 responses\. All were cut, and a reward model has never seen"
+    ):
         scored(ModelReward(folder), many)
     many = [Answer(ask(f"{number}?"), "2" * 300) for number in range(8)]
     with pytest.raises(UserError, match="longer than the 256 tokens that the reward model takes"):
@@ -181,7 +183,9 @@ def test_a_conversation_that_its_template_refuses_is_not_judged(tmp_path: Path) 
     folder = save(tmp_path / "rm", template=template)
     turns = ({"role": "system", "content": "Be brief."}, *ask("1 + 1?"))
     assert scored(ModelReward(folder), [Answer(turns, "2"), ANSWERS[0]])[0] is None
-    with pytest.raises(UserError, match=r"judged none of 8 answers\. Of the reward model's own template: .*no system"):
+    with pytest.raises(
+        UserError, match=r"judged none of 8 responses\. Of the reward model's own template: .*no system"
+    ):
         scored(ModelReward(folder), [Answer(turns, str(number)) for number in range(8)])
 
 

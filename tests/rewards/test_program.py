@@ -106,7 +106,7 @@ def test_a_pattern_of_ones_own():
 def test_a_row_without_a_right_number_cannot_be_judged():
     assert number("The answer is 12", real="Nobody knows.") is None
     answers = [Answer([], f"The answer is {i}", "Nobody knows.") for i in range(8)]
-    with pytest.raises(UserError, match=r"judged none of 8 answers.*no number behind .*'Nobody knows\.'.* `pattern`"):
+    with pytest.raises(UserError, match=r"judged none of 8 responses.*no number behind .*'Nobody knows\.'.* `pattern`"):
         scored(NumberMatch(), answers)
 
 

@@ -350,7 +350,7 @@ def test_the_command_says_what_it_learned_from_and_is_over_when_it_is(
     main(command)
     printed = capsys.readouterr().out
     assert "1 prefer the second answer, which was made the first" in printed
-    assert re.search(r"pairs to train on, [34] of them with a preference below 1; chosen answers have", printed)
+    assert re.search(r"pairs to train on, [34] of them with a preference below 1; chosen responses have", printed)
     assert "health: the shorter answer is the better one in" in printed
     assert f"the model is in {tmp_path / 'run'}/policy" in printed
     settings = read(tmp_path / "run" / "run.json")["settings"]

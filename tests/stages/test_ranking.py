@@ -217,9 +217,9 @@ def test_other_rewards_do_not_continue_a_game_and_plain_games_have_no_column_of_
     [
         ("best_of", None, {}, r"self_play\.pairs must be one of real_generated, best_worst, real_wrong, got 'best_of'"),
         ("best_worst", None, {}, r"self_play\.pairs best_worst needs a reward .* --self_play\.reward NumberMatch"),
-        ("real_generated", Sums(), {}, r"self_play\.reward has no say in pairs of real and generated answers"),
+        ("real_generated", Sums(), {}, r"self_play\.reward has no say in pairs of real and generated responses"),
         ("real_wrong", "NumberMatch", {}, r"self_play\.reward must be a Reward, got 'NumberMatch'"),
-        ("best_worst", Sums(), {"data": {}}, r"needs several answers to each prompt, got data\.answers_per_prompt 1"),
+        ("best_worst", Sums(), {"data": {}}, r"needs several responses to each prompt, got data\.answers_per_prompt 1"),
         ("best_worst", Sums(), {"module": {"loss": TSpinLoss()}}, "TSpinLoss compares with the first opponent's"),
         ("real_wrong", NumberMatch(column="gold"), {}, r"the reward needs the columns 'gold', but .* has 'messages'"),
     ],
@@ -251,7 +251,9 @@ def test_a_reward_is_named_on_the_command_line(
         )
     )
     printed = capsys.readouterr().out
-    assert "pairs to train on (the real answer against each generated one that is worth less, by TextMatch; " in printed
+    assert (
+        "pairs to train on (the real response against each generated one that is worth less, by TextMatch; " in printed
+    )
     assert "all answers are worth 0.000 on average" in printed
     assert read(tmp_path / "run" / "run.json")["settings"]["self_play.reward"] == {
         "class": "TextMatch",

@@ -139,7 +139,7 @@ def test_what_is_missing_says_why(sums: str, tmp_path: Path):
     reasons, _ = run("empty", Counting(lambda answer: -float(len(answer.text))), ["", "no"])
     assert reasons == {"pair_rows": "the better response of each prompt is empty or holds a NUL character"}
     reasons, shown = run("some", Counting(lambda answer: None if answer.text == "a" else 1.0), ["a", "b"])
-    assert "not judged 6: None says that an answer cannot be judged. See what the reward needs" in shown
+    assert "not judged 6: None says that a response cannot be judged. See what the reward needs" in shown
     whole = Counting(lambda answer: None if answer.finish_reason == "length" else 1.0)
     type(whole).judges_cut = property(lambda self: False)  # type: ignore[method-assign, assignment]
     try:
