@@ -276,9 +276,10 @@ class ExportPolicy(L.Callback):
             return  # by max_time, say: the same command continues
         module: Any = trainer.lightning_module
         chosen = self._choose_weights(module)
+        unsaid = {"best", "is_due", "is_over"} | ({"retention"} if "best" in self._state else set())  # of other weights
         summary = {
             "val_nll": None,
-            **{name: value for name, value in self._state.items() if name not in ("best", "is_due", "is_over")},
+            **{name: value for name, value in self._state.items() if name not in unsaid},
             **chosen,
             "updates": trainer.global_step,
             "seconds": self._count_seconds(),
