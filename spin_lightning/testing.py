@@ -746,7 +746,8 @@ def scored_batch(model: nn.Module, initial: nn.Module | None = None) -> PairBatc
 def check_callback(make: Callable[[], Any], changes_training: bool = False) -> None:
     """Hold a callback to what a game rests on: with it and without it, two iterations give the same weights.
 
-    What it saves is plain, and a new one that is given it back saves the same.
+    And the same random numbers, of which dropout makes use. What it saves is plain, and a new one that is given it back
+    saves the same.
 
     Args:
         make: Makes a new callback; its class will do where that needs no arguments.
@@ -764,16 +765,29 @@ def check_callback(make: Callable[[], Any], changes_training: bool = False) -> N
         "Make it a subclass of lightning.Callback.",
     )
     with tempfile.TemporaryDirectory() as folder:
-        with _refusals_are_failures():
-            alone, with_it = play_tiny_game(Path(folder) / "alone"), play_tiny_game(Path(folder) / "with", callback)
+        states: list[Tensor] = []
+
+        def play(name: str, *callbacks: Any) -> dict[str, Tensor]:
+            with _refusals_are_failures(), torch.random.fork_rng():
+                torch.manual_seed(0)
+                weights = play_tiny_game(Path(folder) / name, *callbacks)
+                states.append(torch.get_rng_state())
+            return weights
+
+        alone, with_it = play("alone"), play("with", callback)
         if not changes_training:
             differ = [key for key, value in alone.items() if not torch.equal(value, with_it[key])]
             _hold(
                 not differ,
                 f"{name} only watches: a game with it ends with the same weights as without it",
                 f"{len(differ)} of {len(alone)} other weights",
-                "Draw no random numbers from torch's own generator and change no data, or call "
-                "check_callback(..., changes_training=True).",
+                "Change neither data nor weights, or call check_callback(..., changes_training=True).",
+            )
+            _hold(
+                torch.equal(*states),
+                f"{name} leaves the random numbers of training as they are",
+                "others after a game with it",
+                "Draw yours inside torch.random.fork_rng(), or from a torch.Generator of your own.",
             )
         state = callback.state_dict()
         path = Path(folder) / "state.pt"

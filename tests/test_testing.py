@@ -394,6 +394,13 @@ class Meddling(L.Callback):
         trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.5
 
 
+class Drawing(L.Callback):
+    """Chooses which batches to look at."""
+
+    def on_train_batch_start(self, *args):
+        torch.rand(1)
+
+
 class Amnesiac(L.Callback):
     def __init__(self) -> None:
         self.seen = 0
@@ -420,6 +427,7 @@ def count(folder: Any, *callbacks: Any) -> dict[str, Any]:
     ("kind", "words"),
     [
         (Meddling, "Meddling only watches"),
+        (Drawing, "Drawing leaves the random numbers of training as they are"),
         (Amnesiac, "a new Amnesiac that was given a saved state has that state"),
         (Coded, "the state_dict of Coded holds plain values"),
         (dict, "a callback is a Callback of Lightning; got dict"),

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -160,7 +161,7 @@ class Race:
             raise UserError(f"compare trains on one source of rows, data.train_data, got {sources[0]!r}.")
         reward = self.comparison.reward
 
-        def read(source: Any) -> list[Row]:
+        def read(source: Any) -> list[list[Row]]:  # each row as often as its source's weight says
             loaded = load_rows(
                 source,
                 split=data.split,
@@ -173,7 +174,7 @@ class Race:
                 keep_columns=() if reward is None or source is sources[2] else reward.columns,
             )
             times = loaded.times or [1] * len(loaded.rows)
-            return [row for row, count in zip(loaded.rows, times, strict=True) for _ in range(count)]
+            return [[row] * count for row, count in zip(loaded.rows, times, strict=True)]
 
         train = read(sources[0])
         val_fraction = self._own("data.val_fraction", 0.05)
@@ -199,9 +200,9 @@ class Race:
             parts["other"] = read(sources[2])
             self.other = str(self.data / "other.jsonl")
         self.base_seed = int(data.seed)
-        self.counts = {name: len(rows) for name, rows in parts.items()}
+        self.counts = {name: sum(map(len, rows)) for name, rows in parts.items()}
         for name, rows in parts.items():
-            _write_once(self.data / f"{name}.jsonl", rows)
+            _write_once(self.data / f"{name}.jsonl", list(chain.from_iterable(rows)))
         self.row_tokens = self._measure_rows(settings)
 
     def _measure_rows(self, settings: Any) -> float:
@@ -240,7 +241,8 @@ class Race:
             own = merged(own, {"model": {"max_updates": updates or 1}, "trainer": {"max_epochs": -1}})
         if (own.get("export") or {}).get("keep") == "best" and "val_check_interval" not in (own.get("trainer") or {}):
             total = own["model"].get("max_updates")
-            batches = self._own("trainer.accumulate_grad_batches", 1)
+            common = self._own("trainer.accumulate_grad_batches", 1)
+            batches = (own.get("trainer") or {}).get("accumulate_grad_batches", common)
             every = {
                 "check_val_every_n_epoch": None,
                 "val_check_interval": max(1, (total or 1) // MEASUREMENTS) * batches,

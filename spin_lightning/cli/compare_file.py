@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from spin_lightning.cli.chain_file import WORDS
+from spin_lightning.cli.compute import COUNTED
 from spin_lightning.cli.config_files import check_configs, read_yaml
 from spin_lightning.cli.settings_errors import explaining_settings, full_stop_of, refusal_of_arguments
 from spin_lightning.rewards.base import Reward
@@ -136,13 +137,17 @@ def read_comparison(args: Sequence[str]) -> Asked:
     own = common.pop("compare", None) or {}
     if not isinstance(own, Mapping):
         raise UserError(f"the section `compare` must hold settings, got {own!r}. {_EXAMPLE}")
-    mine = [f"--{key}={value}" for key, value in flags if key.partition(".")[0] == "compare"]
+    mine = [f"--{key}={value}" for key, value in flags if key.partition(".")[0] == "compare" and key != "compare.arms"]
+    # kept from the parser, which would make objects of the classes that an arm's settings name
+    given = [yaml.safe_load(value) for key, value in flags if key == "compare.arms"]
+    own = dict(own)
+    arms = [own.pop("arms", None), *given][-1]
     parser = ArgumentParser(exit_on_error=False, prog="spin-lightning compare")
     parser.add_argument("-c", "--config", action=ActionConfigFile)
     parser.add_class_arguments(Comparison, "compare")
     try:
         with explaining_settings():
-            text = yaml.safe_dump({"compare": dict(own)})
+            text = yaml.safe_dump({"compare": own})
             settings = parser.parse_args([*(["--config", text] if own else []), *mine])
             reward = settings.compare.reward
             comparison: Comparison = parser.instantiate_classes(settings).compare
@@ -154,6 +159,8 @@ def read_comparison(args: Sequence[str]) -> Asked:
         raise UserError(
             f"{sentence}{full_stop_of(sentence)} spin-lightning compare --help shows the settings."
         ) from error
+    if arms is not None:
+        comparison.arms = read_arms(arms, comparison.learning_rates)
     theirs = tuple((key, value) for key, value in flags if key.partition(".")[0] != "compare")
     return Asked(
         comparison,
@@ -199,8 +206,17 @@ def read_arms(entries: Sequence[Mapping[str, Any]], learning_rates: Sequence[flo
         if arm.like is not None and arm.like not in (earlier.name for earlier in arms):
             names = ", ".join(earlier.name for earlier in arms) or "none"
             raise UserError(f"the arm {arm.name!r} gets as much as {arm.like!r}; the arms before it are {names}.")
+        if arm.shares == "compute" and (word := _word_of(arm.like, arms)) not in COUNTED:
+            raise UserError(
+                f"the arm {arm.name!r} gets as much compute as {arm.like!r}, and that of the stage {word} is not "
+                "counted. Give it equal_updates, or equal_compute of an arm of fit or sft."
+            )
         arms.append(arm)
     return tuple(arms)
+
+
+def _word_of(name: str | None, arms: Sequence[Arm]) -> str:
+    return next(arm.word for arm in arms if arm.name == name)
 
 
 def _read_arm(entry: Any, where: str, learning_rates: Sequence[float]) -> Arm:

@@ -10,16 +10,21 @@ import pyarrow.compute as pc
 from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.runs.files import read_json
 from spin_lightning.stages.iteration import iteration_folder
+from spin_lightning.stages.law_table import LawStore
 
 #: Of a token that is trained on: the forward pass, and a backward pass of twice as much.
 TRAINING = 3
+#: The commands whose runs tell what they computed.
+COUNTED = ("sft", "fit")
 
 
 def passes_of(word: str, folder: Path) -> int | None:
     """The token-passes of a run that is over; None where its folder does not tell them.
 
     Of a game: each own response is sampled behind its prompt, all pairs are scored by the opponent, and they are
-    trained on. Prompts count once for all their responses. Measuring held-out rows is not counted.
+    trained on; where it compares tokens, the opponent scores the real responses and samples nothing. Of SFT that stays
+    near its start, the start scores them too. Prompts count once for all their responses. Measuring held-out rows is
+    not counted.
 
     Args:
         word: The command of the run.
@@ -27,16 +32,26 @@ def passes_of(word: str, folder: Path) -> int | None:
     """
     if word == "sft":
         tokens = (read_json(folder / "summary.json") or {}).get("trained_tokens")
-        return None if tokens is None else TRAINING * tokens
-    if word != "fit":
+        return None if tokens is None else TRAINING * tokens + _passes_of_laws(folder / "start_laws")
+    if word not in COUNTED:
         return None
     total = 0
     for summary in (read_json(folder / "game.json") or {"iterations": []})["iterations"]:
         if "trained_tokens" not in summary:
             return None
         number = summary["iteration"]
-        total += TRAINING * summary["trained_tokens"] + _passes_of_pairs(iteration_folder(folder, number), number)
+        place = iteration_folder(folder, number)
+        of_table = _passes_of_laws(place / "laws") or _passes_of_pairs(place, number)
+        total += TRAINING * summary["trained_tokens"] + of_table
     return total
+
+
+def _passes_of_laws(folder: Path) -> int:
+    """Of taking next-token laws, where they were taken: each response is scored once behind its prompt."""
+    if not folder.is_dir():
+        return 0
+    table = LawStore(folder).read(["prompt_ids", "real_ids"])
+    return sum(pc.sum(pc.list_value_length(table[name])).as_py() or 0 for name in table.column_names)
 
 
 def _passes_of_pairs(folder: Path, number: int) -> int:

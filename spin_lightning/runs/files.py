@@ -20,11 +20,12 @@ from spin_lightning.types import StorageError, UserError
 
 #: Names that a run makes, writes or removes in its folder, and in that of its checkpoints.
 RUN_NAMES = (
-    r"checkpoints|iteration_\d+|(policy|adapter)(\.partial)?|logs|tensorboard|fast_dev_run|pairs|\w+\.(json|yaml|html)"
+    r"checkpoints|iteration_\d+|(policy|adapter)(\.partial)?|logs|tensorboard|fast_dev_run|pairs|start_laws"
+    r"|evaluation|\w+\.(json|yaml|html|safetensors)"
     r"|step_\d+\.ckpt.*|\.lock(_holder)?|\.probe|\..*\.tmp"
 )
 
-_FOLDERS = r"checkpoints|iteration_\d+|(policy|adapter)(\.partial)?|logs|tensorboard|pairs"
+_FOLDERS = r"checkpoints|iteration_\d+|(policy|adapter)(\.partial)?|logs|tensorboard|pairs|(start_)?laws|evaluation"
 _FILES = r"\w+\.(json|yaml|csv|parquet|safetensors)|step_\d+\.ckpt.*|\.lock(_holder)?|\..*\.tmp"
 
 

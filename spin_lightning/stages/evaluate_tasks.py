@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import lightning as L
 from spin_lightning.models.saving import weights_hash
 from spin_lightning.runs import processes
 from spin_lightning.runs.files import read_json
+from spin_lightning.stages.clock import end_if_asked
 from spin_lightning.stages.evaluation import RESULTS, Evaluation, update_card
 from spin_lightning.stages.policy import PolicyModule
 from spin_lightning.stages.reward import RewardLightningModule
 from spin_lightning.terminal import say
-from spin_lightning.types import UserError
+from spin_lightning.types import Interrupted, UserError
 
 
 class EvaluateTasks(L.Callback):
@@ -22,7 +24,8 @@ class EvaluateTasks(L.Callback):
 
     The run's numbers are the same bits with and without it. Results are written beside the summary
     (``evaluation.json``), put on the exported model's card, and logged as ``eval/TASK``. A run that is continued asks
-    what is missing, and nothing twice. Of several processes the first one asks, and the others wait.
+    what is missing, and nothing twice. Of several processes the first one asks, and the others wait. A signal that ends
+    the run ends the asking too.
 
     Args:
         tasks: Names of lm-evaluation-harness, YAML files, folders of them, or JSONL files of rows with question,
@@ -99,8 +102,14 @@ class EvaluateTasks(L.Callback):
         sha256 = weights_hash(policy)
         if not self.evaluation.is_complete(place, sha256):
             say(f"{place.name}: the policy is asked {', '.join(task.name for task in self.evaluation.load())}")
-            with module.precision_context():
-                outcomes = self.evaluation.run(policy, trainer.datamodule.encoder.tokenizer, place, sha256, place.name)
+            tokenizer, poll = trainer.datamodule.encoder.tokenizer, partial(end_if_asked, trainer)
+            try:
+                with module.precision_context():
+                    outcomes = self.evaluation.run(policy, tokenizer, place, sha256, place.name, poll)
+            except Interrupted:  # the run ends where its checkpoint is saved, which is not here
+                rest = f"A continued run asks the rest, or spin-lightning evaluate {place}"
+                say(f"note: not all tasks were asked. {rest}.")
+                return
             metrics = {f"eval/{name}": outcome.entry["value"] for name, outcome in outcomes.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

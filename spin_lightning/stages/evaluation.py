@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,15 @@ class Evaluation:
             for task in self.load()
         )
 
-    def run(self, model: Any, tokenizer: Any, place: Path, sha256: str, name: str) -> dict[str, Outcome]:
+    def run(
+        self,
+        model: Any,
+        tokenizer: Any,
+        place: Path,
+        sha256: str,
+        name: str,
+        poll: Callable[[], None] = lambda: None,
+    ) -> dict[str, Outcome]:
         """Ask what was not asked before, and write it down.
 
         Args:
@@ -128,11 +136,12 @@ class Evaluation:
             place: The folder that gets ``evaluation.json``.
             sha256: The hash of the model's weights as they are stored.
             name: Of the model, for that file.
+            poll: Called after each response; raises to interrupt. Tasks that are over by then are kept.
 
         Returns:
             What each task says, by its name.
         """
-        asker = Asker(model, tokenizer, self.batch_size, self.chat_template)
+        asker = Asker(model, tokenizer, self.batch_size, self.chat_template, poll)
         outcomes = {}
         for wanted in self.load():
             found = {name_of(part): self._ask(asker, part, place, sha256) for part in wanted.tasks}

@@ -276,9 +276,10 @@ class ExportPolicy(L.Callback):
             return  # by max_time, say: the same command continues
         module: Any = trainer.lightning_module
         chosen = self._choose_weights(module)
+        unsaid = {"best", "is_due", "is_over"} | ({"retention"} if "best" in self._state else set())  # of other weights
         summary = {
             "val_nll": None,
-            **{name: value for name, value in self._state.items() if name not in ("best", "is_due", "is_over")},
+            **{name: value for name, value in self._state.items() if name not in unsaid},
             **chosen,
             "updates": trainer.global_step,
             "seconds": self._count_seconds(),
@@ -308,6 +309,8 @@ class ExportPolicy(L.Callback):
             averaged = averaged if best["step"] else {}
             measured = {name: best[name] for name in ("val_nll", "retention") if name in best}
             return {**measured, "best_step": best["step"], "last_val_nll": last_nll, **averaged}
+        if self.keep == "best":
+            say("note: no held-out row was measured, so there are no best weights; those of the end are exported")
         if self._average is not None and self._average.updates:
             exchange(_trained_weights(module), self._average.weights)
             say(f"the mean of the weights over the updates is kept (export.average_weights {self.average_weights})")

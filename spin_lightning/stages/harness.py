@@ -12,7 +12,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -268,16 +268,24 @@ class Asker:
         tokenizer: Its own.
         batch_size: Sequences in one pass.
         chat_template: Whether questions are asked as messages, by the tokenizer's template.
+        poll: Called after each response; raises to interrupt.
 
     Raises:
         UserError: The template is asked for, and there is none.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 8, chat_template: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int = 8,
+        chat_template: bool = False,
+        poll: Callable[[], None] = lambda: None,
+    ) -> None:
         if chat_template and not tokenizer.chat_template:
             raise UserError("chat_template is on, and the model's tokenizer has none. Leave it off.")
         self.model, self.tokenizer = model, tokenizer
-        self.batch_size, self.chat_template = batch_size, chat_template
+        self.batch_size, self.chat_template, self.poll = batch_size, chat_template, poll
 
     def ask(self, task: Any, limit: int | None = None) -> Found:
         """What a task says of the model. The same each time.
@@ -296,7 +304,7 @@ class Asker:
             lm = self._make_lm()
             total = len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
             with progress(f"asking {name_of(task)}", unit="requests") as phase:
-                lm.set_cache_hook(_Counter(phase))
+                lm.set_cache_hook(_Counter(phase, self.poll))
                 found: Any = lm_eval.evaluator.evaluate(
                     lm,
                     {"tasks": {name_of(task): task}},
@@ -327,11 +335,12 @@ class Asker:
 class _Counter:
     """Told by the harness of each request that it has the response to."""
 
-    def __init__(self, phase: Any) -> None:
-        self.phase = phase
+    def __init__(self, phase: Any, poll: Callable[[], None]) -> None:
+        self.phase, self.poll = phase, poll
 
     def add_partial(self, *of_request: Any) -> None:
         self.phase.advance()
+        self.poll()
 
 
 def _read_found(found: Mapping[str, Any], task: Any) -> Found:

@@ -138,10 +138,14 @@ def starting_metrics(trainer: Any) -> dict[str, float]:
 
     Empty where there are none to compare with: on a resume, or if the check did not go over all held-out rows.
     """
-    data = trainer.datamodule
-    if trainer.global_step or trainer.num_sanity_val_steps * data.batch_size < len(data.val_prompts):
+    data, batches = trainer.datamodule, trainer.num_sanity_val_steps
+    if trainer.global_step or batches * data.batch_size < len(data.val_prompts):
         return {}
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    first = getattr(data, "num_held_out_batches", None)
+    if first is not None and (batches - first) * data.batch_size < len(data.other_prompts):  # of a part of them
+        found = {name: value for name, value in found.items() if not name.startswith("val/other_")}
+    return found
 
 
 def describe_retention(metrics: Mapping[str, Any], start: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
@@ -49,7 +48,7 @@ from spin_lightning.runs.lightning_internals import (
 from spin_lightning.runs.sharding import whole_norm
 from spin_lightning.schedule import at_iteration
 from spin_lightning.stages.optim import Float32Master, as_groups, fused, refuse_unusable, sum_in_passes
-from spin_lightning.stages.retention import StartLaws, measure
+from spin_lightning.stages.retention import HeldOutLaws
 from spin_lightning.terminal import say
 from spin_lightning.types import NonFiniteError, ResponseBatch, UserError
 
@@ -197,7 +196,7 @@ class PolicyModule(L.LightningModule):
         self.other_nll = MeanMetric()
         self.other_nll_per_token = MeanMetric()
         self.held_out_kl = MeanMetric()
-        self._held_out_laws: StartLaws | None = None
+        self._held_out_laws = HeldOutLaws()
 
     def configure_model(self) -> None:
         if hasattr(self, "policy"):  # validate, or a second fit
@@ -405,10 +404,10 @@ class PolicyModule(L.LightningModule):
             self.settle_kernels(None)
         self._measure_in_float32()
         self.gather_policy()
-        self._begin_laws()
+        self._held_out_laws.begin(self.trainer)
 
     def on_validation_end(self) -> None:
-        self._keep_laws()
+        self._held_out_laws.keep(self.trainer)
         self._release_policy()
 
     def _measure_in_float32(self) -> None:
@@ -658,13 +657,9 @@ class PolicyModule(L.LightningModule):
 
     def held_out_log_probs(self, part: Any) -> tuple[Tensor, Tensor]:
         """Log-probs and lengths of the real responses in one part of a held-out batch."""
-        if not isinstance(part, ResponseBatch) or self._held_out_laws is None:
-            return response_log_probs(self.plain_policy, part), part.response_lengths
-        log_probs, divergences = measure(self.plain_policy, part, self._held_out_laws.of(part))
+        log_probs, divergences = self._held_out_laws.measure(self.plain_policy, part)
         if divergences is not None:
             self.held_out_kl.update(divergences)
-        elif self._is_start:
-            self._held_out_laws.add(self.plain_policy, part)
         return log_probs, part.response_lengths
 
     def is_other(self, batch_idx: int) -> bool:
@@ -674,64 +669,27 @@ class PolicyModule(L.LightningModule):
 
     def validation_step(self, batch: list[Any], batch_idx: int) -> None:
         """Held-out NLL of the real responses, and that of rows of other tasks: it needs no generation."""
-        if self.is_other(batch_idx):
-            self._measure_other(batch)
-            return
+        is_other = self.is_other(batch_idx)
+        name = "val/other_nll" if is_other else "val/nll"
+        nll, nll_per_token = self.held_out_nll, self.held_out_nll_per_token
+        if is_other:
+            nll, nll_per_token = self.other_nll, self.other_nll_per_token
         own = processes.deal(batch)
         if not own:  # a mean that was never told anything warns
-            self.held_out_nll.update(torch.empty(0))
-            self.held_out_nll_per_token.update(torch.empty(0))
+            nll.update(torch.empty(0))
+            nll_per_token.update(torch.empty(0))
         for part in own:
-            log_probs, lengths = self.held_out_log_probs(part)
-            self.held_out_nll.update(-log_probs)
-            self.held_out_nll_per_token.update(-log_probs / lengths, weight=lengths)
-        size = sum(map(len, batch))
-        always: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": size}
-        self.log("val/nll", self.held_out_nll, prog_bar=True, **always)
-        self.log("val/nll_per_token", self.held_out_nll_per_token, **always)
-        if self.held_out_kl.update_called:
+            log_probs, lengths = self._other_log_probs(part) if is_other else self.held_out_log_probs(part)
+            nll.update(-log_probs)
+            nll_per_token.update(-log_probs / lengths, weight=lengths)
+        always: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": sum(map(len, batch))}
+        self.log(name, nll, prog_bar=not is_other, **always)
+        self.log(f"{name}_per_token", nll_per_token, **always)
+        if self.held_out_kl.update_called and not is_other:
             self.log("val/kl_to_start", self.held_out_kl, **always)
 
-    def _measure_other(self, batch: list[ResponseBatch]) -> None:
-        own = processes.deal(batch)
-        if not own:
-            self.other_nll.update(torch.empty(0))
-            self.other_nll_per_token.update(torch.empty(0))
-        for part in own:
-            log_probs, lengths = response_log_probs(self.plain_policy, part), part.response_lengths
-            self.other_nll.update(-log_probs)
-            self.other_nll_per_token.update(-log_probs / lengths, weight=lengths)
-        always: dict[str, Any] = {"on_epoch": True, "on_step": False, "batch_size": sum(map(len, batch))}
-        self.log("val/other_nll", self.other_nll, **always)
-        self.log("val/other_nll_per_token", self.other_nll_per_token, **always)
-
-    # --- how far it is from the start ---------------------------------------------------------------------------------
-
-    @property
-    def _is_start(self) -> bool:
-        """Whether the held-out rows are measured before the first update."""
-        return bool(self.trainer.sanity_checking and self.trainer.global_step == 0)
-
-    def _begin_laws(self) -> None:
-        """Have the laws of the start at hand where a fit of one process measures held-out rows."""
-        if self.trainer.state.fn != "fit" or processes.world_size() > 1:
-            self._held_out_laws = None
-        elif self._is_start:
-            self._held_out_laws = StartLaws()
-        elif self._held_out_laws is None:  # of a run that continues
-            self._held_out_laws = StartLaws()
-            if (path := self._laws_path) is not None:
-                self._held_out_laws.load(path, self.trainer.datamodule.held_out_hash)  # type: ignore[attr-defined]
-
-    def _keep_laws(self) -> None:
-        path = self._laws_path
-        if self._is_start and self._held_out_laws is not None and len(self._held_out_laws) and path is not None:
-            self._held_out_laws.save(path, self.trainer.datamodule.held_out_hash)  # type: ignore[attr-defined]
-
-    @property
-    def _laws_path(self) -> Path | None:
-        folders = [callback.folder for callback in self.trainer.checkpoint_callbacks if hasattr(callback, "folder")]
-        return Path(folders[0]).parent / "held_out_laws.safetensors" if folders else None
+    def _other_log_probs(self, part: ResponseBatch) -> tuple[Tensor, Tensor]:
+        return response_log_probs(self.plain_policy, part), part.response_lengths
 
 
 def _check_model(model: Any, attn_implementation: str | None, revision: str | None) -> Any:

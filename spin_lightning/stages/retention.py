@@ -18,12 +18,13 @@ from torch import Tensor
 
 from spin_lightning.models.log_probs import add_up, response_log_probs
 from spin_lightning.models.token_laws import TokenLaws, coarse_kl, cut_laws, law_log_probs, top_laws
+from spin_lightning.runs import processes
 from spin_lightning.runs.files import replacing, sha256_of
 from spin_lightning.types import ResponseBatch
 
-#: Tokens of a law that are kept one by one: 8 bytes each.
+#: Tokens of a law that are kept one by one: 12 bytes each.
 TOKENS_OF_A_LAW = 64
-#: Response tokens whose laws are kept: 8 MB.
+#: Response tokens whose laws are kept: 13 MB.
 MOST_TOKENS = 16_384
 
 
@@ -85,6 +86,49 @@ class StartLaws:
                 for name in ("ids", "log_probs", "rest")
             ]
         self._laws = {key: TokenLaws(*(next(part) for part in parts)) for key, _ in passes}
+
+
+class HeldOutLaws:
+    """The start's laws where a run's held-out rows stand: taken before the first update, and kept in the run's folder.
+
+    In runs of one process alone; elsewhere there are none.
+    """
+
+    def __init__(self) -> None:
+        self._laws: StartLaws | None = None
+        self._is_start = False
+
+    def begin(self, trainer: Any) -> None:
+        """Have the laws at hand where a fit measures its held-out rows."""
+        self._is_start = bool(trainer.sanity_checking and trainer.global_step == 0)
+        if trainer.state.fn != "fit" or processes.world_size() > 1:
+            self._laws = None
+        elif self._is_start:
+            self._laws = StartLaws()
+        elif self._laws is None:  # of a run that continues
+            self._laws = StartLaws()
+            if (path := _place_in_run(trainer)) is not None:
+                self._laws.load(path, trainer.datamodule.held_out_hash)
+
+    def measure(self, model: Any, part: Any) -> tuple[Tensor, Tensor | None]:
+        """What :func:`measure` gives of a part of a held-out batch; of the start it takes the laws."""
+        if self._laws is None or not isinstance(part, ResponseBatch):
+            return response_log_probs(model, part), None
+        log_probs, divergences = measure(model, part, self._laws.of(part))
+        if divergences is None and self._is_start:
+            self._laws.add(model, part)
+        return log_probs, divergences
+
+    def keep(self, trainer: Any) -> None:
+        """Write them into the run's folder, after they were taken."""
+        path = _place_in_run(trainer)
+        if self._is_start and self._laws is not None and len(self._laws) and path is not None:
+            self._laws.save(path, trainer.datamodule.held_out_hash)
+
+
+def _place_in_run(trainer: Any) -> Path | None:
+    folders = [callback.folder for callback in trainer.checkpoint_callbacks if hasattr(callback, "folder")]
+    return Path(folders[0]).parent / "held_out_laws.safetensors" if folders else None
 
 
 def measure(model: Any, batch: ResponseBatch, laws: TokenLaws | None) -> tuple[Tensor, Tensor | None]:

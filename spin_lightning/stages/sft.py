@@ -123,7 +123,7 @@ class SftLightningModule(PolicyModule):
         tokens = sum(len(part.scored) for part in responses)
         own = seen[: len(processes.deal(batch))]  # without a pass that had no weight
         total = processes.add_up(sum(own, torch.zeros((), device=self.device)))
-        self.log("kl_to_start", total / max(1, tokens), batch_size=tokens)
+        self.log("kl_from_start", total / max(1, tokens), batch_size=tokens)
         return loss
 
     # --- what the start says ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from spin_lightning.cli.compare_file import merged
 from spin_lightning.cli.compute import passes_of, updates_for
 from spin_lightning.generation.pair_store import PairStore
 from spin_lightning.runs.files import write_json
+from spin_lightning.stages.law_table import LawStore
 from spin_lightning.types import StageFailed
 
 Refusal = Callable[..., str]
@@ -109,6 +110,24 @@ def test_equal_compute_counts_what_the_game_sampled_scored_and_trained_on(
     assert sft["updates"] == round((sampled + 4 * scored) / (3 * sum(lengths)) * 3)  # three updates an epoch
     assert passes_of("sft", folder / "sft-seed_0") == 3 * sft["trained_tokens"]
     assert updates_for(1.0, rows=10, row_tokens=20.0, batch_size=4) == 1
+
+
+def test_a_game_of_tokens_is_compared_and_its_compute_is_that_of_scoring_and_training(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By classes that the arms name, in which the comparison's own parser has no part."""
+    loss = {"class_path": "spin_lightning.TokenSpinLoss", "init_args": {"top_k": 8}}
+    near = {"name": "near", "stage": "sft", "equal_compute": "tokens", "model": {"kl_to_start": 0.5}}
+    arms = {"arms": [{"name": "tokens", "stage": "fit", "model": {"loss": loss}}, near], "seeds": 1}
+    args = write_config(tmp_path, model, write_rows(tmp_path / "rows.jsonl", 16), compare=arms)
+    run_here(monkeypatch)
+    main(args)
+    rows = LawStore(tmp_path / "run" / "tokens-seed_0" / "iteration_0" / "laws").read().to_pylist()
+    tokens = sum(len(row["prompt_ids"]) + len(row["real_ids"]) for row in rows)
+    found = {name: arm["seeds"]["0"] for name, arm in read(tmp_path / "run" / "comparison.json")["arms"].items()}
+    assert found["tokens"]["token_passes"] == tokens + 3 * tokens and found["tokens"]["updates"] == 3
+    trained = read(tmp_path / "run" / "near-seed_0" / "summary.json")["trained_tokens"]
+    assert found["near"]["token_passes"] == 3 * trained + tokens and found["near"]["updates"] == 4  # 4/3 of an epoch
 
 
 def test_exact_match_is_that_of_the_stored_responses(asked: tuple[Path, list[str], list[list[str]]]) -> None:
@@ -228,6 +247,10 @@ def test_an_arm_that_ends_with_nan_is_left_out_by_name_and_not_tried_again(
             {"arms": [ARMS[0], {**ARMS[0], "name": "b", "equal_updates": "game"}]},
             "an arm of the stage sft may have one",
         ),
+        (
+            {"arms": [{"name": "rl", "stage": "ppo"}, {"name": "b", "stage": "sft", "equal_compute": "rl"}]},
+            "that of the stage ppo is not counted",
+        ),
         ({"seeds": 0}, "compare.seeds and compare.samples must be at least 1, got 0 and 2"),
         ({"temperatures": [-1.0]}, "compare.temperatures must be a list of numbers from 0 up, got [-1.0]"),
         ({"learning_rates": []}, "compare.learning_rates must be a list of positive numbers"),
@@ -239,6 +262,18 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     printed = " ".join(refusal(write_config(tmp_path, model, rows, compare=changes)).split())
     assert words in printed and not (tmp_path / "run" / "data").exists()
+
+
+def test_a_row_that_is_taken_twice_is_on_one_side_alone(
+    pretended: Pretended, model: str, rows: str, tmp_path: Path
+) -> None:
+    path = Path(write_config(tmp_path, model, rows, compare={"arms": ARMS[:1], "seeds": 1})[-1])
+    config = yaml.safe_load(path.read_text())
+    config["data"]["train_data"] = {rows: 2.0}
+    path.write_text(yaml.safe_dump(config))
+    main(["compare", "--config", str(path)])
+    parts = [path.read_text().splitlines() for path in (tmp_path / "run" / "data").iterdir()]
+    assert sum(len({*part}) for part in parts) == len(set().union(*parts)) == sum(map(len, parts)) / 2
 
 
 def test_missing_files_and_other_rows_are_refused(

@@ -130,6 +130,11 @@ NAMES = [
     "iteration_0/pairs_manifest.json",
     "iteration_0/policy.partial",
     "iteration_0/policy/model.safetensors",
+    "iteration_0/laws",
+    "start_laws",
+    "start_laws/laws-000000000.parquet",
+    "held_out_laws.safetensors",
+    "evaluation",
     "checkpoints/step_000000003.ckpt",
     "checkpoints/step_000000003.ckpt.sha256",
     "logs/version_0",
@@ -158,7 +163,9 @@ def test_a_pipe_at_a_name_that_a_run_uses_is_refused_and_not_waited_for(tmp_path
         hold(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["logs", "iteration_0", "iteration_0/pairs", "checkpoints"])
+@pytest.mark.parametrize(
+    "name", ["logs", "iteration_0", "iteration_0/pairs", "iteration_0/laws", "start_laws", "evaluation", "checkpoints"]
+)
 def test_a_file_where_a_folder_belongs_and_the_reverse_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text("")

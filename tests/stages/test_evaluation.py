@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from huggingface_hub import ModelCard
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from spin_lightning import EvaluateTasks, ExportPolicy, RowDataModule, SftLightningModule, UserError
+from spin_lightning import EvaluateTasks, ExportPolicy, Interrupted, RowDataModule, SftLightningModule, UserError
 from spin_lightning.models import hub
 from spin_lightning.models.saving import weights_hash
 from spin_lightning.stages import harness, own_tasks
@@ -382,6 +384,34 @@ def test_a_run_that_is_continued_asks_what_is_missing_and_nothing_twice(
         assert read(tmp_path / f"run/iteration_{number}/evaluation.json")["tasks"].keys() == {"quiz", "other"}
     Game(model, rows, tmp_path / "run", callbacks=[EvaluateTasks(tasks)]).play()
     assert len(asked) == 4
+
+
+def test_a_signal_ends_the_asking_and_no_update_is_lost(
+    model: str,
+    rows: str,
+    quiz: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Tasks may take hours, and what a batch system grants are minutes."""
+    ask = Asker.ask
+
+    def signal_first(self: Asker, task: Any, limit: int | None = None) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self, task, limit)
+
+    monkeypatch.setattr(Asker, "ask", signal_first)
+    with pytest.raises(Interrupted):
+        Game(model, rows, tmp_path / "run", callbacks=[EvaluateTasks([quiz])]).play()
+    assert "note: not all tasks were asked. A continued run asks the rest" in capsys.readouterr().out
+    assert not (tmp_path / "run/iteration_0/evaluation.json").exists()
+    monkeypatch.setattr(Asker, "ask", ask)
+    again = Game(model, rows, tmp_path / "run", callbacks=[EvaluateTasks([quiz])]).play()
+    whole = Game(model, rows, tmp_path / "whole").play()
+    assert again.weights == whole.weights and again.losses == whole.losses[4:]
+    for number in range(2):
+        assert read(tmp_path / f"run/iteration_{number}/evaluation.json")["tasks"].keys() == {"quiz"}
 
 
 def test_supervised_fine_tuning_has_results_on_its_card(model: str, rows: str, quiz: str, tmp_path: Path):

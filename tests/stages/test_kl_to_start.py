@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_whole_softmax(average: Any, model: str, row
 
     note = Do(
         on_before_optimizer_step=keep,
-        on_train_batch_end=lambda trainer, *_: logged.append(float(trainer.callback_metrics["kl_to_start"])),
+        on_train_batch_end=lambda trainer, *_: logged.append(float(trainer.callback_metrics["kl_from_start"])),
     )
     trainer = {"precision": "64-true", "max_epochs": 2}
     module, recorder = train(

@@ -94,6 +94,17 @@ def test_sft_says_it_of_the_weights_that_it_exports(model: str, rows: str, other
     assert 0 < summary["retention"]["kl_to_start"] <= kl_of(policy, load(model), data.val_prompts) * (1 + 1e-4)
 
 
+@pytest.mark.parametrize(("steps", "is_known"), [(1, False), (2, False), (3, True), (-1, True)])
+def test_a_start_of_which_not_all_other_rows_were_measured_is_not_compared_with(
+    steps: int, is_known: bool, model: str, rows: str, others: str, tmp_path: Path
+) -> None:
+    data = RowDataModule(rows, batch_size=2, val_fraction=0.2, max_response_tokens=5, other_data=others)
+    callbacks = [ExportPolicy(str(tmp_path)), RunCheckpoint(str(tmp_path / "checkpoints"))]
+    Trainer(max_epochs=1, num_sanity_val_steps=steps, callbacks=callbacks, **QUIET).fit(SftLightningModule(model), data)
+    assert "val/nll" in read(tmp_path / "start.json")
+    assert ("start" in read(tmp_path / "summary.json")["retention"]) == is_known
+
+
 def test_one_pass_gives_the_bits_of_the_log_probs_and_no_distance_to_oneself() -> None:
     model = tiny_model().eval()
     batch = pack([([5, 6, 7], [[8, 9], [10]]), ([11], [[12, 13, 14]])])
