@@ -65,7 +65,7 @@ def say_to_string(text: str) -> str:
 
 
 def test_nothing_in_the_package_prints_past_say() -> None:
-    """``print`` is for the package's own words: the command line's help, the colours of ``check``, the end of a schema."""
+    """``print`` is for the package's own words: the command line's help, colours of ``check``, a schema's end."""
     found = {}
     root = Path(__file__).parent.parent / "spin_lightning"
     for path in root.rglob("*.py"):
