@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "sft": ("model.max_updates", "summary.json", "supervised fine-tuning (SFT)"),
     "score": ("score.", "summary.json", "responses scored by a reward"),
 }
+#: What an iteration of token-level self-play has in the place of pairs.
+LAWS = "laws_manifest.json"
 Points = list[tuple[float, float]]
 T = TypeVar("T")
 
@@ -93,6 +95,11 @@ class Record:
         """The model that was trained or asked, as it was named."""
         named = as_dict(self.settings.get("model")).get("model_name_or_path")
         return str(named or as_dict(self.recorded.get("settings")).get("model.model_name_or_path") or "a model")
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it is a game whose loss is told token by token, so that it has no pairs."""
+        return any((iteration.folder / LAWS).is_file() for iteration in self.iterations)
 
     @property
     def summaries(self) -> list[dict[str, Any]]:
@@ -255,7 +262,7 @@ def _read_iterations(record: Record) -> Iterator[Iteration]:
     for number, folder in sorted(folders.items()):
         summary = _read(record, folder / "summary.json")
         manifest: dict[str, Any] = {}
-        for name in ("pairs_manifest.json", "answers_manifest.json"):
+        for name in ("pairs_manifest.json", "answers_manifest.json", LAWS):
             if (folder / name).is_file():
                 manifest = _read(record, folder / name)
         statistics = as_dict(summary.get("pairs")) or as_dict(manifest.get("statistics"))

@@ -66,7 +66,7 @@ def nll_of(record: Record) -> tuple[float | None, float | None]:
     """The held-out NLL at the start and at the last time it was measured."""
     logged = record.metrics.get("val/nll", [])
     told = [as_number(summary.get("val_nll")) for summary in record.summaries]
-    known = [value for value in told if value is not None] or [value for step, value in logged[1:]]
+    known = [value for value in told if value is not None] or [value for step, value in logged if step > 0]
     return as_number(record.start.get("val/nll")), known[-1] if known else None
 
 
@@ -107,9 +107,13 @@ def _say_retention(record: Record) -> list[str]:
     if before is not None and after is not None:
         verb = "rose" if after > before else "fell" if after < before else "stayed"
         means = "it forgets some" if after > before else "nothing is forgotten there"
-        sentences.append(f"The NLL of rows of other tasks {verb} from {before:.3f} to {after:.3f}: {means}.")
+        sentences.append(
+            f"The NLL of rows of other tasks {verb} from {before:.3f} to {after:.3f} nats a response: {means}."
+        )
     if (kl := as_number(found.get("kl_to_start"))) is not None:
-        sentences.append(f"The policy is {kl:.3g} nats from the model it started from, on held-out prompts.")
+        sentences.append(
+            f"The policy is {kl:.3g} nats a token from the model it started from, at held-out real responses."
+        )
     return sentences
 
 
