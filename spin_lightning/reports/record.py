@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from spin_lightning.runs.files import read_json
+from spin_lightning.runs.files import iteration_folders, read_json
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.types import UserError
 
@@ -252,14 +251,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_iterations(record: Record) -> Iterator[Iteration]:
-    folders = {
-        int(path.name.removeprefix("iteration_")): path
-        for path in record.folder.glob("iteration_*")
-        if path.is_dir() and re.fullmatch(r"iteration_\d{1,9}", path.name)
-    }
+    folders = iteration_folders(record.folder)
     if not folders and record.kind == "dpo":
         folders = {0: record.folder}
-    for number, folder in sorted(folders.items()):
+    for number, folder in folders.items():
         summary = _read(record, folder / "summary.json")
         manifest: dict[str, Any] = {}
         for name in ("pairs_manifest.json", "answers_manifest.json", LAWS):
