@@ -79,7 +79,7 @@ def main(args: list[str]) -> None:
 
 
 def _push(given: Any, folder: Path, files: list[_Upload], left_out: list[str]) -> None:
-    if (token := os.environ.get("HF_TOKEN")) is None:
+    if not (token := os.environ.get("HF_TOKEN", "").strip()):
         raise UserError(
             "there is no token in the environment. Put one there that may write: export HF_TOKEN=...; it is not taken "
             "from flags or files."
