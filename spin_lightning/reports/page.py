@@ -71,8 +71,8 @@ def write_report(
         StorageError: The file cannot be written.
     """
     path = output or folder / REPORT
-    if path.is_dir():
-        raise UserError(f"--output must name a file, got the folder {str(path)!r}. Give such as {path / REPORT}.")
+    if path.is_dir() or path.suffix not in (".html", ".htm"):  # what is there is replaced, be it a device
+        raise UserError(f"--output must be a file whose name ends with .html, got {str(path)!r}.")
     text, many = render(folder, against, samples, running), MOST_UNKNOWN
     while len(text.encode()) > MOST_BYTES and samples + many > 0:  # a folder of many runs
         samples, many = samples // 2, many // 2

@@ -359,7 +359,9 @@ def test_the_command_writes_a_file_and_says_where(tmp_path, capsys, refusal):
     assert "there is no folder" in refusal(["report", str(tmp_path / "nothing")])
     (tmp_path / "empty").mkdir()
     assert "holds nothing that tells what was trained" in refusal(["report", str(tmp_path / "empty")])
-    assert "--output must name a file" in refusal(["report", str(folder), "--output", str(tmp_path)])
+    for other in (tmp_path, "/dev/stdout", folder / "config.yaml"):
+        expected = f"--output must be a file whose name ends with .html, got {str(other)!r}."
+        assert expected in refusal(["report", str(folder), "--output", str(other)]).replace("\n", " ")
     assert "--samples must be 0 or more, got -1" in refusal(["report", str(folder), "--samples", "-1"])
     assert "has no '--outptu'. Did you mean --output?" in refusal(["report", str(folder), "--outptu", "x"])
     assert "argument --samples: invalid int value: 'many'" in refusal(["report", str(folder), "--samples", "many"])
