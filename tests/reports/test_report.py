@@ -451,3 +451,17 @@ def test_no_responses_of_several_runs_are_shown_where_none_are_asked_for(tmp_pat
     for number in range(3):
         make_game(tmp_path / f"game_{number}")
     assert 'class="prompt"' in render(tmp_path) and 'class="prompt"' not in render(tmp_path, samples=0)
+
+
+def test_what_has_not_moved_is_not_told_as_a_gain_or_a_loss(tmp_path):
+    folder = make_game(tmp_path / "mine", iterations=1)
+    summary = folder / "iteration_0" / "summary.json"
+    retention = {"other_nll": 9.00001, "start": {"other_nll": 9.0}}
+    write(summary, {**json.loads(summary.read_text()), "val_nll": 8.00001, "retention": retention})
+    text = page(folder).text
+    assert "The held-out NLL stayed at 8.000 nats a response." in text
+    assert "stayed at 9.000 nats a response: nothing is forgotten there." in text
+    summary.unlink()
+    (folder / "game.json").unlink()
+    write_metrics(folder, [{"step": 0, "loss": 0.7}, {"step": 1, "loss": 0.6}])  # killed before anything was measured
+    assert "held-out NLL at the start 8 updates 2" in page(folder).text
