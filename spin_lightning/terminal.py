@@ -126,8 +126,10 @@ def guard() -> None:
 def ending_with_its_reader() -> Iterator[None]:
     """End quietly where whoever reads the standard output has had enough, as ``head`` has."""
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:  # also where a parser has printed, and ends the process
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again as it ends
         sys.exit(141)  # that of SIGPIPE

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from spin_lightning import __version__
 from spin_lightning.cli import help_texts
+from spin_lightning.terminal import ending_with_its_reader, guard, say
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -221,6 +223,12 @@ def main(args: list[str] | None = None) -> None:
     - 130 and 143: ended by a signal, to be continued by the same command
     """
     args = list(sys.argv[1:] if args is None else args)
+    only_prints = {arg.partition("=")[0] for arg in args} & {"-h", "--help", "--version", "--print_config"}
+    with ending_with_its_reader() if only_prints or args[:1] in ([], ["schema"]) else nullcontext():
+        _run_command(args)
+
+
+def _run_command(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(OVERVIEW)
         return
@@ -246,7 +254,6 @@ def main(args: list[str] | None = None) -> None:
         print(f"usage: spin-lightning {word} {command.usage}", file=sys.stderr)
         sys.exit(2)
     from spin_lightning.runs.files import STORAGE_ERRORS
-    from spin_lightning.terminal import guard
     from spin_lightning.types import (
         EndedElsewhere,
         Interrupted,
@@ -304,7 +311,6 @@ def _print_help(word: str) -> str:
 
 def _end_with(message: str, exit_code: int = 2, kind: str = "error: ") -> NoReturn:
     from spin_lightning.runs.redaction import redacted
-    from spin_lightning.terminal import say
 
     say(f"spin-lightning: {kind}{redacted(message)}", file=sys.stderr, from_any=True)  # it quotes settings
     sys.exit(exit_code)

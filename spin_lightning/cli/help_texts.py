@@ -184,7 +184,7 @@ words, curves, responses of the iterations side by side, data, settings, hashes.
                                        draws the curves of another run over it;
                                        can be given several times
 
-  --output FILE                        write it elsewhere
+  --output FILE.html                   write it elsewhere
   --samples 8                          prompts whose responses are shown
 
 RUN is the folder of any run: of fit, sft, dpo, reward, ppo or score, over or
@@ -330,7 +330,7 @@ a text for a number, a number out of its range.
 
   spin-lightning schema > spin-lightning.schema.json
                                        of all stages, known by their sections,
-                                       and of the files of chain
+                                       and of the files of chain and compare
   spin-lightning schema fit > fit.schema.json
                                        of one: fit, sft, ppo, dpo, reward,
                                        score; or chain, compare

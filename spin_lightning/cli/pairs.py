@@ -22,7 +22,7 @@ from spin_lightning.cli.arguments import Arguments
 from spin_lightning.generation.pair_rows import LAYOUTS, Pair, dataset_info, pair_of_record, read_pairs
 from spin_lightning.generation.pair_store import PairStore, own_shards
 from spin_lightning.models.loading import load_tokenizer
-from spin_lightning.runs.files import read_json, replacing, sha256_of, write_json
+from spin_lightning.runs.files import iteration_folders, read_json, replacing, sha256_of, write_json
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.runs.settings import versions
 from spin_lightning.stages.iteration import iteration_folder
@@ -105,7 +105,7 @@ def open_source(folder: Path, iteration: str | None, is_text: bool = False) -> S
     """
     if re.fullmatch(r"iteration_\d+", folder.name) and (folder / "pairs").is_dir():
         folder, iteration = folder.parent, iteration or folder.name.removeprefix("iteration_")
-    stores = {int(path.parent.name.removeprefix("iteration_")): path for path in folder.glob("iteration_*/pairs")}
+    stores = {n: place / "pairs" for n, place in iteration_folders(folder).items() if (place / "pairs").is_dir()}
     if stores:
         return _open_game(folder, stores, iteration, is_text)
     path = folder / "pairs.jsonl"
@@ -122,7 +122,7 @@ def open_source(folder: Path, iteration: str | None, is_text: bool = False) -> S
 
 
 def _open_game(folder: Path, found: dict[int, Path], iteration: str | None, is_text: bool) -> Source:
-    stores = {number: store for number in sorted(found) if (store := _finished(found[number])) is not None}
+    stores = {number: store for number, path in found.items() if (store := _finished(path)) is not None}
     if not stores:
         raise UserError(f"the pairs in {folder} are unfinished. Continue the run that was making them.")
     if iteration not in (None, "all") and int(iteration) not in stores:

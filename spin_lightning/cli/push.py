@@ -79,9 +79,9 @@ def main(args: list[str]) -> None:
 
 
 def _push(given: Any, folder: Path, files: list[_Upload], left_out: list[str]) -> None:
-    if (token := os.environ.get("HF_TOKEN")) is None:
+    if not (token := os.environ.get("HF_TOKEN", "").strip()):
         raise UserError(
-            "there is no token in the environment. Put one there that may write: export HF_TOKEN=...; it is not taken "
+            "there is no token in the environment. Put one that may write into the variable HF_TOKEN: it is not taken "
             "from flags or files."
         )
     if not hub.is_reachable():
@@ -115,7 +115,9 @@ def parse(args: Sequence[str]) -> Any:
         UserError: They are not as they should be.
     """
     if secret := next((arg for arg in args if arg.startswith("--token")), None):
-        raise UserError(f"push has no {secret.partition('=')[0]}: others may read a command line. export HF_TOKEN=...")
+        raise UserError(
+            f"push has no {secret.partition('=')[0]}: others may read a command line. Put it into HF_TOKEN."
+        )
     parser = Arguments("push")
     parser.add_argument("folder")
     parser.add_argument("repository")

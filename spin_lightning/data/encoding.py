@@ -23,6 +23,7 @@ from transformers.utils import chat_template_utils as chat_templates
 from transformers.utils.chat_template_utils import _compile_jinja_template, encode_marked_chat, mark_control_tokens
 
 from spin_lightning.data.turn_shape import PROBE_TOOL, Block, TurnShape, parting
+from spin_lightning.models.loading import tokenizer_state
 from spin_lightning.runs.files import sha256_of
 from spin_lightning.terminal import say
 from spin_lightning.types import FinishReason, Message, Prompt, Row, UserError
@@ -160,11 +161,7 @@ class Encoder:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides how text becomes ids: vocabulary, merges, added tokens, template."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        state = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
-        if isinstance(state, dict):
-            state = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
-        return sha256_of([state, *self._templates])
+        return sha256_of([tokenizer_state(self.tokenizer), *self._templates])
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids of a conversation up to where the assistant's response begins.

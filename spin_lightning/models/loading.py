@@ -395,6 +395,15 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def tokenizer_state(tokenizer: Any) -> Any:
+    """Everything but a chat template that decides how text becomes ids, as JSON knows it: to be hashed."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if isinstance(state, dict):
+        state = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+    return state
+
+
 def load_tokenizer(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:

@@ -310,10 +310,12 @@ def with_evaluation(card: str, evaluation: Mapping[str, Any]) -> str:
         f"{result['value']:.4f} | {'-' if result['stderr'] is None else format(result['stderr'], '.4f')} |"
         for task, result in evaluation["tasks"].items()
     )
+    newest = evaluation["versions"].get("lm_eval", "")
+    versions = dict.fromkeys(str(result.get("lm_eval", newest)) for result in evaluation["tasks"].values())
     section = f"""{_BEGIN}
 ## Evaluation
 
-By [{_HARNESS}]({_HARNESS_URL}) {_text(evaluation["versions"].get("lm_eval", ""))}, {_in_words(evaluation["tasks"])}:
+By [{_HARNESS}]({_HARNESS_URL}) {_text(" and ".join(versions))}, {_in_words(evaluation["tasks"])}:
 
 | task | metric | shots | documents | value | standard error |
 |---|---|---|---|---|---|

@@ -112,7 +112,7 @@ CURVES = (
     ),
     Curve(
         "What an update moves",
-        "share or nats",
+        "share or nats a token",
         {"clipped tokens": "ratio/clipped", "KL of a step": "kl/step"},
         "The share of tokens whose ratio is clipped, and how far the policy is from the one that gave the responses.",
         "A large clipped share: too many updates on the same responses, or too high a learning rate.",
@@ -142,9 +142,10 @@ CURVES = (
     ),
     Curve(
         "Retention: distance from the start",
-        "nats",
+        "nats a token",
         {"KL to the start": "val/kl_to_start"},
-        "How far the policy has moved from the model it started from, on held-out prompts.",
+        "How far the policy's next-token laws have moved from those of the model it started from, at the tokens of "
+        "held-out real responses: a lower bound of the KL divergence.",
         "It grows faster than the held-out NLL falls: the policy pays much change for little gain.",
         overlays=True,
     ),
@@ -164,7 +165,52 @@ CURVES = (
     ),
 )
 
+_OF_TOKENS = "at the real tokens of an update"
 _UNLIKE_A_GAME = {
+    "tokens": [
+        Curve(
+            "Loss",
+            "loss",
+            {"loss": "loss"},
+            "What an update minimises, as a mean over real tokens. An iteration starts at ln 2 = 0.693 with the "
+            "logistic loss, because policy and opponent are the same there.",
+            "It does not start where it should: other weights or dropout. It jumps or is NaN: lower the learning rate, "
+            "or clip the gradient.",
+        ),
+        Curve(
+            "Margin",
+            "margin a token",
+            {"margin": "rewards/margins"},
+            "Reward of the real token minus that of the token which the opponent would write there, averaged over "
+            f"what it may write, {_OF_TOKENS}. Zero where an iteration starts.",
+            "It grows without end while the held-out NLL rises: raise beta or lower the learning rate. It stays at "
+            "zero: nothing is learned.",
+        ),
+        Curve(
+            "Rewards",
+            "reward a token",
+            {"real": "rewards/real", "generated": "rewards/generated"},
+            "Beta times what the policy has gained in log-probability over the opponent, on real tokens and on those "
+            "that the opponent would write in their place. Above zero they have become more likely.",
+            "Real rewards far below zero mean that the policy unlearns the data.",
+        ),
+        Curve(
+            "Log-probabilities",
+            "nats a token",
+            {"real": "logps/real", "generated": "logps/generated"},
+            f"How likely the policy finds real tokens, and those that the opponent would write there, {_OF_TOKENS}.",
+            "Real ones fall through the whole run: see the rewards.",
+        ),
+        Curve(
+            "Accuracy",
+            "share of tokens",
+            {"accuracy": "rewards/accuracies"},
+            "How often the real token has the higher reward than what the opponent would write there; a tie counts "
+            "one half.",
+            "At 1 early and for long: the rows are learned by heart. At one half throughout: nothing is left to tell "
+            "apart, or the learning rate is too low.",
+        ),
+    ],
     "sft": [
         Curve(
             "Loss",
@@ -324,7 +370,7 @@ def draw_evaluations(record: Record) -> list[Drawn]:
     ]
 
 
-def draw_all(record: Record, others: Mapping[str, Record], many: int = 12) -> tuple[list[Drawn], list[Drawn]]:
+def draw_all(record: Record, others: Mapping[str, Record], many: int) -> tuple[list[Drawn], list[Drawn]]:
     """The charts of a run, and those of metrics that this package does not know, which callbacks of a user have logged.
 
     Args:
@@ -335,7 +381,7 @@ def draw_all(record: Record, others: Mapping[str, Record], many: int = 12) -> tu
     marks = _marks_of(record)
     drawn = []
     for named in CURVES:
-        curve = _INSTEAD.get((record.kind, named.title), named)
+        curve = _INSTEAD.get(("tokens" if record.by_token else record.kind, named.title), named)
         series = {name: record.metrics[metric] for name, metric in curve.metrics.items() if metric in record.metrics}
         if curve is _NLL and not series:
             series = {name: points for name, points in _nll_of_summaries(record).items() if points}
@@ -390,7 +436,7 @@ def _guides(curve: Curve, record: Record) -> dict[str, float] | None:
 def _overlays(curve: Curve, record: Record, others: Mapping[str, Record]) -> dict[str, Points]:
     found = {}
     for label, other in others.items():
-        if not curve.overlays and other.kind != record.kind:
+        if not curve.overlays and (other.kind, other.by_token) != (record.kind, record.by_token):
             continue
         metrics = {name: metric for name, metric in curve.metrics.items() if metric in other.metrics}
         for name, metric in metrics.items():

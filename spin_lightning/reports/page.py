@@ -29,6 +29,8 @@ from spin_lightning.types import UserError
 MOST_BYTES = 2_000_000
 #: What it is called in a run's folder.
 REPORT = "report.html"
+#: The most charts of metrics that this package does not know, for each run.
+MOST_UNKNOWN = 12
 
 
 @dataclass
@@ -69,19 +71,21 @@ def write_report(
         StorageError: The file cannot be written.
     """
     path = output or folder / REPORT
-    if path.is_dir():
-        raise UserError(f"--output must name a file, got the folder {str(path)!r}. Give such as {path / REPORT}.")
-    text = render(folder, against, samples, running)
-    while len(text.encode()) > MOST_BYTES and samples > 0:  # long responses in a folder of many runs
-        samples //= 2
-        text = render(folder, against, samples, running)
+    if path.is_dir() or path.suffix not in (".html", ".htm"):  # what is there is replaced, be it a device
+        raise UserError(f"--output must be a file whose name ends with .html, got {str(path)!r}.")
+    text, many = render(folder, against, samples, running), MOST_UNKNOWN
+    while len(text.encode()) > MOST_BYTES and samples + many > 0:  # a folder of many runs
+        samples, many = samples // 2, many // 2
+        text = render(folder, against, samples, running, many)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def render(folder: Path, against: Sequence[Path] = (), samples: int = 8, running: bool = False) -> str:
-    """The report as text of HTML. Arguments and errors as in ``write_report``.
+def render(
+    folder: Path, against: Sequence[Path] = (), samples: int = 8, running: bool = False, many: int = MOST_UNKNOWN
+) -> str:
+    """The report as text of HTML. Arguments as in ``write_report``; ``many`` is the most charts of unknown metrics.
 
     Raises:
         UserError: There is no such folder, or nothing of a run in it.
@@ -95,12 +99,14 @@ def render(folder: Path, against: Sequence[Path] = (), samples: int = 8, running
     if is_several(folder):
         several = Several(folder)
         headline, tables = several.headline, several.tables
-        each = samples if len(several.records) < 3 else max(2, samples // len(several.records))
-        sections = [make_section(record, {**others, **several.against(record)}, each) for record in several.records]
+        each = samples if len(several.records) < 3 else min(samples, max(2, samples // len(several.records)))
+        sections = [
+            make_section(record, {**others, **several.against(record)}, each, many=many) for record in several.records
+        ]
     else:
         record = read_run(folder)
         record.result = None if running else record.result  # that of a run which was given more iterations since
-        sections = [make_section(record, others, samples, running)]
+        sections = [make_section(record, others, samples, running, many)]
     text: str = _template().render(
         title=clean(folder.resolve().name or str(folder)),
         headline=headline,
@@ -112,14 +118,16 @@ def render(folder: Path, against: Sequence[Path] = (), samples: int = 8, running
     return text
 
 
-def make_section(record: Record, others: Mapping[str, Record], samples: int, running: bool = False) -> Section:
+def make_section(
+    record: Record, others: Mapping[str, Record], samples: int, running: bool = False, many: int = MOST_UNKNOWN
+) -> Section:
     """What a page says of a run."""
-    section = Section(record.name, KINDS[record.kind][2], _state_of(record, running))
+    section = Section(clean(record.name), KINDS[record.kind][2], _state_of(record, running))
     section.remarks = [("" if n is None else f"iteration {n}", clean(text)) for n, text in record.remarks[-100:]]
     attempt = record.try_to
     section.headline = attempt("what happened", partial(say_what_happened, record, others), section.headline)
     section.facts = attempt("key numbers", partial(facts_of, record), section.facts)
-    section.charts = attempt("curves", partial(draw_all, record, others), section.charts)
+    section.charts = attempt("curves", partial(draw_all, record, others, many), section.charts)
     section.intervals = attempt("evaluation", partial(draw_evaluations, record), section.intervals)
     section.cards, section.cards_note = attempt("responses", partial(collect, record, samples), (section.cards, ""))
     for title, make in TABLES.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from spin_lightning.runs.files import read_json
+from spin_lightning.runs.files import iteration_folders, read_json
 from spin_lightning.runs.redaction import redacted
 from spin_lightning.types import UserError
 
@@ -28,6 +27,8 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "sft": ("model.max_updates", "summary.json", "supervised fine-tuning (SFT)"),
     "score": ("score.", "summary.json", "responses scored by a reward"),
 }
+#: What an iteration of token-level self-play has in the place of pairs.
+LAWS = "laws_manifest.json"
 Points = list[tuple[float, float]]
 T = TypeVar("T")
 
@@ -93,6 +94,11 @@ class Record:
         """The model that was trained or asked, as it was named."""
         named = as_dict(self.settings.get("model")).get("model_name_or_path")
         return str(named or as_dict(self.recorded.get("settings")).get("model.model_name_or_path") or "a model")
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it is a game whose loss is told token by token, so that it has no pairs."""
+        return any((iteration.folder / LAWS).is_file() for iteration in self.iterations)
 
     @property
     def summaries(self) -> list[dict[str, Any]]:
@@ -245,17 +251,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_iterations(record: Record) -> Iterator[Iteration]:
-    folders = {
-        int(path.name.removeprefix("iteration_")): path
-        for path in record.folder.glob("iteration_*")
-        if path.is_dir() and re.fullmatch(r"iteration_\d{1,9}", path.name)
-    }
+    folders = iteration_folders(record.folder)
     if not folders and record.kind == "dpo":
         folders = {0: record.folder}
-    for number, folder in sorted(folders.items()):
+    for number, folder in folders.items():
         summary = _read(record, folder / "summary.json")
         manifest: dict[str, Any] = {}
-        for name in ("pairs_manifest.json", "answers_manifest.json"):
+        for name in ("pairs_manifest.json", "answers_manifest.json", LAWS):
             if (folder / name).is_file():
                 manifest = _read(record, folder / name)
         statistics = as_dict(summary.get("pairs")) or as_dict(manifest.get("statistics"))

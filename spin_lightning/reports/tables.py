@@ -38,7 +38,7 @@ def _table_of_iterations(record: Record) -> Table | None:
         "accuracy": lambda i: as_dict(i.summary.get("epoch_metrics")).get("rewards/accuracies"),
         "held-out NLL": lambda i: i.summary.get("val_nll"),
         "other rows' NLL": lambda i: as_dict(i.summary.get("retention")).get("other_nll"),
-        "KL to start": lambda i: as_dict(i.summary.get("retention")).get("kl_to_start"),
+        "KL to start, a token": lambda i: as_dict(i.summary.get("retention")).get("kl_to_start"),
         "reward": lambda i: i.statistics.get("reward/mean"),
         "held-out reward": lambda i: i.statistics.get("val/reward"),
         "KL to reference": lambda i: i.statistics.get("kl/reference"),
@@ -130,7 +130,7 @@ def _table_of_settings(record: Record) -> Table | None:
     rows = [[clean(str(key)), clean(str(value), 300)] for key, value in flat.items()]
     changes = [as_dict(change) for change in record.recorded.get("changes") or ()]
     rows += [
-        [f"changed: {change.get('setting')}", clean(f"{change.get('from')} → {change.get('to')}", 300)]
+        [clean(f"changed: {change.get('setting')}"), clean(f"{change.get('from')} → {change.get('to')}", 300)]
         for change in changes
     ]
     note = "Secrets are left out (***)." if any("***" in value for _, value in rows) else ""

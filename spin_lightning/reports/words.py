@@ -21,10 +21,9 @@ def say_what_happened(record: Record, others: Mapping[str, Record]) -> list[str]
         if not math.isfinite(after):
             sentences.append(f"The held-out NLL is {after}: the policy is broken. It was {before:.3f} at the start.")
         else:
-            verb = "fell" if after < before else "rose" if after > before else "stayed"
-            gain = "better" if after < before else "worse" if after > before else "no change"
-            share = f", {abs(after - before) / abs(before):.0%} {gain}" if before and after != before else ""
-            sentences.append(f"The held-out NLL {verb} from {before:.3f} to {after:.3f} nats a response{share}.")
+            share = abs(after - before) / abs(before) if before else 0.0
+            gain = f", {share:.0%} {'better' if after < before else 'worse'}" if share >= 0.005 else ""
+            sentences.append(f"The held-out NLL {_moved(before, after)} nats a response{gain}.")
             best = _best_nll(record)
             if best is not None and best[1] < after - 0.005 * abs(after):
                 sentences.append(f"It was lowest {best[0]}, at {best[1]:.3f}: what came after that made it worse.")
@@ -35,6 +34,12 @@ def say_what_happened(record: Record, others: Mapping[str, Record]) -> list[str]
     for name, other in others.items():
         sentences += _say_against(record, name, other)
     return [*sentences, *map(clean, read_verdict(record.folder))]
+
+
+def _moved(before: float, after: float) -> str:
+    """From where to where a number went, as far as its three decimals tell."""
+    old, new = f"{before:.3f}", f"{after:.3f}"
+    return f"stayed at {new}" if old == new else f"{'rose' if after > before else 'fell'} from {old} to {new}"
 
 
 def _say_end(record: Record) -> str:
@@ -66,7 +71,7 @@ def nll_of(record: Record) -> tuple[float | None, float | None]:
     """The held-out NLL at the start and at the last time it was measured."""
     logged = record.metrics.get("val/nll", [])
     told = [as_number(summary.get("val_nll")) for summary in record.summaries]
-    known = [value for value in told if value is not None] or [value for step, value in logged[1:]]
+    known = [value for value in told if value is not None] or [value for step, value in logged if step > 0]
     return as_number(record.start.get("val/nll")), known[-1] if known else None
 
 
@@ -96,8 +101,7 @@ def _say_reward(record: Record) -> list[str]:
     last = last if last is not None else next((value for value in reversed(values) if value is not None), None)
     if first is None or last is None:
         return []
-    verb = "rose" if last > first else "fell" if last < first else "stayed"
-    return [f"The reward of responses to held-out prompts {verb} from {first:.3f} to {last:.3f}."]
+    return [f"The reward of responses to held-out prompts {_moved(first, last)}."]
 
 
 def _say_retention(record: Record) -> list[str]:
@@ -105,11 +109,13 @@ def _say_retention(record: Record) -> list[str]:
     sentences = []
     before, after = as_number(as_dict(found.get("start")).get("other_nll")), as_number(found.get("other_nll"))
     if before is not None and after is not None:
-        verb = "rose" if after > before else "fell" if after < before else "stayed"
-        means = "it forgets some" if after > before else "nothing is forgotten there"
-        sentences.append(f"The NLL of rows of other tasks {verb} from {before:.3f} to {after:.3f}: {means}.")
+        moved = _moved(before, after)
+        means = "it forgets some" if moved.startswith("rose") else "nothing is forgotten there"
+        sentences.append(f"The NLL of rows of other tasks {moved} nats a response: {means}.")
     if (kl := as_number(found.get("kl_to_start"))) is not None:
-        sentences.append(f"The policy is {kl:.3g} nats from the model it started from, on held-out prompts.")
+        sentences.append(
+            f"The policy is {kl:.3g} nats a token from the model it started from, at held-out real responses."
+        )
     return sentences
 
 
@@ -149,7 +155,9 @@ def facts_of(record: Record) -> list[tuple[str, str]]:
     metrics = as_dict(last.get("epoch_metrics"))
     seconds = sum(add_up(summary.get("seconds")) for summary in record.summaries)
     facts = {
-        "held-out NLL": " → ".join(show(value) for value in (before, after) if value is not None),
+        "held-out NLL" if after is not None else "held-out NLL at the start": " → ".join(
+            show(value) for value in (before, after) if value is not None
+        ),
         "updates": show(record.updates) if record.kind != "score" else "",
         "iterations over": str(sum(bool(i.summary) for i in record.iterations))
         if record.kind in ("fit", "ppo")

@@ -29,6 +29,20 @@ _FOLDERS = r"checkpoints|iteration_\d+|(policy|adapter)(\.partial)?|logs|tensorb
 _FILES = r"\w+\.(json|yaml|csv|parquet|safetensors)|step_\d+\.ckpt.*|\.lock(_holder)?|\..*\.tmp"
 
 
+def iteration_folders(run: Path) -> dict[int, Path]:
+    """The folders of a run's iterations by their numbers, in order; a copy beside them, ``iteration_0.bak``, is none.
+
+    Example:
+        >>> iteration_folders(Path("/no/run/is/here"))
+        {}
+    """
+    found = [
+        path for path in run.glob("iteration_*") if path.is_dir() and re.fullmatch(r"iteration_[0-9]{1,9}", path.name)
+    ]
+    numbered = {int(path.name.removeprefix("iteration_")): path for path in found}
+    return dict(sorted(numbered.items()))
+
+
 def run_folder(name: str | Path, setting: str) -> Path:
     """The folder on this machine's disk that a setting names, with ``~`` expanded. Nothing is made.
 

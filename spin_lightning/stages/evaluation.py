@@ -145,9 +145,9 @@ class Evaluation:
         outcomes = {}
         for wanted in self.load():
             found = {name_of(part): self._ask(asker, part, place, sha256) for part in wanted.tasks}
-            outcome = self._conclude(wanted, found)
+            outcome = self._conclude(wanted, found, dtype_name(model.dtype))
             outcomes[wanted.name] = outcome
-            _write_entry(place, outcome, sha256, name, dtype_name(model.dtype))
+            _write_entry(place, outcome, sha256, name)
             say(f"  {wanted.name}: {_in_words(outcome.entry)}")
         return outcomes
 
@@ -163,6 +163,7 @@ class Evaluation:
             "limit": self.limit,
             "chat_template": self.chat_template,
             "model_sha256": sha256,
+            "tokenizer_sha256": asker.tokenizer_sha256,
             "dtype": dtype_name(asker.model.dtype),
             "lm_eval": harness_version(),
         }
@@ -178,7 +179,7 @@ class Evaluation:
         write_json(path, {"binding": binding, **vars(found)})
         return found
 
-    def _conclude(self, wanted: Wanted, found: dict[str, Found]) -> Outcome:
+    def _conclude(self, wanted: Wanted, found: dict[str, Found], dtype: str) -> Outcome:
         metrics = aggregate(wanted, found)
         if not metrics:
             raise UserError(f"the task {wanted.name!r} gives no number for a model. Leave it out.")
@@ -193,6 +194,8 @@ class Evaluation:
             "documents": sum(len(part.hashes) for part in found.values()),
             "limit": self.limit,
             "chat_template": self.chat_template,
+            "dtype": dtype,
+            "lm_eval": harness_version(),
             "version": next(iter(found.values())).version if wanted.group is None else wanted.group.version,
             "task_sha256": self._hash_of(wanted),
             "metrics": {name.removesuffix(",none"): list(both) for name, both in metrics.items()},
@@ -207,7 +210,7 @@ def _in_words(entry: Mapping[str, Any]) -> str:
     return f"{entry['metric']} {entry['value']:.4f}{error} ({entry['shots']} shots, {entry['documents']} documents)"
 
 
-def _write_entry(place: Path, outcome: Outcome, sha256: str, name: str, dtype: str) -> None:
+def _write_entry(place: Path, outcome: Outcome, sha256: str, name: str) -> None:
     """Put a task's result into ``evaluation.json``. Results of other weights are not kept beside it."""
     kept = read_json(place / RESULTS) or {}
     if kept and kept.get("model_sha256") != sha256:
@@ -219,7 +222,7 @@ def _write_entry(place: Path, outcome: Outcome, sha256: str, name: str, dtype: s
     results = {
         "model": name,
         "model_sha256": sha256,
-        "dtype": dtype,
+        "dtype": outcome.entry["dtype"],
         "tasks": {**kept.get("tasks", {}), outcome.name: outcome.entry},
         "versions": {"lm_eval": harness_version(), **versions()},
         **({"against": kept["against"]} if "against" in kept else {}),

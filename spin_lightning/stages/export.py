@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
 from spin_lightning.models.saving import save_model
 from spin_lightning.runs import processes
-from spin_lightning.runs.files import read_json, refuse_links, run_folder, write_json
+from spin_lightning.runs.files import iteration_folders, read_json, refuse_links, run_folder, write_json
 from spin_lightning.runs.lightning_internals import validate_now, validation_follows, was_cut_short
 from spin_lightning.runs.settings import versions
 from spin_lightning.runs.sharding import ShardedStrategy
@@ -78,11 +77,7 @@ def find_exported(folder: Path, iteration: int | None = None) -> Path:
     is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
     if is_model and iteration is None:
         return folder
-    numbered = {
-        int(place.name.removeprefix("iteration_")): place
-        for place in folder.glob("iteration_*")
-        if re.fullmatch(r"iteration_\d+", place.name) and _export_in(place) is not None
-    }
+    numbered = {n: place for n, place in iteration_folders(folder).items() if _export_in(place) is not None}
     if iteration is not None and iteration not in numbered:
         if not numbered:
             raise UserError(f"iteration {iteration} is of a run with iterations, and {str(folder)!r} has none.")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from spin_lightning.models import hub
+from spin_lightning.models.loading import tokenizer_state
 from spin_lightning.models.modes import evaluating
 from spin_lightning.progress import progress
 from spin_lightning.runs.files import sha256_of
@@ -286,6 +287,13 @@ class Asker:
             raise UserError("chat_template is on, and the model's tokenizer has none. Leave it off.")
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.chat_template, self.poll = batch_size, chat_template, poll
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """The hash of what makes ids of a question: the tokenizer, and its template if that is applied."""
+        return sha256_of(
+            [tokenizer_state(self.tokenizer), self.tokenizer.chat_template if self.chat_template else None]
+        )
 
     def ask(self, task: Any, limit: int | None = None) -> Found:
         """What a task says of the model. The same each time.

@@ -279,3 +279,9 @@ def test_a_damaged_shard_and_no_row_at_all_leave_no_file(refusal: Refusal, game,
 def test_an_iteration_s_own_folder_will_do(game, tmp_path):
     main(["pairs", str(game / "iteration_0"), "--output", str(tmp_path / "p.jsonl")])
     assert {row["iteration"] for row in lines(tmp_path / "p.jsonl")} == {0}
+
+
+def test_a_copy_beside_the_iterations_is_none_of_them(game, tmp_path):
+    (game / "iteration_1").rename(game / "iteration_1.bak")
+    main(["pairs", str(game), "--output", str(tmp_path / "p.jsonl")])
+    assert {json.loads(line)["iteration"] for line in (tmp_path / "p.jsonl").read_text().splitlines()} == {0}

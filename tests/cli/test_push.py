@@ -216,6 +216,8 @@ def test_without_a_token_or_a_network_it_is_said_at_once(
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "the hub cannot be reached from here" in refusal(["push", str(run), "me/mine", "--yes"])
+    monkeypatch.setenv("HF_TOKEN", " ")  # as of a secret that is not set
+    assert "there is no token in the environment" in refusal(["push", str(run), "me/mine", "--yes"])
     monkeypatch.delenv("HF_TOKEN")
     assert "there is no token in the environment" in refusal(["push", str(run), "me/mine", "--yes"])
     assert not hub.asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -170,3 +171,13 @@ def test_words_of_a_reward_and_of_a_cap_tell_what_is_to_be_given():
     ]
     texts = {s.name: s.text for _, settings in settings_of(STAGES["reward"]).values() for s in settings}
     assert "or left out where too_long is drop" in texts["data.max_response_tokens"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["fit", "--help"], ["push", "--help"], ["schema", "sft"]])
+def test_what_is_printed_ends_quietly_when_its_reader_has_had_enough(args: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` leaves
+    command = [sys.executable, "-c", "from spin_lightning.cli import main; main()", *args]
+    with os.fdopen(writer, "wb") as stdout:
+        ended = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (141, "")

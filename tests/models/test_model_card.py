@@ -149,6 +149,8 @@ def test_results_stand_in_the_index_and_in_a_table_and_are_replaced() -> None:
     assert [r.metric_value for r in ModelCard(text).data.eval_results] == [12.34567, 0.5]
     assert text.count("## Evaluation") == 1 and "mine" not in text and "My own words." in text
     assert ModelCard(text).data.tags == ["spin", "self-play", "spin-lightning"]
+    text = with_evaluation(text, evaluation(arc={"lm_eval": "0.4.9"}, mine={"lm_eval": "0.4.13"}))
+    assert "lm-evaluation-harness) 0.4.9 and 0.4.13, " in text  # each has the one that it was asked by
     bare = with_evaluation("# Somebody's model\n", evaluation(arc={}))
     assert ModelCard(bare).data.model_name == "Somebody's model"
     with pytest.raises(ValueError, match="its header is no YAML"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -321,8 +322,8 @@ def test_retention_and_evaluations_are_told(tmp_path):
     task = {"metric": "acc", "value": 0.625, "stderr": 0.05, "shots": 25}
     write(folder / "iteration_1" / "evaluation.json", {"tasks": {"arc": task}, "model_sha256": "cd34"})
     text = page(folder).text
-    assert "The NLL of rows of other tasks rose from 3.000 to 3.500: it forgets some." in text
-    assert "The policy is 0.25 nats from the model it started from" in text
+    assert "The NLL of rows of other tasks rose from 3.000 to 3.500 nats a response: it forgets some." in text
+    assert "The policy is 0.25 nats a token from the model it started from" in text
     assert "arc (acc, 25 shots)" in text and "0.625 ± 0.05" in text and "cd34" in text
 
 
@@ -358,7 +359,9 @@ def test_the_command_writes_a_file_and_says_where(tmp_path, capsys, refusal):
     assert "there is no folder" in refusal(["report", str(tmp_path / "nothing")])
     (tmp_path / "empty").mkdir()
     assert "holds nothing that tells what was trained" in refusal(["report", str(tmp_path / "empty")])
-    assert "--output must name a file" in refusal(["report", str(folder), "--output", str(tmp_path)])
+    for other in (tmp_path, "/dev/stdout", folder / "config.yaml"):
+        expected = f"--output must be a file whose name ends with .html, got {str(other)!r}."
+        assert expected in refusal(["report", str(folder), "--output", str(other)]).replace("\n", " ")
     assert "--samples must be 0 or more, got -1" in refusal(["report", str(folder), "--samples", "-1"])
     assert "has no '--outptu'. Did you mean --output?" in refusal(["report", str(folder), "--outptu", "x"])
     assert "argument --samples: invalid int value: 'many'" in refusal(["report", str(folder), "--samples", "many"])
@@ -407,3 +410,58 @@ def test_responses_of_other_stages_stand_side_by_side_too(tmp_path):
     text = render(score)
     assert text.index("response · reward 1") < text.index("It is <del>5</del><ins>4</ins>.")
     assert '<td dir="auto">pass@1</td><td dir="auto">0.5</td>' in text
+
+
+def test_a_token_game_is_told_by_token_and_a_distance_too(tmp_path):
+    folder = make_game(tmp_path / "mine")
+    for number in range(2):
+        (folder / f"iteration_{number}" / "pairs_manifest.json").unlink()
+        binding = {"opponent_sha256": f"{number}f" * 32}
+        write(folder / f"iteration_{number}" / "laws_manifest.json", {"complete": True, "binding": binding})
+    last = folder / "iteration_1" / "summary.json"
+    retention = {"kl_to_start": 0.0268, "other_nll": 9.0, "start": {"other_nll": 8.0}}
+    write(last, {**json.loads(last.read_text()), "retention": retention})
+    found = page(folder)
+    assert "as a mean over real tokens" in found.text and "to tell real from generated" not in found.text
+    assert "Rewards reward a token over updates" in found.text and "1f" * 32 in found.text
+    assert "The policy is 0.0268 nats a token from the model it started from" in found.text
+    assert "rose from 8.000 to 9.000 nats a response: it forgets some" in found.text
+
+
+def test_a_name_that_is_no_text_is_shown_in_escapes(tmp_path):
+    folder = make_game(tmp_path / "mine").rename(tmp_path / os.fsdecode(b"run_\xff"))
+    changes = [{"setting": "a\ud800<b>", "from": 1, "to": 2}]
+    write(folder / "run.json", {**json.loads((folder / "run.json").read_text()), "changes": changes})
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "run_\\udcff" in text and "changed: a\\ud800&lt;b&gt;" in text
+
+
+def test_many_runs_with_many_metrics_of_their_own_are_cut_to_what_a_page_may_weigh(tmp_path, monkeypatch):
+    for number in range(3):
+        folder = make_game(tmp_path / f"game_{number}", iterations=1)
+        names = [f"own_{name}" for name in range(12)] + ["loss", "lr"]
+        write_metrics(folder, [{"step": x, **dict.fromkeys(names, math.sin(x * 1.7))} for x in range(100)])
+    assert len(render(tmp_path).encode()) > 150_000
+    monkeypatch.setattr("spin_lightning.reports.page.MOST_BYTES", 150_000)
+    text = write_report(tmp_path).read_text()
+    assert len(text.encode()) <= 150_000 and text.count("<title>Learning rate</title>") == 3
+
+
+def test_no_responses_of_several_runs_are_shown_where_none_are_asked_for(tmp_path):
+    for number in range(3):
+        make_game(tmp_path / f"game_{number}")
+    assert 'class="prompt"' in render(tmp_path) and 'class="prompt"' not in render(tmp_path, samples=0)
+
+
+def test_what_has_not_moved_is_not_told_as_a_gain_or_a_loss(tmp_path):
+    folder = make_game(tmp_path / "mine", iterations=1)
+    summary = folder / "iteration_0" / "summary.json"
+    retention = {"other_nll": 9.00001, "start": {"other_nll": 9.0}}
+    write(summary, {**json.loads(summary.read_text()), "val_nll": 8.00001, "retention": retention})
+    text = page(folder).text
+    assert "The held-out NLL stayed at 8.000 nats a response." in text
+    assert "stayed at 9.000 nats a response: nothing is forgotten there." in text
+    summary.unlink()
+    (folder / "game.json").unlink()
+    write_metrics(folder, [{"step": 0, "loss": 0.7}, {"step": 1, "loss": 0.6}])  # killed before anything was measured
+    assert "held-out NLL at the start 8 updates 2" in page(folder).text

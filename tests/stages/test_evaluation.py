@@ -300,6 +300,28 @@ def test_results_are_kept_one_by_one_and_nothing_is_asked_twice(
     assert len(asked) == 7 and read(place / "evaluation.json")["tasks"].keys() == {"quiz"}
 
 
+def test_another_tokenizer_or_template_is_asked_anew_and_each_result_says_how_it_was_made(
+    quiz: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, place, asked = tiny_model(len(byte_tokenizer())), tmp_path / "kept", counting(monkeypatch)
+    tokenizer, others = byte_tokenizer(), byte_tokenizer()
+    others.chat_template = others.chat_template.replace("assistant", "model")
+    sha256 = weights_hash(model)
+    for own in (tokenizer, others, tokenizer):
+        Evaluation([quiz], chat_template=True).run(model, own, place, sha256, "mine")
+        Evaluation([quiz]).run(model, own, place, sha256, "mine")  # which no template changes
+    assert asked == ["quiz"] * 3
+    tokenizer.add_tokens(["Question"])
+    model.resize_token_embeddings(len(tokenizer))
+    Evaluation([quiz]).run(model, tokenizer, place, sha256, "mine")
+    assert len(asked) == 4
+    other = write(tmp_path / "other.jsonl", CHOICES[:3])
+    Evaluation([other]).run(model.to(torch.bfloat16), tokenizer, place, sha256, "mine")
+    tasks = read(place / "evaluation.json")["tasks"]
+    assert (tasks["quiz"]["dtype"], tasks["other"]["dtype"]) == ("float32", "bfloat16")
+    assert tasks["quiz"]["lm_eval"] == tasks["other"]["lm_eval"] == harness.harness_version()
+
+
 def test_two_models_are_compared_document_by_document(quiz: str, tmp_path: Path):
     ours, others = (tiny_model(len(byte_tokenizer()), seed) for seed in (0, 3))
     evaluation = Evaluation([quiz])
