@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import shutil
 import sys
 import textwrap
@@ -131,5 +132,17 @@ def ending_with_its_reader() -> Iterator[None]:
         finally:  # also where a parser has printed, and ends the process
             sys.stdout.flush()
     except BrokenPipeError:
+        if not _lost_its_reader():
+            raise  # another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again as it ends
         sys.exit(141)  # that of SIGPIPE
+
+
+def _lost_its_reader() -> bool:
+    """Whether the standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))

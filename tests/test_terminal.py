@@ -153,3 +153,16 @@ def test_a_model_card_cannot_be_broken_by_a_name() -> None:
     table = [line for line in card.splitlines() if line.startswith(("| opponent", "| sampling"))]
     assert [line.count("|") for line in table] == [3, 3]
     assert table[0].count("`") == 4 and not {"<", "[", "`"} & set(table[1])
+
+
+@pytest.mark.parametrize(
+    "args", [["schema", "fit"], ["check", "--data.train_data={rows}", "--model.model_name_or_path={model}"]]
+)
+def test_a_command_ends_quietly_when_nobody_reads_on(args, model, rows):
+    args = [arg.format(model=model, rows=rows) for arg in args]
+    command = [sys.executable, "-c", "import sys; from spin_lightning.cli import main; main(sys.argv[1:])", *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == 141, said
+    assert "Traceback" not in said

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -221,10 +220,10 @@ def main(args: list[str] | None = None) -> None:
     - 2: wrong usage, settings or data
     - 75: a disk that is full or cannot be written, or a judge that does not reply, to be tried again
     - 130 and 143: ended by a signal, to be continued by the same command
+    - 141: nobody reads the output any more
     """
     args = list(sys.argv[1:] if args is None else args)
-    only_prints = {arg.partition("=")[0] for arg in args} & {"-h", "--help", "--version", "--print_config"}
-    with ending_with_its_reader() if only_prints or args[:1] in ([], ["schema"]) else nullcontext():
+    with ending_with_its_reader():
         _run_command(args)
 
 

@@ -88,6 +88,9 @@ def check_model(
             name_or_path, (folder / "adapter_config.json").read_text(encoding="utf-8", errors="replace")
         )
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if "config.json" not in files and (found := sorted([*folder.glob("iteration_*/policy"), *folder.glob("policy")])):
+        places = " or ".join(repr(str(path)) for path in found[-3:])
+        raise UserError(f"{name_or_path!r} is the folder of a run, and no model. Give what it exported: {places}.")
     if needs_head and "config.json" in files:
         config: Any = None
         with suppress(ValueError, RecursionError):  # loading says what is wrong with it

@@ -132,6 +132,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         StorageError: It cannot be written. The old file is untouched.
+        UserError: Its folder is none.
 
     Example:
         >>> import tempfile
@@ -144,7 +145,13 @@ def replacing(path: Path) -> Iterator[Path]:
     # one name, so that what a kill leaves is overwritten by the next try
     temporary = path.with_name(f".{path.name}.tmp")
     with explaining_storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise UserError(
+                f"{str(path)!r} cannot be written: {str(path.parent)!r} is no folder and cannot be made one "
+                f"({error.strerror}). Give another name."
+            ) from None
         temporary.unlink(missing_ok=True)  # a link there would have something else overwritten
         try:
             yield temporary

@@ -135,6 +135,7 @@ def load_tasks(names: Sequence[str], shots: int | Sequence[int] | None = None) -
                 own = count if count is not None else PAPER.get(task.name, (None,))[0]
                 for part in task.tasks:
                     _set_shots(part, own)
+                    _refuse_few_rows(name, part)
             wanted += found
             phase.advance()
     if missing:
@@ -143,6 +144,15 @@ def load_tasks(names: Sequence[str], shots: int | Sequence[int] | None = None) -
     if doubled:
         raise UserError(f"two tasks are called {doubled[0]!r}. Give one of them another name, or leave it out.")
     return wanted
+
+
+def _refuse_few_rows(name: str, task: Any) -> None:
+    """Make sure that a file of own rows, which are each other's examples, has enough of them."""
+    if Path(name).suffix == ".jsonl" and 0 < shots_of(task) >= (rows := len(task.eval_docs)):
+        raise UserError(
+            f"--shots {shots_of(task)} needs at least {shots_of(task) + 1} rows in {name!r}, which has {rows}: the "
+            f"examples before a question are other rows. Give --shots {rows - 1}, or more rows."
+        )
 
 
 def _as_counts(shots: int | Sequence[int] | None, count: int) -> list[int | None]:

@@ -110,6 +110,7 @@ def test_an_adapter_is_put_on_its_base(model: str, rows: str, quiz: str, tmp_pat
         (["{model}", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["{model}", "--device", "abacus"], "--device 'abacus' cannot be used"),
         (["{model}", "--chat_template", "perhaps"], "invalid true or false value: 'perhaps'"),
+        (["{model}", "--tasks", "{one}", "--shots", "1"], "--shots 1 needs at least 2 rows in"),
         (["{model}", "--tasks", "no.jsonl"], "the task 'no.jsonl' does not exist"),
         (["{model}", "--against", "{model}"], "both models would have their results in {model}"),
     ],
@@ -118,7 +119,8 @@ def test_mistakes_are_answered_in_a_sentence(
     refusal: Refusal, model: str, tmp_path: Path, flags: Sequence[str], words: str
 ):
     (tmp_path / "empty").mkdir()
-    names = {"model": model, "empty": tmp_path / "empty"}
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "target": "b"}\n')
+    names = {"model": model, "empty": tmp_path / "empty", "one": tmp_path / "one.jsonl"}
     printed = refusal(["evaluate", *(flag.format(**names) for flag in flags)])
     assert words.format(**names) in printed.replace("\n", " ")
 

@@ -397,3 +397,10 @@ def test_disable_dropout_makes_training_mode_repeatable() -> None:
             torch.testing.assert_close(first, model.eval()(ids).logits)
     assert llama.model.layers[0].self_attn.attention_dropout == 0.0
     assert gpt2.transformer.drop.p == 0.0
+
+
+def test_the_folder_of_a_run_is_no_model_and_its_model_is_named(tmp_path):
+    for number in (0, 1):
+        (tmp_path / f"iteration_{number}" / "policy").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"folder of a run, and no model\. Give what it exported: .*iteration_1/policy"):
+        check_model(str(tmp_path))

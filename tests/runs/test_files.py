@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spin_lightning.runs.files import read_json, replacing, sha256_of, write_json
+from spin_lightning.types import UserError
 
 
 def test_replaced_file_is_old_or_new_and_never_half(tmp_path: Path) -> None:
@@ -25,6 +26,13 @@ def test_replaced_file_is_old_or_new_and_never_half(tmp_path: Path) -> None:
         interrupted()
     assert path.read_text() == "old"
     assert [child.name for child in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    match = r"page\.html' cannot be written: .*rows\.jsonl' is no folder"
+    with pytest.raises(UserError, match=match), replacing(tmp_path / "rows.jsonl" / "page.html"):
+        pass
 
 
 def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
