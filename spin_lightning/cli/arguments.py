@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spin_lightning.types import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Arguments(ArgumentParser):
@@ -51,3 +54,21 @@ def as_bool(text: str) -> bool:
 
 
 as_bool.__name__ = "true or false"  # argparse puts it into its message
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of ``--device``, after something was put there. None: a GPU where there is one.
+
+    Raises:
+        UserError: It cannot be used.
+    """
+    import torch  # not every command with few flags loads a model
+
+    chosen = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(chosen)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {chosen!r} cannot be used: {reason}. Leave it out, or give cpu.") from None
+    return device

@@ -18,12 +18,12 @@ from typing import Any, TextIO
 
 import torch
 
-from spin_lightning.cli.arguments import Arguments
+from spin_lightning.cli.arguments import Arguments, find_device
 from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.data.encoding import Encoder
 from spin_lightning.generation.base import Player, opened, seed_of
 from spin_lightning.generation.transformers import TransformersGenerator
-from spin_lightning.models.adapters import LoraAdapter
+from spin_lightning.models.adapters import LoraAdapter, base_name_of
 from spin_lightning.models.loading import (
     context_length,
     dtype_name,
@@ -32,7 +32,6 @@ from spin_lightning.models.loading import (
     load_tokenizer,
     stored_dtype,
 )
-from spin_lightning.runs.files import read_json
 from spin_lightning.stages.export import find_exported
 from spin_lightning.terminal import ending_with_its_reader, printable, say
 from spin_lightning.types import Message, UserError
@@ -208,21 +207,13 @@ def _load(path: str, name: str, options: Namespace) -> Speaker:
     Raises:
         UserError: It cannot be loaded, or there is no such device.
     """
-    try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}.") from None
-    folder, adapter = Path(path).expanduser(), None
-    base = path
-    if (folder / "adapter_config.json").is_file():
-        adapter = LoraAdapter(path=path)
-        kept = read_json(folder / "base.json") or {}
-        base = kept.get("name") or (read_json(folder / "adapter_config.json") or {})["base_model_name_or_path"]
+    device = find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    is_adapter = (Path(path).expanduser() / "adapter_config.json").is_file()
+    base = base_name_of(path) if is_adapter else path
     stored = (stored_dtype(base) or "float32") if options.dtype is None and device.type != "cpu" else "float32"
     model = load_policy(base, dtype=getattr(torch, options.dtype or stored))
-    if adapter is not None:
-        model = adapter.apply(model)
+    if is_adapter:
+        model = LoraAdapter(path=path).apply(model)
     tokenizer = load_tokenizer(path)
     try:
         encoder = Encoder(tokenizer, options.prompt_template)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spin_lightning.cli.arguments import Arguments, as_bool
+from spin_lightning.cli.arguments import Arguments, as_bool, find_device
 from spin_lightning.cli.quiet import silence_libraries
 from spin_lightning.models.adapters import LoraAdapter, base_name_of
 from spin_lightning.models.loading import load_policy, load_tokenizer, locate, stored_dtype
@@ -68,7 +68,7 @@ def main(args: list[str]) -> None:
         other = _locate(given.against, None if given.output is None else str(Path(given.output) / "against"))
         if other.place == ours.place:
             raise UserError(f"both models would have their results in {ours.place}. Give --output FOLDER.")
-    device = _find_device(given.device)
+    device = find_device(given.device)
     evaluation.load()
     template, dtype = "on" if given.template else "off", "stored dtype" if given.dtype == "auto" else given.dtype
     part = f", the first {given.limit} documents of each task" if given.limit else ""
@@ -139,17 +139,6 @@ def _locate(name: str, output: str | None) -> _Asked:
     else:  # a name on the hub, or a file
         place = Path("evaluations") / (folder.stem if folder.is_file() else name.replace("/", "--"))
     return _Asked(name if found is None else str(found), found, place)
-
-
-def _find_device(name: str | None) -> torch.device:
-    chosen = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(chosen)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--device {chosen!r} cannot be used: {reason}. Leave it out, or give cpu.") from None
-    return device
 
 
 def _evaluate(
