@@ -23,7 +23,7 @@ from spin_lightning.cli.chain_file import START, WORDS, Chain, Link, Step, links
 from spin_lightning.cli.children import Children, command_of, refuse_several
 from spin_lightning.cli.short_help import settings_of
 from spin_lightning.cli.stage_cli import parse_settings
-from spin_lightning.data.sources import looks_local, open_source
+from spin_lightning.data.sources import looks_local, names_in, open_source
 from spin_lightning.progress import format_time
 from spin_lightning.runs.files import hold, read_json, sha256_of, write_json
 from spin_lightning.stages.stage import Stage
@@ -124,7 +124,7 @@ class Line:
                 raise UserError(f"{name} cannot be {value!r} in {self.whole_is}. Leave it out.")
         links = {str(place) for place in self._places(step, must_exist=False).values()}
         for sources in (settings.data.get("train_data"), settings.data.get("val_data")):
-            for name in _names_in(sources):
+            for name in names_in(sources):
                 if name not in links and looks_local(name):
                     open_source(name, settings.data.get("split") or "train", None)
 
@@ -436,13 +436,6 @@ def _pick(settings: Mapping[str, Any], is_wanted: Callable[[str], bool]) -> dict
         elif is_wanted(section):
             picked[section] = value
     return picked
-
-
-def _names_in(sources: Any) -> list[str]:
-    """The names of data in a setting: one, a map of several, or a list."""
-    if isinstance(sources, list):
-        return [name for source in sources for name in _names_in(source)]
-    return [sources] if isinstance(sources, str) else [str(name) for name in sources or ()]
 
 
 def _add_up(seconds: Any) -> float:

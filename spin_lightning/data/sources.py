@@ -417,6 +417,13 @@ def open_source(name: str, split: str, revision: str | None) -> Source:
     return source
 
 
+def names_in(sources: Any) -> list[str]:
+    """The names of data in a setting: one, a map of several, or a list."""
+    if isinstance(sources, list):
+        return [name for source in sources for name in names_in(source)]
+    return [sources] if isinstance(sources, str) else [str(name) for name in sources or ()]
+
+
 def looks_local(name: str) -> bool:
     """Whether a name can only be that of data on this machine, whether or not they are there.
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 from torch import Tensor
 
-from spin_lightning.data.sources import looks_local
+from spin_lightning.data.sources import looks_local, names_in
 from spin_lightning.models.adapters import base_of, exports_merged, save_adapter
 from spin_lightning.models.loading import dtype_name
 from spin_lightning.models.model_card import Origin, add_adapter, read_origin, render_plain_card
@@ -113,13 +113,8 @@ def origin_of(model: str, data: Any) -> Origin:
         model: The name of the model that the run started from.
         data: The data module that it was trained with.
     """
-    sources = getattr(data, "train_data", ())
-    names = [name for source in (sources if isinstance(sources, list) else [sources]) for name in _names_in(source)]
+    names = names_in(getattr(data, "train_data", ()))
     return read_origin(model, [name for name in names if not looks_local(name)])
-
-
-def _names_in(source: Any) -> list[str]:
-    return [source] if isinstance(source, str) else [str(name) for name in source]
 
 
 class ExportPolicy(L.Callback):
