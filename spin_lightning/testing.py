@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
@@ -32,14 +32,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from spin_lightning.advantages import Advantage, Advantages, Trajectories
 from spin_lightning.generation.base import Player, ResponseGenerator, opened
 from spin_lightning.generation.responding import Responder
-from spin_lightning.losses import PairLoss
+from spin_lightning.losses import PairLoss, SelfPlayLoss, TokenLoss
 from spin_lightning.models.batches import collate_pairs
 from spin_lightning.models.log_probs import pair_log_probs
 from spin_lightning.rewards import base as rewards
 from spin_lightning.rewards.base import Answer
 from spin_lightning.runs.settings import parameters_of
 from spin_lightning.stages.opponent import Opponent
-from spin_lightning.types import PairBatch, PairLogProbs, Response, UserError
+from spin_lightning.types import PairBatch, PairLogProbs, Response, TokenLaws, TokenLogProbs, UserError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -172,12 +172,21 @@ def _some_log_probs(dtype: torch.dtype, shift: float = 0.0) -> PairLogProbs:
     )
 
 
-def check_loss(loss: Any, beta: float = 0.5) -> None:
-    """Hold a ``PairLoss`` to what training rests on.
+def _some_laws(dtype: torch.dtype, shift: float = 0.0) -> TokenLogProbs:
+    """The log-prob of a token at four places, and the law of two tokens and the rest, which may have none."""
+    step = torch.tensor([1.0, -0.5, 0.25, -1.0], dtype=dtype) * shift
+    log_probs = torch.tensor([[0.6, 0.3], [0.2, 1e-6], [0.9, 0.1], [0.5, 1e-9]], dtype=dtype).log()
+    rest = torch.tensor([0.1, 0.8, 0.0, 0.5], dtype=dtype).log()
+    laws = TokenLaws(torch.tensor([[3, 5], [1, 4], [0, 2], [7, 3]]), log_probs - step[:, None], rest)
+    return TokenLogProbs(torch.tensor([0.3, 1e-6, 0.9, 1e-4], dtype=dtype).log() + step, laws)
 
-    It is a pure function of log-probs, pair by pair, in their dtype, finite with its gradients; a model against itself
-    has rewards of 0 where they compare with the opponent; ``learns_from_identical`` says what is so; its arguments are
-    kept.
+
+def check_loss(loss: Any, beta: float = 0.5) -> None:
+    """Hold a ``PairLoss`` or a ``TokenLoss`` to what training rests on.
+
+    It is a pure function of log-probs, pair by pair or token by token, in their dtype, finite with its gradients; a
+    model against itself has rewards of 0 where they compare with the opponent; ``learns_from_identical`` of a pair loss
+    says what is so; its arguments are kept.
 
     Args:
         loss: The loss.
@@ -191,14 +200,20 @@ def check_loss(loss: Any, beta: float = 0.5) -> None:
         >>> check_loss(SpinLoss(link="hinge"))
     """
     name = type(loss).__name__
-    _hold(isinstance(loss, PairLoss), "a loss is a PairLoss", name, "Make it a subclass of spin_lightning.PairLoss.")
+    _hold(
+        isinstance(loss, PairLoss | TokenLoss),
+        "a loss is a PairLoss or a TokenLoss",
+        name,
+        "Make it a subclass of spin_lightning.PairLoss, or of TokenLoss.",
+    )
+    some: Callable[..., PairLogProbs | TokenLogProbs] = _some_laws if isinstance(loss, TokenLoss) else _some_log_probs
     with _refusals_are_failures():
         loss.check(beta, 1)
     _hold_settings(loss, name)
     before = _state_of(loss)
     for dtype in (torch.float64, torch.float32):
         for shift in (0.0, 1.0, 20.0):
-            output, grads = _loss_and_gradients(loss, beta, _some_log_probs(dtype, shift))
+            output, grads = _loss_and_gradients(loss, beta, some(dtype, shift), some(dtype))
             for part in fields(output):
                 value = getattr(output, part.name)
                 _hold(
@@ -225,8 +240,8 @@ def check_loss(loss: Any, beta: float = 0.5) -> None:
                 "some that do",
                 "Return real_rewards.detach() and generated_rewards.detach().",
             )
-    policy = _some_log_probs(torch.float64, 1.0)
-    whole, again = (_loss_and_gradients(loss, beta, policy)[0].losses for _ in range(2))
+    policy, opponent = some(torch.float64, 1.0), some(torch.float64)
+    whole, again = (_loss_and_gradients(loss, beta, policy, opponent)[0].losses for _ in range(2))
     _hold(
         torch.equal(whole, again) and _state_of(loss) == before,
         f"{name} is a pure function: the same log-probs give the same losses, and calling it changes nothing",
@@ -236,15 +251,14 @@ def check_loss(loss: Any, beta: float = 0.5) -> None:
         "Keep no state and draw no random numbers in forward.",
     )
     turned = torch.tensor([2, 0, 3, 1])
-    mixed = _loss_and_gradients(loss, beta, _permuted(policy, turned), turned)[0].losses
+    mixed = _loss_and_gradients(loss, beta, _permuted(policy, turned), _permuted(opponent, turned))[0].losses
     _hold(
         torch.allclose(mixed, whole[turned], rtol=1e-9),
-        f"each loss of {name} is of its own pair, whatever else is in the batch",
+        f"each loss of {name} is of its own {loss.compares.removesuffix('s')}, whatever else is in the batch",
         f"{whole[turned].tolist()} in one order, {mixed.tolist()} in another",
         "Leave out means, sums and ranks over the batch.",
     )
-    start = _some_log_probs(torch.float64)
-    output, _ = _loss_and_gradients(loss, beta, start)
+    output, _ = _loss_and_gradients(loss, beta, opponent, opponent)
     if loss.reference == "the opponent":
         _hold(
             not output.real_rewards.any() and not output.generated_rewards.any(),
@@ -252,12 +266,19 @@ def check_loss(loss: Any, beta: float = 0.5) -> None:
             f"{output.real_rewards.tolist()} and {output.generated_rewards.tolist()}",
             "Use log_ratios(policy, opponent), or set the class's reference to what it compares with (None: nothing).",
         )
+    if isinstance(opponent, PairLogProbs):
+        _check_identical(loss, beta, opponent)
+
+
+def _check_identical(loss: SelfPlayLoss, beta: float, start: PairLogProbs) -> None:
+    """Whether ``learns_from_identical`` says what is so."""
+    name = type(loss).__name__
     same = PairLogProbs(start.real, start.real, start.real_lengths, start.real_lengths, start.real)
     moved = [
         grad
         for shift in (0.0, 0.7, -0.7)
         for grad in _loss_and_gradients(
-            loss, beta, replace(same, real=same.real + shift, generated=same.real + shift), same=same
+            loss, beta, replace(same, real=same.real + shift, generated=same.real + shift), same, initial_is=same
         )[1]
     ]
     learns = any(bool(a.add(b).abs().gt(1e-9).any()) for a, b in zip(moved[::2], moved[1::2], strict=True))
@@ -271,29 +292,23 @@ def check_loss(loss: Any, beta: float = 0.5) -> None:
 
 
 def _loss_and_gradients(
-    loss: PairLoss,
-    beta: float,
-    policy: PairLogProbs,
-    order: Tensor | None = None,
-    same: PairLogProbs | None = None,
-) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """What a loss gives, and the gradients of the sum by both log-probs. Fails if it changes what it is given."""
-    opponent = same or _some_log_probs(policy.real.dtype)
-    opponent = opponent if order is None else _permuted(opponent, order)
-    leaves = [policy.real.clone().requires_grad_(), policy.generated.clone().requires_grad_()]
-    given = replace(policy, real=leaves[0], generated=leaves[1])
-    initial = (
-        replace(opponent, real=opponent.real - 0.5, generated=opponent.generated - 0.5) if same is None else opponent
-    )
-    kept = copy.deepcopy([vars(policy), vars(opponent)])
+    loss: SelfPlayLoss, beta: float, policy: Any, opponent: Any, initial_is: PairLogProbs | None = None
+) -> tuple[Any, list[Tensor]]:
+    """What a loss gives, and the gradients of the sum by all log-probs. Fails if it changes what it is given."""
+    leaves = [log_probs.clone().requires_grad_() for log_probs in _trained_tensors(policy)]
+    if isinstance(policy, PairLogProbs):
+        given: Any = replace(policy, real=leaves[0], generated=leaves[1])
+        initial = initial_is or replace(opponent, real=opponent.real - 0.5, generated=opponent.generated - 0.5)
+    else:
+        given, initial = TokenLogProbs(leaves[0], TokenLaws(policy.laws.ids, *leaves[1:])), None
+    kept = copy.deepcopy([policy, opponent])
     with _refusals_are_failures():
         output = loss(given, opponent, beta, initial if loss.needs_initial_log_probs else None)
         grads = torch.autograd.grad(output.losses.sum(), leaves, allow_unused=True)
-    now = [vars(replace(given, real=leaves[0].detach(), generated=leaves[1].detach())), vars(opponent)]
     same_inputs = all(
-        torch.equal(a, b)
-        for old, new in zip(kept, now, strict=True)
-        for a, b in zip(old.values(), new.values(), strict=True)
+        torch.equal(old, new)
+        for before, now in zip(kept, (given, opponent), strict=True)
+        for old, new in zip(_tensors_of(before), _tensors_of(now), strict=True)
     )
     _hold(
         same_inputs,
@@ -301,13 +316,26 @@ def _loss_and_gradients(
         "others after a call",
         "Use no operation in place (those whose name ends with _).",
     )
-    return output, tuple(
-        torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)
-    )  # type: ignore[return-value]
+    return output, [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)]
 
 
-def _permuted(log_probs: PairLogProbs, order: Tensor) -> PairLogProbs:
-    return PairLogProbs(**{name: value[order] for name, value in vars(log_probs).items()})
+def _trained_tensors(said: PairLogProbs | TokenLogProbs) -> list[Tensor]:
+    """Those that have a gradient where a policy is trained."""
+    return (
+        [said.real, said.generated]
+        if isinstance(said, PairLogProbs)
+        else [said.real, said.laws.log_probs, said.laws.rest]
+    )
+
+
+def _tensors_of(said: Any) -> list[Tensor]:
+    return [part for value in vars(said).values() for part in (_tensors_of(value) if is_dataclass(value) else [value])]
+
+
+def _permuted(said: Any, order: Tensor) -> Any:
+    return type(said)(
+        **{name: _permuted(value, order) if is_dataclass(value) else value[order] for name, value in vars(said).items()}
+    )
 
 
 def _state_of(thing: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from spin_lightning import (
     StoredOpponent,
     SumOfRewards,
     TextMatch,
+    TokenSpinLoss,
     TransformersGenerator,
     testing,
 )
@@ -46,6 +48,11 @@ def length_of(completions: Sequence[str], **kwargs: Any) -> list[float]:
 def test_our_losses_pass(name):
     make, beta = LOSSES[name]
     testing.check_loss(make(), beta)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, math.inf])
+def test_our_token_loss_passes(temperature):
+    testing.check_loss(TokenSpinLoss(temperature), beta=5.0)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +159,26 @@ class Summed(SpinLoss):
         return replace(output, losses=output.losses.mean())
 
 
+class RankedTokens(TokenSpinLoss):
+    def forward(self, *args: Any) -> Any:
+        output = super().forward(*args)
+        return replace(output, losses=output.losses * torch.arange(1, len(output.losses) + 1))
+
+
+class BlindToNothing(TokenSpinLoss):
+    """Takes the ratio of what neither model may say."""
+
+    def forward(self, policy: Any, opponent: Any, *args: Any) -> Any:
+        output = super().forward(policy, opponent, *args)
+        return replace(output, losses=output.losses + (policy.laws.rest - opponent.laws.rest))
+
+
+class ShiftedTokens(TokenSpinLoss):
+    def forward(self, *args: Any) -> Any:
+        output = super().forward(*args)
+        return replace(output, generated_rewards=output.generated_rewards + 1)
+
+
 class Forgetful(SpinLoss):
     def __init__(self, tau: float = 0.1) -> None:
         super().__init__()
@@ -172,7 +199,10 @@ class Forgetful(SpinLoss):
         (Dishonest, "got True, and there is never a gradient. Override the property: return False"),
         (Summed, "Summed must return a PairLossOutput with one entry a pair"),
         (Forgetful, "got no attribute 'tau'. Set self.tau = tau in __init__"),
-        (dict, "a loss is a PairLoss; got dict"),
+        (RankedTokens, "each loss of RankedTokens is of its own token"),
+        (BlindToNothing, "BlindToNothing is finite for log-ratios of up to 0 nats; got losses"),
+        (ShiftedTokens, "a model against itself has rewards of exactly 0"),
+        (dict, "a loss is a PairLoss or a TokenLoss; got dict"),
     ],
 )
 def test_a_loss_that_breaks_a_promise_is_told_which(kind, words):

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 import spin_lightning
 from spin_lightning.cli.chain_file import OF_A_STAGE, WORDS
+from spin_lightning.cli.commands import COMMANDS
 from spin_lightning.cli.compare_file import STAGES as ARMS
 from spin_lightning.cli.compare_file import Comparison
 from spin_lightning.cli.score import make_parser
@@ -190,7 +191,7 @@ def _names_of(path: str) -> list[str]:
 
 def schema_of(word: str, generator: SettingsSchema) -> dict[str, Any]:
     """What a config of a stage may hold; the classes that its settings can name are in ``generator.defs`` then."""
-    stage: Stage = resolve_name(WORDS[word])
+    stage: Stage = resolve_name(WORDS.get(word) or str(COMMANDS[word].stage))
     schema = generator.generate(make_parser() if word == "score" else parser_of(word))
     for key in ("$schema", "$defs"):
         schema.pop(key, None)

@@ -93,7 +93,7 @@ def parse(args: Sequence[str]) -> Namespace:
         from spin_lightning.cli.comments import print_commented
 
         args = print_commented(parser, "score", list(args))
-    known = {key for key, _ in parser.get_defaults().items()}
+    known = {".".join(key.split(".")[:2]) for key, _ in parser.get_defaults().items()}
     try:
         with own_defaults():
             return parser.parse_args(_read_over_others(args, known))
@@ -147,7 +147,7 @@ def _without_others(config: str, known: set[str], left_out: list[str]) -> str:
             kept[section] = settings
         else:
             kept[section] = {
-                key: value for key, value in settings.items() if f"{section}.{key}".split(".init_args")[0] in known
+                key: value for key, value in settings.items() if f"{section}.{key.partition('.')[0]}" in known
             }
             left_out += [f"{section}.{key}" for key in settings if key not in kept[section]]
     return yaml.safe_dump(kept)

@@ -19,6 +19,8 @@ from spin_lightning.types import UserError
 WORDS = (*STAGES, "play", "chain")
 #: Seconds before the job's time is over in which the run is asked to end.
 NOTICE_SECONDS = 300
+#: A job's time as ``sbatch`` takes it: minutes, minutes:seconds, hours:minutes:seconds, or days-hours and so on.
+_TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}"
 
 
 def main(args: list[str]) -> None:
@@ -48,6 +50,10 @@ def make_script(args: Sequence[str]) -> str:
     for name in ("nodes", "gpus-per-node"):
         if not re.fullmatch(r"[1-9]\d*", options[name]):
             raise UserError(f"--{name} must be a whole number, at least 1, got {options[name]!r}.")
+    if not re.fullmatch(_TIME, options["time"]):
+        raise UserError(
+            f"--time must be minutes, hours:minutes:seconds or days-hours, as sbatch takes it, got {options['time']!r}."
+        )
     options["ntasks-per-node"] = options["gpus-per-node"]
     ours = {
         "signal": f"USR1@{NOTICE_SECONDS}",  # to all processes that srun started
@@ -107,8 +113,9 @@ def _split(args: Sequence[str]) -> tuple[list[str], str, list[str]]:
             f"what the job runs must follow `--`, one of {', '.join(WORDS)} with its settings, got {word!r}: "
             "spin-lightning slurm --nodes 2 --gpus-per-node 8 -- play --config run.yaml"
         )
-    if word == "chain" and not settings:
-        raise UserError("chain needs its file: spin-lightning slurm -- chain line.yaml")
+    if not settings:
+        what, example = ("file", "line.yaml") if word == "chain" else ("settings", "--config run.yaml")
+        raise UserError(f"{word} needs its {what}: spin-lightning slurm -- {word} {example}")
     for setting in settings:
         name = setting.partition("=")[0]
         if word == "chain" and name.endswith((".launcher", ".trainer.devices", ".trainer.num_nodes")):

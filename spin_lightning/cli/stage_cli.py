@@ -244,6 +244,12 @@ class StageCLI(FlagsWin, LightningCLI):
         if self.subcommand == "fit":
             self.stage.refuse(config)
         output_dir = self._output_dir
+        start = Path(config.model.model_name_or_path or "").expanduser()
+        if self.subcommand == "fit" and output_dir.resolve() == start.resolve() and start.is_dir():
+            raise UserError(
+                f"{output_dir} is the folder of the model that the run starts from, and a run has a folder of its "
+                f"own. Set --{self.stage.folder}.output_dir to another one."
+            )
         refuse_links(output_dir)  # loggers and what continues a run use it before any callback can look
         for name, is_fine, advice in _TRAINER:
             if not is_fine(value := config.trainer[name]):

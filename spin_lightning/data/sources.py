@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, cast
 from spin_lightning.data.formats import BadRow, Tally, fits, is_turn, near, shown
 from spin_lightning.models import hub
 from spin_lightning.runs.files import is_url
+from spin_lightning.runs.settings import SETTINGS
 from spin_lightning.types import UserError
 
 Records = Iterator[tuple[str, Any]]
@@ -97,7 +98,7 @@ def _read_lines(lines: Iterable[bytes], path: Path) -> Records:
         record: Any
         try:
             text = _decode(line, offset)
-            record = json.loads(text) if text.strip() else None
+            record = json.loads(text.rstrip()) if text.strip() else None  # so that a column is on this line
         except BadRow as reason:
             text, record = "?", reason
         except json.JSONDecodeError as error:
@@ -342,6 +343,11 @@ def _read_folder(folder: Path, split: str, source: Source) -> tuple[Records, boo
         if split not in dataset:
             raise UserError(f"{folder} has no split {split!r}, it has {sorted(dataset)}. Set data.split to one.")
         return _read_dataset(dataset[split], str(folder)), True
+    if (folder / SETTINGS).exists():
+        raise UserError(
+            f"{folder} is the folder of a run, and no data. Give rows; those that a game made of its prompts are "
+            f"written by: spin-lightning pairs {folder} --output pairs.jsonl"
+        )
     files = sorted(path for path in folder.iterdir() if _kind_of(path)[0] and path.is_file())
     chosen = [path for path in files if path.name.replace(".", "-").startswith(f"{split}-")]
     if chosen:

@@ -372,7 +372,8 @@ class IterationClock(HoldsFolder):
         played = [read_json(self.folder(k) / "summary.json") for k in range(self.iterations)]
         if not self.stopped_because and played[-1] is None:
             return
-        reason = self.stopped_because or f"all {self.iterations} iterations were played"
+        all_played = "its one iteration was" if self.iterations == 1 else f"all {self.iterations} iterations were"
+        reason = self.stopped_because or f"{all_played} played"
         iterations = [summary for summary in played if summary]
         self.finish(iterations)
         if processes.is_first():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import yaml
 
-from spin_lightning.cli.commands import STAGES, main
+from spin_lightning.cli import score
+from spin_lightning.cli.commands import COMMANDS, main
 from spin_lightning.cli.comments import WIDTH, with_comments
 from spin_lightning.cli.stage_cli import parse_settings
 from spin_lightning.types import UserError
@@ -21,21 +24,25 @@ def printed(capsys, *args: str) -> str:
     return capsys.readouterr().out
 
 
-#: The stages by default, and those that are left for ``make slow``.
-WORDS = [pytest.param(word, marks=[] if word in ("fit", "score") else pytest.mark.slow) for word in (*STAGES, "score")]
+#: The commands that are tested by default, and those that are left for ``make slow``.
+WORDS = [
+    pytest.param(word, marks=[] if word in ("fit", "validate", "score") else pytest.mark.slow)
+    for word in [*(word for word, command in COMMANDS.items() if command.stage), "score"]
+]
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_it_is_commented_and_reads_back_to_the_same_settings(word, capsys, tmp_path):
-    plain = printed(capsys, word, *REQUIRED, "--print_config=plain")
-    text = with_comments(plain, word)
+    text, plain = (printed(capsys, word, *REQUIRED, f"--print_config{form}") for form in ("", "=plain"))
     assert yaml.safe_load(text) == yaml.safe_load(plain) and "#" not in plain.partition("\n")[2]
     assert max(map(len, text.splitlines())) <= WIDTH == 120
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    if word != "score":
-        again, before = parse_settings(word, ["--config", str(path)]), parse_settings(word, REQUIRED)
-        assert again.pop("config") and not before.pop("config") and again == before
+    parse = score.parse if word == "score" else partial(parse_settings, word)
+    reward = ["--score.reward=NumberMatch"] if word == "score" else []
+    again, before = parse(["--config", str(path), *reward]), parse([*REQUIRED, *reward])
+    assert again.pop("config") and not before.pop("config") and again == before
+    assert "note:" not in capsys.readouterr().out
     lines = text.splitlines()
     for number, line in enumerate(lines):  # every setting of ours has its sentence
         if line.startswith("  ") and ":" in line.partition("#")[0] and "#" not in line:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import args_of, write_rows
@@ -319,6 +320,14 @@ def test_a_folder_of_another_stage_is_refused(said, tmp_path):
     for command, other, key in (("sft", "fit", "self_play.epochs"), ("fit", "sft", "model.max_updates")):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {key: 1}, "changes": [], "versions": {}}))
         assert f"run holds a run of another stage ({other}). Set --" in said(command)
+
+
+@pytest.mark.parametrize(("command", "section"), [("fit", "self_play"), ("sft", "export")])
+def test_the_folder_of_the_start_model_is_no_run_folder(command, section, model, refusal):
+    where = f"--{section}.output_dir={model}/../{Path(model).name}"
+    assert "is the folder of the model that the run starts from" in refusal(
+        [command, f"--model.model_name_or_path={model}", "--data.train_data=x", where]
+    )
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,10 @@ def _read(args: Sequence[str], folder: Path) -> Chain:
     [
         ([], "what the job runs must follow `--`, one of fit, sft, "),
         (["--", "lab"], "got 'lab'"),
-        (["--nodes", "0", "--", "fit"], "--nodes must be a whole number, at least 1, got '0'"),
-        (["--gpus-per-node=x", "--", "fit"], "--gpus-per-node must be a whole number"),
+        (["--", "fit"], "fit needs its settings: spin-lightning slurm -- fit --config run.yaml"),
+        (["--time", "1h", "--", "fit", "--config=run.yaml"], "got '1h'"),
+        (["--nodes", "0", "--", "fit", "--config=run.yaml"], "--nodes must be a whole number, at least 1, got '0'"),
+        (["--gpus-per-node=x", "--", "fit", "--config=run.yaml"], "--gpus-per-node must be a whole number"),
         (["--time", "--", "fit"], "--time needs a value, got ''"),
         (["2", "--", "fit"], "an option of the job must look like --partition gpu, got '2'"),
         (["--signal=TERM@9", "--", "fit"], "--signal is the script's own"),

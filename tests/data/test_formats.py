@@ -368,6 +368,11 @@ def test_a_folder_of_nameless_parts_is_read_whole_and_said(tmp_path):
     assert "must hold files of split 'train'" in error_of(tmp_path)
     write_jsonl(tmp_path / "my_train.jsonl", RECORDS[0])
     assert f"--data.train_data '{tmp_path / 'my_train.jsonl'}'" in error_of(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    assert (
+        f"no data. Give rows; those that a game made of its prompts are written by: spin-lightning pairs {tmp_path}"
+        in (error_of(tmp_path))
+    )
 
 
 def test_many_rows_take_little_time(tmp_path):
@@ -1044,6 +1049,7 @@ def chat_line(user: object, real: object = "a", **changes: object) -> bytes:
             "has 1,000,001 characters, but a row may have 1,000,000",
         ),
         ("not JSON", b"{oops", "not JSON: Expecting property name"),
+        ("not JSON", b'{"prompt": "a"', "not JSON: Expecting ',' delimiter at column 15"),  # with the line's end
         ("not JSON", b"\xef\xbb\xbf" + GOOD % (1, 1), "not JSON: Unexpected UTF-8 BOM"),
         ("not JSON", b"[" * 100_000, "not JSON that can be read: maximum recursion depth"),
         ("not JSON", b'{"messages": ' + b"1" * 5000 + b"}", "not JSON that can be read: Exceeds the limit"),
