@@ -258,7 +258,7 @@ def _talk(speakers: Sequence[Speaker], options: Namespace) -> None:
         elif word == "/save":
             _save(speakers, rest.strip())
         elif re.fullmatch(r"/\w+", word):
-            say(_HELP)
+            say(_HELP if word == "/help" else f"there is no {word}; /help lists the commands")
         elif line:
             for speaker in speakers:
                 _show_answer(speaker, line, options, number, is_named=len(speakers) > 1)

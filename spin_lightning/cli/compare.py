@@ -28,6 +28,7 @@ from spin_lightning.cli.compare_file import Arm, Asked, merged, read_comparison
 from spin_lightning.cli.compare_report import describe, write_report
 from spin_lightning.cli.compute import passes_of, updates_for
 from spin_lightning.cli.measure import Wanted
+from spin_lightning.data.module import RowDataModule
 from spin_lightning.data.rows import load_rows
 from spin_lightning.runs.files import hold, read_json, replacing, write_json
 from spin_lightning.terminal import say
@@ -156,22 +157,15 @@ class Race:
         line = Runs(Chain(self.asked.file, self.folder, common, tuple(flags), (step,)))
         with _quiet():
             settings = score.parse(line.args_of(step, self.scratch, must_exist=False)[1:])
-        data, sources = settings.data, [self._own(key) for key in _SOURCES]
+        data: RowDataModule = make_object("spin_lightning.generation.synthetic_data.SyntheticDataModule", settings.data)
+        sources = [self._own(key) for key in _SOURCES]
         if not sources[0] or isinstance(sources[0], list):
             raise UserError(f"compare trains on one source of rows, data.train_data, got {sources[0]!r}.")
         reward = self.comparison.reward
 
         def read(source: Any) -> list[list[Row]]:  # each row as often as its source's weight says
-            loaded = load_rows(
-                source,
-                split=data.split,
-                format=data.format,
-                columns=data.columns,
-                revision=data.data_revision,
-                max_rows=data.max_rows,
-                on_bad_row=data.on_bad_row,
-                seed=data.seed,
-                keep_columns=() if reward is None or source is sources[2] else reward.columns,
+            loaded = data.read_source(
+                source, keep_columns=() if reward is None or source is sources[2] else reward.columns
             )
             times = loaded.times or [1] * len(loaded.rows)
             return [[row] * count for row, count in zip(loaded.rows, times, strict=True)]

@@ -14,6 +14,7 @@ from spin_lightning.cli.chain import aligned
 from spin_lightning.cli.verdict import Judgement, Values, best_of_arms, judge, sentence, t_interval
 from spin_lightning.progress import format_time
 from spin_lightning.reports.charts import interval_chart
+from spin_lightning.reports.texts import POLICY
 from spin_lightning.runs.files import replacing
 
 Result = Mapping[str, Any]
@@ -221,8 +222,8 @@ def write_report(folder: Path, result: Result, lines: Sequence[str]) -> None:
     text = html.escape("\n".join(lines[:-1]).strip())
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Comparison</title><style>{_PAGE}</style><h1>Comparison</h1>"
-        f"<p class=verdict>{html.escape(lines[-1])}</p>{''.join(charts)}<pre>{text}</pre></html>\n"
+        f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><title>Comparison</title><style>{_PAGE}</style>'
+        f"<h1>Comparison</h1><p class=verdict>{html.escape(lines[-1])}</p>{''.join(charts)}<pre>{text}</pre></html>\n"
     )
     for name, content in (("comparison.html", page), ("comparison.svg", charts[0])):
         with replacing(folder / name) as temporary:

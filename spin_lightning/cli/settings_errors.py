@@ -289,4 +289,4 @@ def _find_similar(name: str, known: Sequence[str] | None = None) -> str:
 
         known = [*spin_lightning.__all__, *callbacks.__all__, *loggers.__all__]
     close = get_close_matches(name, [other for other in known if other != name], 3, 0.75)
-    return f" Did you mean {' or '.join(sorted(close))}?" if close else ""
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -209,6 +209,8 @@ def _say_one(judgement: Judgement, sft: Sequence[str]) -> str:
     if not math.isfinite(low):
         spread = "one seed, and no rows to compare"
     numbers = f"difference {mean:+.3f}, {spread}{noise}"
+    if low == high == 0:  # an interval around nothing would read as certainty
+        numbers = f"no difference in any of {judgement.count} {what}{noise}"
     if word == "too close to call":
         return (
             f"on {judgement.metric} it is too close to call: {mine} ({arm}) against {theirs} ({reference}), {numbers}"

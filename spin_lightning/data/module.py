@@ -191,9 +191,18 @@ class RowDataModule(L.LightningDataModule):
         if processes.is_first():
             write_json(folder / "data_report.json", self.report)
 
-    def _read_rows(self) -> None:
-        read = partial(
-            load_rows,
+    def read_source(self, source: str | dict[str, float], **needs: Any) -> LoadedRows:
+        """The rows of one source, or of a map of several, read as the settings say.
+
+        Args:
+            source: As ``data.train_data`` has it.
+            needs: What :func:`load_rows` is asked for beside the settings, such as ``keep_columns``.
+
+        Raises:
+            UserError: They cannot be read.
+        """
+        return load_rows(
+            source,
             split=self.split,
             format=self.format,
             columns=self.columns,
@@ -201,6 +210,12 @@ class RowDataModule(L.LightningDataModule):
             max_rows=self.max_rows,
             on_bad_row=self.on_bad_row,
             seed=self.seed,
+            **needs,
+        )
+
+    def _read_rows(self) -> None:
+        read = partial(
+            self.read_source,
             needs_rejected=self.needs_rejected,
             needs_real=all(getattr(part, "needs_real", True) for part in (self, *self._parts)),
             keep_columns=self._find_columns(),

@@ -20,7 +20,7 @@ from spin_lightning.reports.record import KINDS, Record, read_run
 from spin_lightning.reports.responses import Card, collect
 from spin_lightning.reports.several import Several, is_several
 from spin_lightning.reports.tables import TABLES, Table
-from spin_lightning.reports.texts import clean
+from spin_lightning.reports.texts import POLICY, clean
 from spin_lightning.reports.words import facts_of, say_what_happened
 from spin_lightning.runs.files import replacing
 from spin_lightning.types import UserError
@@ -108,6 +108,7 @@ def render(
         record.result = None if running else record.result  # that of a run which was given more iterations since
         sections = [make_section(record, others, samples, running, many)]
     text: str = _template().render(
+        policy=POLICY,
         title=clean(folder.resolve().name or str(folder)),
         headline=headline,
         tables=tables,

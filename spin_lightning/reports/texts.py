@@ -9,6 +9,9 @@ from typing import Any
 from spin_lightning.reports.record import as_number
 from spin_lightning.terminal import printable
 
+#: What a page allows itself: styles, and nothing from elsewhere.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
 
 def clean(text: str, most: int = 500) -> str:
     """Text of others as a page can show it: control characters spelled out, and cut where it is long."""

@@ -55,6 +55,8 @@ REMARKS = "health.json"
 
 #: A reward of the chosen responses that is nearer to 0 than this needs no remark.
 LEAST_FALL = 0.01
+#: A margin nearer to 0 than this is that of a policy that has hardly left the opponent: the loss has fallen by 1.5 %.
+LEAST_MARGIN = 0.02
 
 
 class Health(L.Callback):
@@ -206,8 +208,14 @@ class Health(L.Callback):
         self.noted = list(found)
 
     def _judge_rewards(self, iteration: int, metrics: dict[str, float], loss: SelfPlayLoss) -> None:
-        reward, accuracy = metrics["rewards/real"], metrics["rewards/accuracies"]
-        if loss.reference is not None and reward < 0:
+        reward, accuracy, margin = (metrics[f"rewards/{name}"] for name in ("real", "accuracies", "margins"))
+        if loss.reference is not None and abs(margin) < LEAST_MARGIN:
+            self._say(
+                iteration,
+                f"the margin is {margin:.3f}: the policy has hardly moved from {loss.reference}. If the answers "
+                "differ, raise the learning rate or the epochs",
+            )
+        elif loss.reference is not None and reward < 0:
             self._say(
                 iteration,
                 f"the policy finds the real answers less likely than {loss.reference} did (reward {reward:.3f}): "

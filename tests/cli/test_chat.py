@@ -122,9 +122,10 @@ def test_ctrl_c_stops_the_response_and_not_the_program(model, typing, monkeypatc
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Stream, "hear", interrupted)
-    screen = typing([model], KeyboardInterrupt(), "a?", "/help", "/save")
+    screen = typing([model], KeyboardInterrupt(), "a?", "/help", "/save", "/what")
     assert "/quit or Ctrl-D ends" in screen and "(stopped)" in screen
     assert "/reset      begins" in screen and "/save wants the name" in screen
+    assert screen.count("/reset      begins") == 1 and "there is no /what; /help lists the commands" in screen
 
 
 def test_two_models_answer_the_same_question(typing, tmp_path):

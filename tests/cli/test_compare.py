@@ -83,7 +83,8 @@ def test_each_arm_is_played_and_measured_with_each_seed_and_then_never_again(
     assert max(map(len, tables.splitlines())) <= 80
     assert not list(folder.glob("*/checkpoints"))  # of runs that are over
     page = (folder / "comparison.html").read_text()
-    assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert page.count("<svg") == 2 and "http:" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "default-src 'none'" in page
 
 
 def test_rows_to_choose_by_are_not_those_to_report_on(asked: tuple[Path, list[str], list[list[str]]]) -> None:

@@ -78,6 +78,7 @@ def test_where_all_seeds_differ_by_one_number_rows_decide() -> None:
     assert found is not None and found.over == "rows" and found.word == "too close to call"
     same = judge("exact match", equal, equal, False)
     assert same is not None and same.difference == (0.0, 0.0, 0.0) and same.word == "too close to call"
+    assert "0.500 (game) against 0.500 (game), no difference in any of 2 rows" in sentence([same], ["sft"], {})
 
 
 def test_a_seed_without_a_number_is_left_out_and_an_arm_without_any_is_no_candidate() -> None:

@@ -67,6 +67,7 @@ def test_health_says_what_is_wrong_with_the_answers(changes: dict[str, float], s
     [
         ({"rewards/real": -0.2}, 9.0, r"finds the real answers less likely than the opponent did \(reward -0.200\)"),
         ({"rewards/accuracies": 0.97}, 9.0, "tells 97% of the pairs apart"),
+        ({"rewards/margins": -0.019}, 9.0, "margin is -0.019: the policy has hardly moved from the opponent"),
         ({}, 10.5, "held-out NLL is 10.500, worse than the 10.000 measured first"),
         ({}, 9.5, "held-out NLL rose from 9.000 to 9.500 in this iteration"),
         ({}, 8.5, "held-out NLL went from 9.000 to 8.500"),
@@ -76,7 +77,8 @@ def test_health_says_what_is_wrong_with_the_answers(changes: dict[str, float], s
 def test_health_says_what_training_did(metrics: dict[str, float], nll: float | None, sentence: str | None) -> None:
     health = Health()
     health.nll = [10.0, 9.0]
-    summary = {"epoch_metrics": {"rewards/real": 0.1, "rewards/accuracies": 0.8, **metrics}, "val_nll": nll}
+    calm = {"rewards/real": 0.1, "rewards/accuracies": 0.8, "rewards/margins": 0.02}
+    summary = {"epoch_metrics": {**calm, **metrics}, "val_nll": nll}
     health.on_iteration_end(FakeTrainer, None, 1, summary)  # type: ignore[arg-type]
     spoken = " | ".join(remark for _, remark in health.remarks)
     assert re.search(sentence, spoken) if sentence else spoken == ""
@@ -110,7 +112,10 @@ def test_health_advises_on_negative_rewards_what_helps_with_this_loss(
     loss: Any, reference: str | None, remedy: str | None
 ) -> None:
     health = Health()
-    summary = {"epoch_metrics": {"rewards/real": -0.2, "rewards/accuracies": 0.8}, "val_nll": None}
+    summary = {
+        "epoch_metrics": {"rewards/real": -0.2, "rewards/accuracies": 0.8, "rewards/margins": 0.3},
+        "val_nll": None,
+    }
     health.on_iteration_end(FakeTrainer, FakeModule(loss), 1, summary)  # type: ignore[arg-type]
     sentence = f"the policy finds the real answers less likely than {reference} (reward -0.200): {remedy}"
     assert health.remarks == ([(1, sentence)] if reference else [])
@@ -119,7 +124,10 @@ def test_health_advises_on_negative_rewards_what_helps_with_this_loss(
 @pytest.mark.parametrize("loss", [TSpinLoss(), SpinLoss()])
 def test_health_explains_a_high_accuracy_by_what_the_loss_compares(loss: Any) -> None:
     health = Health()
-    summary = {"epoch_metrics": {"rewards/real": -9.0, "rewards/accuracies": 0.97}, "val_nll": None}
+    summary = {
+        "epoch_metrics": {"rewards/real": -9.0, "rewards/accuracies": 0.97, "rewards/margins": 0.3},
+        "val_nll": None,
+    }
     health.on_iteration_end(FakeTrainer, FakeModule(loss), 1, summary)  # type: ignore[arg-type]
     _, sentence = health.remarks[-1]
     assert ("shorter answers are enough for that" in sentence) == isinstance(loss, TSpinLoss)
@@ -141,7 +149,10 @@ def test_a_held_out_nll_that_is_no_number_is_harm(stop: Any, start: list[float],
     FakeTrainer.datamodule.game.reasons = reasons = []
     health = Health(stop)
     health.nll = list(start)
-    summary = {"epoch_metrics": {"rewards/real": 0.1, "rewards/accuracies": 0.8}, "val_nll": nll}
+    summary = {
+        "epoch_metrics": {"rewards/real": 0.1, "rewards/accuracies": 0.8, "rewards/margins": 0.3},
+        "val_nll": nll,
+    }
     health.on_iteration_end(FakeTrainer, None, 0, summary)  # type: ignore[arg-type]
     assert f"held-out NLL is {nll}, which is NaN or infinite, after" in health.remarks[0][1]
     first = "10.000" if start else "nan"
@@ -153,7 +164,10 @@ def test_harm_begins_at_two_per_cent_over_the_first_nll_not_the_last(nll: float,
     FakeTrainer.datamodule.game.reasons = reasons = []
     health = Health("harm")
     health.nll = [10.0, 5.0]
-    summary = {"epoch_metrics": {"rewards/real": 0.1, "rewards/accuracies": 0.8}, "val_nll": nll}
+    summary = {
+        "epoch_metrics": {"rewards/real": 0.1, "rewards/accuracies": 0.8, "rewards/margins": 0.3},
+        "val_nll": nll,
+    }
     health.on_iteration_end(FakeTrainer, None, 1, summary)  # type: ignore[arg-type]
     assert bool(reasons) == is_harm and health.nll == [10.0, 5.0, nll]
 
@@ -164,7 +178,10 @@ def test_health_stops_the_game_only_for_the_reasons_it_was_given(stop: Any) -> N
     health = Health(stop)
     health.nll = [10.0]
     health.on_generation_end(FakeTrainer, None, 0, None, situation(identical_share=1.0))  # type: ignore[arg-type]
-    summary = {"epoch_metrics": {"rewards/real": 0.1, "rewards/accuracies": 0.8}, "val_nll": 10.3}
+    summary = {
+        "epoch_metrics": {"rewards/real": 0.1, "rewards/accuracies": 0.8, "rewards/margins": 0.3},
+        "val_nll": 10.3,
+    }
     health.on_iteration_end(FakeTrainer, None, 0, summary)  # type: ignore[arg-type]
     equilibrium, harm = (
         "equilibrium: 100% of the answers are identical",
