@@ -154,7 +154,7 @@ Trained with `spin_lightning` {manifest["versions"]["spin_lightning"]} by self-p
 | updates | {summary["updates"]} |
 {_weights(summary)}| loss, first and last step | {_number(summary["first_loss"])}, {_number(summary["last_loss"])} |
 | held-out NLL | {held_out} |
-
+{_retention(summary)}
 Means over the last epoch's pairs, in nats:
 
 | metric | value |
@@ -163,6 +163,18 @@ Means over the last epoch's pairs, in nats:
 
 {how_to_cast(summary)}Versions: `{_code(json.dumps(manifest["versions"]))}`
 """
+
+
+def _retention(summary: Mapping[str, Any]) -> str:
+    """Rows on what was forgotten, where it was measured."""
+    found, rows = summary.get("retention") or {}, []
+    if (nll := found.get("other_nll")) is not None:
+        start = found.get("start", {}).get("other_nll")
+        before = "" if start is None else f", {start:.4f} at the start"
+        rows.append(f"| NLL of other rows | {nll:.4f} nats a response{before} |\n")
+    if (divergence := found.get("kl_to_start")) is not None:
+        rows.append(f"| KL to the start | {divergence:.4f} nats a token of the held-out responses |\n")
+    return "".join(rows)
 
 
 def render_plain_card(

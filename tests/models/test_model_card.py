@@ -59,6 +59,7 @@ def test_model_card_says_what_made_the_model() -> None:
         "| rewards/accuracies | 0.7500 |",
     ):
         assert line in body.splitlines()
+    assert "NLL of other rows" not in body and "KL to the start" not in body
     assert "`spin_lightning` 9.8.7" in body
     assert "chosen" not in body and "rejected" not in body  # the same numbers under other names
 
@@ -67,6 +68,17 @@ def test_model_card_of_a_game_that_did_not_measure() -> None:
     lines = card(val_nll=None, first_loss=None, last_loss=None).splitlines()
     assert "| held-out NLL | not measured |" in lines
     assert "| loss, first and last step | -, - |" in lines and "model-index:" not in lines
+
+
+def test_model_card_says_what_was_forgotten() -> None:
+    retention = {"other_nll": 20.5, "kl_to_start": 0.125, "start": {"other_nll": 18.25}}
+    lines = card(retention=retention).splitlines()
+    held_out = lines.index("| held-out NLL | 12.3457 nats a response |")
+    assert lines[held_out + 1 : held_out + 4] == [
+        "| NLL of other rows | 20.5000 nats a response, 18.2500 at the start |",
+        "| KL to the start | 0.1250 nats a token of the held-out responses |",
+        "",
+    ]
 
 
 ORIGIN = Origin("org/base", ("org/rows",), {"license": "apache-2.0", "language": ["en", "no"]})
