@@ -45,6 +45,7 @@ from spin_lightning.models.footprint import (
 from spin_lightning.models.loading import load_config, refuse_without_causal_head
 from spin_lightning.runs.files import read_json, run_folder
 from spin_lightning.runs.run_checkpoint import KEPT
+from spin_lightning.stages.law_table import bytes_of_law
 from spin_lightning.terminal import say
 from spin_lightning.types import UserError
 
@@ -187,12 +188,6 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
             "more: plan that, with the settings of sft."
         )
     model, trainer = settings.model, settings.trainer
-    if (loss := model.get("loss")) is not None and issubclass(resolve_name(loss.class_path), TokenLoss):
-        raise UserError(
-            f"plan does not know the iterations of {_name_of(loss).rpartition('.')[2]}, which generates nothing. Each "
-            "is an epoch of sft on the same rows, which plan knows, and one pass of scoring before it; its table takes "
-            "8 bytes a token and tokens of a law on disk, and in memory as it trains."
-        )
     if options.rows is None:
         data.sample = options.sample
         config = read_data(settings, data)
@@ -205,19 +200,19 @@ def make_plan(options: Options, args: list[str]) -> dict[str, Any]:
     size = measure_size(on_meta)
     adapter = find_adapter(settings)
     setup = _find_setup(settings, adapter, None if adapter is None else count_adapter(on_meta, adapter))
-    is_game = "generator" in settings.data
+    is_game, law = "generator" in settings.data, _find_law(settings.model.get("loss"))
     is_assumed, is_accumulated = options.rows is not None, trainer.accumulate_grad_batches > 1
 
     def count_updates(micro_batch_tokens: int) -> tuple[dict[str, Any], Load]:
         cut = copy(data)
         cut.micro_batch_tokens = micro_batch_tokens
-        found = _plan_updates(settings, cut, work, setup.devices, is_game, is_assumed=is_assumed)
+        found = _plan_updates(settings, cut, work, setup.devices, is_game, law, is_assumed=is_assumed)
         return found, Load(found["largest_pass"], found["largest_scored"], found["passes"], is_accumulated)
 
     updates, load = count_updates(data.micro_batch_tokens)
     memory = {"training": training_memory(size, load, setup)}
     generator = getattr(data, "generator", None)
-    at_once = generator.batch_size if isinstance(generator, TransformersGenerator) else 0  # others have own engines
+    at_once = generator.batch_size if isinstance(generator, TransformersGenerator) and not law else 0  # others: engines
 
     def measure_generation(batch_size: int) -> dict[str, float]:
         slots = min(batch_size, math.ceil(work.rows * data.examples_per_prompt / setup.devices))
@@ -298,11 +293,19 @@ def _find_work(options: Options, data: RowDataModule) -> Work:
     return Work(options.rows - held_out, held_out, [prompt], [response])
 
 
+def _find_law(loss: Any) -> int | None:
+    """Of a loss of tokens, which are compared with the opponent's law of the next one: the tokens of a law."""
+    if loss is None or not issubclass(kind := resolve_name(loss.class_path), TokenLoss):
+        return None
+    return int(kind(**dict((loss.get("init_args") or {}).items())).top_k)
+
+
 def _plan_updates(
-    settings: Any, data: Any, work: Work, devices: int, is_game: bool, *, is_assumed: bool
+    settings: Any, data: Any, work: Work, devices: int, is_game: bool, law: int | None, *, is_assumed: bool
 ) -> dict[str, Any]:
     """Updates of each iteration, and what a batch of them becomes. Generated responses are as long as the real ones."""
-    answers, has_pairs = data.examples_per_prompt, is_game or data.needs_rejected
+    samples = is_game and not law
+    answers, has_pairs = 1 if law else data.examples_per_prompt, samples or data.needs_rejected
     sides = ["real_ids", "generated_ids"] if has_pairs else ["real_ids"]
     drawn = [_draw_batch(data, work, random.Random(number)) for number in range(max(2, DRAWN // data.batch_size))]
     made = [[batch for _, batch, _ in pack_rows(rows, sides, data.micro_batch_tokens)] for rows in drawn]
@@ -317,7 +320,7 @@ def _plan_updates(
     if is_game:
         played = settings.self_play
         epochs = played.epochs if isinstance(played.epochs, list) else [played.epochs] * played.iterations
-        histories = [1 + min(number, data.history) for number in range(played.iterations)]
+        histories = [1 + min(number, data.history if samples else 0) for number in range(played.iterations)]
     pairs = 1 if is_game and settings.self_play.pairs == "best_worst" else answers  # of a prompt
     batches = [math.ceil(work.rows * pairs * history / data.batch_size) for history in histories]
     limit = settings.trainer.limit_train_batches
@@ -330,7 +333,14 @@ def _plan_updates(
         updates = [_end_sft(settings, updates[0])]
         seen = [min(updates[0] * accumulated, max(seen[0], 0) or math.inf)]
     per_batch = sum(tokens for tokens, _ in passes) / len(made)
+    prompt, response = fmean(work.prompts), fmean(work.responses)
+    scored = [0]
+    if has_pairs:
+        scored = [round(history * work.rows * answers * (prompt + 2 * response)) for history in histories]
+    elif law:
+        scored = [round(work.rows * (prompt + response))] * len(histories)
     return {
+        "of": "pairs" if has_pairs else "rows",
         "per_iteration": updates,
         "pairs": data.batch_size * accumulated,
         "batches": accumulated,
@@ -339,14 +349,10 @@ def _plan_updates(
         "largest_pass": max(longest, *(tokens for tokens, _ in passes)),
         "largest_scored": max(longest_scored, *(scored for _, scored in passes)),
         "training_tokens": [round(per_batch * count) for count in seen],
-        "generated_tokens": round(work.rows * answers * fmean(work.responses)) if is_game else 0,
-        "scored_tokens": [
-            round(history * work.rows * answers * (fmean(work.prompts) + 2 * fmean(work.responses)))
-            for history in histories
-        ]
-        if has_pairs
-        else [0],
-        "held_out_tokens": round(work.held_out * (fmean(work.prompts) + fmean(work.responses))),
+        "generated_tokens": round(work.rows * answers * response) if samples else 0,
+        "scored_tokens": scored,
+        "law_bytes": round(work.rows * response * bytes_of_law(law)) * len(histories) if law else 0,
+        "held_out_tokens": round(work.held_out * (prompt + response)),
     }
 
 
@@ -497,6 +503,7 @@ def _plan_disk(
         "checkpoints": round((KEPT + 1) * trained * (numerics.stored + numerics.master + setup.state)),
         "exports": export * iterations,
         "pairs": pairs,
+        "laws": updates["law_bytes"],
     }
     return {**parts, "total": sum(parts.values()), "free": shutil.disk_usage(existing).free, "folder": str(path)}
 

@@ -38,10 +38,8 @@ def render(plan: Mapping[str, Any]) -> list[str]:
     total = sum(updates["per_iteration"])
     each = " + ".join(f"{count:,}" for count in updates["per_iteration"])
     lines.append(f"updates         {each}{f' = {total:,}' if len(updates['per_iteration']) > 1 else ''}")
-    what = "rows" if plan["stage"] == "sft" else "pairs"
-    lines.append(
-        f"  of each       {updates['pairs']:,} {what}, in {updates['batches']} x {updates['mean_passes']:.1f} passes"
-    )
+    passes = f"{updates['batches']} x {updates['mean_passes']:.1f} passes"
+    lines.append(f"  of each       {updates['pairs']:,} {updates['of']}, in {passes}")
     lines.append(f"  largest pass  {updates['largest_pass']:,} tokens, {updates['largest_scored']:,} of them scored")
     lines.append(f"tokens          {_count(sum(updates['training_tokens']))} to train on")
     if updates["generated_tokens"]:
@@ -55,7 +53,7 @@ def render(plan: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {name:<32}" + "".join(f"{_gib(value):>14}" for value in row))
     sums = [peak(plan["memory"][phase]) for phase in phases]
     lines.append(f"  {'in all':<32}" + "".join(f"{_gib(value):>14}" for value in sums))
-    if plan["stage"] == "fit" and "generation" not in phases:
+    if updates["generated_tokens"] and "generation" not in phases:
         lines.append("  generation is by an engine with memory of its own")
     room = devices["usable"]
     if room is None:
@@ -66,7 +64,7 @@ def render(plan: Mapping[str, Any]) -> list[str]:
         verdicts = ["fits" if value <= room else "DOES NOT FIT" for value in sums]
         lines.append(f"  {'':<32}" + "".join(f"{verdict:>14}" for verdict in verdicts))
     lines += ["", f"disk, at most                     {_gib(disk['total']):>14}  of {_gib(disk['free'])} free"]
-    for part in ("checkpoints", "exports", "pairs"):
+    for part in ("checkpoints", "exports", "pairs", "laws"):
         if disk[part]:
             lines.append(f"  {part:<32}{_gib(disk[part]):>14}")
     lines += _render_time(plan.get("time"))

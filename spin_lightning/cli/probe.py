@@ -79,7 +79,7 @@ def measure(
             for part in batch:
                 response_log_probs(model, part)
             in_scoring = _now(device) - started
-            generated, in_generation = _generate(model, data, device) if plan["stage"] == "fit" else (0, 0.0)
+            generated, in_generation = _generate(model, data, device) if updates["generated_tokens"] else (0, 0.0)
     rates = {"training": tokens / in_passes, "scoring": tokens / in_scoring}
     if generated:
         rates["generation"] = generated / in_generation

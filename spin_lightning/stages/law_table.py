@@ -74,7 +74,7 @@ def fill_laws(
     """
     if processes.is_first():
         tokens = sum(len(prompt.real_ids) for prompt in prompts)
-        need_space(store.folder, exported_bytes(model) + tokens * (8 * top_k + 12), "what is scored")
+        need_space(store.folder, exported_bytes(model) + tokens * bytes_of_law(top_k), "what is scored")
     starts = range(0, len(prompts), shard_size)
     names = [f"laws-{start:09d}.parquet" for start in starts]
     own = [(start, shard) for start, shard in processes.deal([*zip(starts, names, strict=True)])]
@@ -89,6 +89,11 @@ def fill_laws(
     store.gather()
     statistics = describe_laws(store.read_shards(names, [name for name in store.schema.names if name[:4] != "law_"]))
     store.finish(names, opponent=name, versions=versions(), statistics=statistics)
+
+
+def bytes_of_law(top_k: int) -> int:
+    """Bytes on disk of the law of one token, with the token itself, its log-prob and that of the rest."""
+    return 8 * top_k + 12
 
 
 def _score(

@@ -89,6 +89,20 @@ def test_the_numbers_of_a_plan(flags):
     assert told["disk"]["checkpoints"] == 3 * 14 * weights and told["disk"]["exports"] == 2 * 2 * weights
 
 
+def test_token_level_self_play_generates_nothing(flags, whole, capsys):
+    game = ["--model.loss=TokenSpinLoss", "--model.loss.top_k=4", "--self_play.epochs=1", "--self_play.iterations=2"]
+    rows = ["--rows=12", "--prompt-tokens=20", "--response-tokens=3"]
+    told = made(flags, *game, *rows)
+    assert told["memory"].keys() == {"training"} and told["updates"]["per_iteration"] == [2, 2]
+    assert told["updates"]["scored_tokens"] == [12 * (20 + 3)] * 2 and told["updates"]["generated_tokens"] == 0
+    assert told["disk"]["laws"] == 2 * 12 * 3 * (8 * 4 + 12) and told["disk"]["pairs"] == 0
+    seconds = made(flags, *game, f"--model.model_name_or_path={whole}", "--probe")["time"]["seconds"]
+    assert seconds["generation"] == 0 < seconds["scoring"]
+    capsys.readouterr()
+    plan.main([*flags, *game])
+    assert re.search(r"of each       8 rows, in .*\n.*\n.*to train on\n", capsys.readouterr().out)
+
+
 def test_sft_is_planned_from_its_own_settings(flags, tmp_path):
     sft = [flag for flag in flags if "generator" not in flag and "self_play" not in flag]
     told = made(sft, "--model.average=token", "--trainer.max_epochs=3", f"--export.output_dir={tmp_path / 'sft'}")
