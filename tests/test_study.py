@@ -416,9 +416,9 @@ def test_a_difference_counts_where_its_interval_leaves_zero_out():
 
 def test_the_page_shows_the_tables_of_the_numbers():
     page = report.PAGE.read_text(encoding="utf-8")
-    assert report.filled(page, report.read()) == page
+    assert report.filled(page, report.sections(report.read())) == page
     with pytest.raises(ValueError, match="no place for 'counts'"):
-        report.filled("", report.read())
+        report.filled("", {"counts": ""})
 
 
 def test_the_numbers_are_json_that_everything_reads():

@@ -12,7 +12,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -369,13 +369,13 @@ def sections(report: Record) -> dict[str, str]:
     }
 
 
-def filled(page: str, report: Record) -> str:
-    """The page with its generated parts made anew.
+def filled(page: str, parts: Mapping[str, str]) -> str:
+    """The page with its generated parts made anew, each by the name of its place.
 
     Raises:
         ValueError: It has no place for one of them.
     """
-    for name, content in sections(report).items():
+    for name, content in parts.items():
         place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not place.search(page):
             raise ValueError(f"the page has no place for {name!r}: put '<!-- {name} -->' and '<!-- end -->' into it")
@@ -389,7 +389,7 @@ def render(page: Path = PAGE, numbers: Path = NUMBERS) -> None:
     draw_differences(report, numbers.with_suffix(".png"))
     draw_courses(report, numbers.with_name(f"{numbers.stem}_courses.png"))
     if page.exists():
-        page.write_text(filled(page.read_text(encoding="utf-8"), report), encoding="utf-8")
+        page.write_text(filled(page.read_text(encoding="utf-8"), sections(report)), encoding="utf-8")
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

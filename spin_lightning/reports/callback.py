@@ -25,7 +25,7 @@ class WriteReport(L.Callback):
     the run goes on.
 
     Args:
-        output_dir: Folder of the run. None: that of the clock, such as ``SelfPlay``.
+        output_dir: Folder of the run. None: that of the callback that has one, such as ``SelfPlay`` or ``ExportPolicy``.
         enabled: Whether it is written.
 
     Example:
@@ -62,8 +62,8 @@ class WriteReport(L.Callback):
         started = time.monotonic()
         if self._took > MOST_TIME * (started - self._written_at):
             return
-        game = getattr(trainer.datamodule, "game", None)
-        folder = self.output_dir or getattr(game, "output_dir", None)
+        parts = [self, getattr(trainer.datamodule, "game", None), *trainer.callbacks]
+        folder = next(filter(None, (getattr(part, "output_dir", None) for part in parts)), None)
         try:
             if folder is not None and Path(folder).is_dir():
                 write_report(Path(folder), running=running)

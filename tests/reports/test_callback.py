@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from games import Do, Game
 from helpers import args_of
 from lightning.pytorch.loggers import CSVLogger
 
-from spin_lightning import WriteReport
+from spin_lightning import ExportPolicy, WriteReport
 from spin_lightning.cli.commands import main, run
 from spin_lightning.reports import callback
 from spin_lightning.stages.health import forget_remarks, keep_remark
@@ -38,6 +39,16 @@ def test_it_is_there_from_the_first_iteration_on_and_says_when_the_run_is_over(r
     nll = [json.loads((reported.folder / name).read_text()) for name in ("start.json", "iteration_1/summary.json")]
     assert f"from {nll[0]['val/nll']:.3f} to {nll[1]['val_nll']:.3f} nats a response" in last
     assert "2+3?" in last and last.count("cut at the length cap") > 8 and "Not in this report" not in last
+
+
+def test_the_folder_is_that_of_the_callback_that_has_one(reported):
+    path = reported.folder / "report.html"
+    path.unlink()
+    report = WriteReport()
+    callbacks = [report, ExportPolicy(str(reported.folder))]
+    trainer = SimpleNamespace(callbacks=callbacks, datamodule=SimpleNamespace(), fast_dev_run=False)
+    report.teardown(trainer, None, "fit")
+    assert "Self-play fine-tuning" in path.read_text()
 
 
 def test_remarks_on_health_are_kept_and_shown(reported):
