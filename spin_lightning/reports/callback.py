@@ -25,7 +25,7 @@ class WriteReport(L.Callback):
     the run goes on.
 
     Args:
-        output_dir: Folder of the run. None: that of the callback that has one, such as ``SelfPlay`` or ``ExportPolicy``.
+        output_dir: Folder of the run. None: that of the callback that has one, as ``SelfPlay`` and ``ExportPolicy`` do.
         enabled: Whether it is written.
 
     Example:

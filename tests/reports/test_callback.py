@@ -92,7 +92,7 @@ def test_it_takes_little_of_the_time_of_short_iterations(tmp_path, monkeypatch):
 
     monkeypatch.setattr(callback, "write_report", write)
     monkeypatch.setattr(callback.time, "monotonic", lambda: clock.now)
-    trainer = Do(fast_dev_run=False, datamodule=None)
+    trainer = Do(fast_dev_run=False, datamodule=None, callbacks=[])
     report = WriteReport(str(tmp_path))
     for _ in range(100):
         clock.now += 1.0
