@@ -48,7 +48,7 @@ SCHEDULES = {64: (3, 2), 208: (2, 1)}
 #: The same of token-level self-play, which trains on the rows of one iteration alone: 72 and 78 updates.
 TOKEN_SCHEDULES = {64: (3, 3), 208: (3, 1)}
 #: Arms for the few demonstrations alone: with many, they do not fit into the hours of two cores that the study has.
-ONLY_FEW = ("spin_k4", "reward")
+ONLY_FEW = ("spin_k4", "spin_k4_hot", "reward")
 
 
 def settings(rows: Path, start: Path, folder: Path, demonstrations: int) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Line:
         self._kept = (read_json(self._path) or {"stages": {}})["stages"]
         for name in self._kept.keys() - {step.name for step in self.chain.steps}:
             raise UserError(
-                f"{self._path} has a {self.runs_are} {name!r}, which {self.chain.file} has not. Put it back, or set "
+                f"{self._path} has the {self.runs_are} {name!r}, which {self.chain.file} has not. Put it back, or set "
                 "output_dir to another folder."
             )
         self.refuse_unknown_common()
