@@ -343,15 +343,15 @@ def _read_folder(folder: Path, split: str, source: Source) -> tuple[Records, boo
         if split not in dataset:
             raise UserError(f"{folder} has no split {split!r}, it has {sorted(dataset)}. Set data.split to one.")
         return _read_dataset(dataset[split], str(folder)), True
+    files = sorted(path for path in folder.iterdir() if _kind_of(path)[0] and path.is_file())
+    chosen = [path for path in files if path.name.replace(".", "-").startswith(f"{split}-")]
+    if chosen:
+        return _read_files(chosen, source), True
     if (folder / SETTINGS).exists():
         raise UserError(
             f"{folder} is the folder of a run, and no data. Give rows; those that a game made of its prompts are "
             f"written by: spin-lightning pairs {folder} --output pairs.jsonl"
         )
-    files = sorted(path for path in folder.iterdir() if _kind_of(path)[0] and path.is_file())
-    chosen = [path for path in files if path.name.replace(".", "-").startswith(f"{split}-")]
-    if chosen:
-        return _read_files(chosen, source), True
     is_named = any(SPLIT_WORDS & _words_in(path) for path in files)
     if files and split == "train" and not is_named and len({_kind_of(path) for path in files}) == 1:
         source.notes.append(f"no file in it is named after a split: read all {len(files)}, {_name_span(files)}")
