@@ -206,9 +206,10 @@ def _table_of(result: Mapping[str, Any]) -> str:
             values = [of(found) for found in seeds.values()]
             cells.append(f"{fmean(values):.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else ""))
         rate = f"{first['learning_rate']:.0e}".replace("e-0", "e-") if "learning_rate" in first else ""
-        passes, seconds = (fmean(found[key] for found in seeds.values()) for key in ("token_passes", "seconds"))
-        updates = f"{fmean(found['updates'] for found in seeds.values()):.0f}"
-        rows.append([f"`{name}`", rate, updates, apart, *cells, f"{passes / 1000:.0f}k", format_time(seconds)])
+        known = [found["token_passes"] for found in seeds.values() if found["token_passes"] is not None]
+        passes = f"{fmean(known) / 1000:.0f}k" if known else ""
+        updates, seconds = (fmean(found[key] for found in seeds.values()) for key in ("updates", "seconds"))
+        rows.append([f"`{name}`", rate, f"{updates:.0f}", apart, *cells, passes, format_time(seconds)])
     head = ["arm", "learning rate", "updates", "NLL less `sft_tuned` (95 %)", *columns, "passes", "time"]
     return table(head, rows)
 

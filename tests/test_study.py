@@ -15,6 +15,7 @@ import torch
 from helpers import QUIET
 from lightning import Trainer
 
+from benchmarks import study_real_model
 from benchmarks.study import __main__ as study
 from benchmarks.study import report
 from benchmarks.study.arms import ARMS, METHODS, Arm, Config, SelfPlay, Stack, is_valid, log_probs_of, train
@@ -416,7 +417,9 @@ def test_a_difference_counts_where_its_interval_leaves_zero_out():
 
 def test_the_page_shows_the_tables_of_the_numbers():
     page = report.PAGE.read_text(encoding="utf-8")
-    assert report.filled(page, report.sections(report.read())) == page
+    of_real_model = study_real_model.sections(json.loads(study_real_model.NUMBERS.read_text(encoding="utf-8")))
+    assert of_real_model.keys() == {"real model 64", "real model 208"}
+    assert report.filled(page, {**report.sections(report.read()), **of_real_model}) == page
     with pytest.raises(ValueError, match="no place for 'counts'"):
         report.filled("", {"counts": ""})
 
