@@ -428,10 +428,10 @@ def draw_differences(report: Record, path: Path) -> None:
         axes.set_xlim(-limit, limit)
         ticks = [tick for tick in (0.02, 0.1, 0.5, 2) if tick <= limit]
         axes.set_xticks([-tick for tick in reversed(ticks)] + [0, *ticks])
-        axes.set_xticklabels([f"{tick:+g}" if tick else "0" for tick in axes.get_xticks()])
+        axes.set_xticklabels([f"{tick:+g}" if tick else "0" for tick in axes.get_xticks()], rotation=45)
         axes.axvline(0, color="0.35", linewidth=1.2)
         axes.grid(axis="x", alpha=0.3)
-        axes.set_title(f"{by.title}\narm less tuned SFT, nats", fontsize=10)
+        axes.set_title(f"{by.title}\narm less tuned SFT, nats", fontsize=9)
         axes.set_yticks(range(len(cells)), [name for name, _ in cells])
         axes.set_ylim(len(cells) - 0.5, -0.5)
     handles = [figure.axes[0].plot([], [], "o", color=COLOURS[arm], label=arm)[0] for arm in OTHERS]

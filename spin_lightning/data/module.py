@@ -196,7 +196,7 @@ class RowDataModule(L.LightningDataModule):
 
         Args:
             source: As ``data.train_data`` has it.
-            needs: What :func:`load_rows` is asked for beside the settings, such as ``keep_columns``.
+            needs: What ``load_rows`` is asked for beside the settings, such as ``keep_columns``.
 
         Raises:
             UserError: They cannot be read.
