@@ -372,8 +372,7 @@ class IterationClock(HoldsFolder):
         played = [read_json(self.folder(k) / "summary.json") for k in range(self.iterations)]
         if not self.stopped_because and played[-1] is None:
             return
-        all_played = "its one iteration was" if self.iterations == 1 else f"all {self.iterations} iterations were"
-        reason = self.stopped_because or f"{all_played} played"
+        reason = self.stopped_because or f"all {self.iterations} iterations were played"
         iterations = [summary for summary in played if summary]
         self.finish(iterations)
         if processes.is_first():

@@ -161,7 +161,7 @@ class Pretended:
         if command[3] == "fit":
             iteration = {"updates": 7, "seconds": {"training": 2.0}, "val_nll": 5.0}
             write_json(
-                folder / "game.json", {"ended_because": "its one iteration was played", "iterations": [iteration]}
+                folder / "game.json", {"ended_because": "all 1 iterations were played", "iterations": [iteration]}
             )
             (folder / "iteration_0" / "policy").mkdir(parents=True)
         elif command[3] == "sft":
