@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,17 +20,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-import transformers
 import yaml
 
 from benchmarks.study.report import DOCS, PAGE, filled, table
-from spin_lightning import __version__
+from spin_lightning.cli.compare_report import reward_at
 from spin_lightning.cli.verdict import t_interval
 from spin_lightning.demos.skills import WORDS, write_skills
 from spin_lightning.demos.steps import smollm2
 from spin_lightning.progress import format_time
 from spin_lightning.runs.files import read_json, replacing
+from spin_lightning.runs.settings import versions
 
 FOLDER = Path(".bench/real_model")
 #: The longest real response has 17 tokens.
@@ -42,6 +40,8 @@ RATES = [1e-5, 3e-5, 1e-4]
 NUMBERS = DOCS / "when_self_play_helps_real_model.json"
 #: What the others are compared with.
 SFT = "sft_tuned"
+#: Of the numbers, what the docs need not have: single rows, and a folder of this machine.
+_LEFT_OUT = ("by_row", "nll_by_row", "model")
 #: Iterations, and passes over the rows in each, by demonstrations. With one response a prompt these are at most 80 and
 #: 78 updates, as from iteration 1 on a game trains on the pairs of the iteration before too.
 SCHEDULES = {64: (3, 2), 208: (2, 1)}
@@ -150,24 +150,15 @@ def keep(folder: Path, file: Path = NUMBERS) -> None:
         if (result := read_json(comparison / "comparison.json")) is not None:
             found[str(demonstrations)] = _without_rows(result)
             shutil.copyfile(comparison / "comparison.svg", file.with_name(f"{file.stem}_{demonstrations}.svg"))
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "spin_lightning": __version__,
-    }
-    file.write_text(json.dumps({"versions": versions, "demonstrations": found}, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"versions": versions(), "demonstrations": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def _without_rows(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_rows(item) for key, item in value.items() if key not in ("model", *_OF_ROWS)}
+        return {key: _without_rows(item) for key, item in value.items() if key not in _LEFT_OUT}
     if isinstance(value, list):
         return [_without_rows(item) for item in value]
     return round(value, 6) if isinstance(value, float) else value
-
-
-_OF_ROWS = ("by_row", "nll_by_row")
 
 
 def render(page: Path = PAGE, numbers: Path = NUMBERS) -> None:
@@ -187,7 +178,7 @@ def _table_of(result: Mapping[str, Any]) -> str:
     """A row an arm: means over its seeds, with their standard deviation."""
     columns: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "held-out NLL": lambda found: found["nll"],
-        **{f"exact match, T = {t:g}": _exact_match_at(t) for t in result["temperatures"]},
+        **{f"exact match, T = {t:g}": reward_at("exact_match", t) for t in result["temperatures"]},
         "NLL of other prompts": lambda found: found["other_nll"],
         "KL to the start": lambda found: found["kl_to_start"],
     }
@@ -199,8 +190,10 @@ def _table_of(result: Mapping[str, Any]) -> str:
             continue
         first = next(iter(seeds.values()))
         less = [found["nll"] - sft[seed]["nll"] for seed, found in seeds.items() if seed in sft]
-        mean, low, high = t_interval(less) if less else (0.0, 0.0, 0.0)
-        apart = "" if name == SFT else f"{mean:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if len(less) > 1 else "")
+        apart = ""
+        if less and name != SFT:
+            mean, low, high = t_interval(less)
+            apart = f"{mean:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if len(less) > 1 else "")
         cells = []
         for of in columns.values():
             values = [of(found) for found in seeds.values()]
@@ -212,10 +205,6 @@ def _table_of(result: Mapping[str, Any]) -> str:
         rows.append([f"`{name}`", rate, f"{updates:.0f}", apart, *cells, passes, format_time(seconds)])
     head = ["arm", "learning rate", "updates", "NLL less `sft_tuned` (95 %)", *columns, "passes", "time"]
     return table(head, rows)
-
-
-def _exact_match_at(temperature: float) -> Callable[[Mapping[str, Any]], Any]:
-    return lambda found: found["rewards"][f"{temperature:g}"]["exact_match"]["mean"]
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def tables(result: Result) -> list[str]:
     lines += ["", *_legend(result)]
     for name in _rewards_of(result):
         columns = {
-            ("T = " if place == 0 else "") + f"{temperature:g}": _reward_at(name, temperature)
+            ("T = " if place == 0 else "") + f"{temperature:g}": reward_at(name, temperature)
             for place, temperature in enumerate(result["temperatures"])
         }
         what = "exact match" if name == _EXACT else name
@@ -85,7 +85,8 @@ def _legend(result: Result) -> list[str]:
     return lines
 
 
-def _reward_at(name: str, temperature: float) -> Callable[[Result], float | None]:
+def reward_at(name: str, temperature: float) -> Callable[[Result], float | None]:
+    """Reads the mean of a reward at a temperature out of what was measured of an arm with a seed."""
     return lambda found: found["rewards"][f"{temperature:g}"][name]["mean"]
 
 

@@ -105,7 +105,8 @@ def open_source(folder: Path, iteration: str | None, is_text: bool = False) -> S
     """
     if re.fullmatch(r"iteration_\d+", folder.name) and (folder / "pairs").is_dir():
         folder, iteration = folder.parent, iteration or folder.name.removeprefix("iteration_")
-    stores = {n: place / "pairs" for n, place in iteration_folders(folder).items() if (place / "pairs").is_dir()}
+    iterations = iteration_folders(folder)
+    stores = {n: place / "pairs" for n, place in iterations.items() if (place / "pairs").is_dir()}
     if stores:
         return _open_game(folder, stores, iteration, is_text)
     path = folder / "pairs.jsonl"
@@ -117,7 +118,7 @@ def open_source(folder: Path, iteration: str | None, is_text: bool = False) -> S
         return Source(_read_lines(path), {"score": {key: summary[key] for key in ("model", "reward", "against")}})
     if (folder / "pairs_manifest.json").is_file():
         raise UserError(f"{folder} is a run of dpo or reward, which keeps token ids alone. Use the data that it read.")
-    if any(folder.glob("iteration_*/laws")):
+    if any((place / "laws").exists() for place in iterations.values()):
         raise UserError(f"{folder} is a token-level game, which generates nothing: it has no pairs.")
     what = "there is no such folder" if not folder.is_dir() else "it has no iteration_*/pairs and no pairs.jsonl"
     raise UserError(f"no pairs in {str(folder)!r}: {what}. Give the folder of a game (fit, play) or of score.")

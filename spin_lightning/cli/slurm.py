@@ -20,7 +20,7 @@ WORDS = (*STAGES, "play", "chain")
 #: Seconds before the job's time is over in which the run is asked to end.
 NOTICE_SECONDS = 300
 #: A job's time as ``sbatch`` takes it: minutes, minutes:seconds, hours:minutes:seconds, or days-hours and so on.
-_TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}"
+_TIME = r"(\d+-)?\d+(:\d+){0,2}"
 
 
 def main(args: list[str]) -> None:

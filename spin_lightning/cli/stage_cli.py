@@ -223,13 +223,13 @@ class StageCLI(FlagsWin, LightningCLI):
                     return f" The section {section} is of spin-lightning {other}; this is {self.word}."
             if section in COMMANDS:
                 return f" Sections stand alone, as model, data and trainer, and not in one called {section}."
-        known = {key for parser in parsers_of(self).values() for key, _ in parser.get_defaults().items()}
+        known = sorted({key for parser in parsers_of(self).values() for key, _ in parser.get_defaults().items()})
         wrong = [word for word in words if len(word) > 3 and not word.endswith(tuple(known))]
-        close = [match for word in wrong for match in get_close_matches(word, sorted(known), 3, 0.75)]
+        close = [match for word in wrong for match in get_close_matches(word, known, 3, 0.75)]
         for last in (word.rpartition(".")[2] for word in words):  # output_dir, lr
             close += [
                 key
-                for key in sorted(known)
+                for key in known
                 if ".init_args." not in key and last in (name := key.rpartition(".")[2], _initials_of(name))
             ]
         return f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""

@@ -19,6 +19,7 @@ from torch import nn
 
 from spin_lightning.models import hub
 from spin_lightning.progress import progress
+from spin_lightning.runs.files import iteration_folders
 from spin_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -88,9 +89,13 @@ def check_model(
             name_or_path, (folder / "adapter_config.json").read_text(encoding="utf-8", errors="replace")
         )
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if "config.json" not in files and (found := sorted([*folder.glob("iteration_*/policy"), *folder.glob("policy")])):
-        places = " or ".join(repr(str(path)) for path in found[-3:])
-        raise UserError(f"{name_or_path!r} is the folder of a run, and no model. Give what it exported: {places}.")
+    if "config.json" not in files:
+        places = [place / "policy" for place in (*iteration_folders(folder).values(), folder)]
+        if found := [repr(str(place)) for place in places if place.is_dir()]:
+            raise UserError(
+                f"{name_or_path!r} is the folder of a run, and no model. Give what it exported: "
+                f"{' or '.join(found[-3:])}."
+            )
     if needs_head and "config.json" in files:
         config: Any = None
         with suppress(ValueError, RecursionError):  # loading says what is wrong with it
